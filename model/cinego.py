@@ -1,0 +1,163 @@
+"""Cinego: frames → tower → VideoSummary → one linear layer → rows of the language model's input.
+
+Shapes: B batch, L sequence, V visuals, P tokens a frame, D vision width, C model width, N frames or
+placeholder rows of the whole batch.
+"""
+
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from model.config import CinegoConfig
+from model.minimind import CausalLMOutput, KVCache, MiniMind
+from model.video_summary import VideoSummary
+from model.vision_tower import VisionTower
+
+
+class Cinego(nn.Module):
+    def __init__(self, config: CinegoConfig, vision_tower: VisionTower | None = None):
+        """The tower is only needed where `pixel_values` are handed in; it is never saved along."""
+        super().__init__()
+        self.config = config.validate()
+        size = (config.vision_hidden_size, config.tokens_per_frame)
+        if vision_tower and (vision_tower.hidden_size, vision_tower.tokens_per_frame) != size:
+            raise ValueError(
+                f"the vision tower gives {vision_tower.tokens_per_frame} tokens of "
+                f"{vision_tower.hidden_size} a frame, but the model was made for {size[1]} of "
+                f"{size[0]}: use the tower that the model was trained with"
+            )
+        self.vision_tower = vision_tower
+        self.video_summary = VideoSummary(config.summary, *size, config.num_temporal_filters)
+        self.vision_proj = nn.Linear(config.vision_hidden_size, config.language_model.hidden_size)
+        self.language_model = MiniMind(config.language_model)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        visual_features: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        frames_per_visual: list[int] | None = None,
+        visual_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        logits_to_keep: int = 0,
+    ) -> CausalLMOutput:
+        """Reads (B, L) ids with the frames of all their visuals, in order of the placeholders.
+
+        visual_features (N, P, D) or pixel_values (N, 3, S, S): the frames, visual after visual;
+        frames_per_visual: how many belong to each. visual_mask (B, L): the placeholders' places;
+        without it the runs equal to `config.image_ids`. The rest is as in `MiniMind.forward`.
+        Raises ValueError, with the row and both numbers, where placeholders and visuals don't fit.
+        """
+        embeds_BLC = self.language_model.embed(input_ids)
+        if visual_mask is None and not past_key_values and self.config.image_ids:
+            visual_mask = find_placeholders(input_ids, self.config.image_ids)
+        rows_NC = self._visual_rows(visual_features, pixel_values, frames_per_visual)
+        if rows_NC is not None:
+            self._check_counts(visual_mask, frames_per_visual)
+            embeds_BLC = embeds_BLC.masked_scatter(
+                visual_mask[..., None], rows_NC.to(embeds_BLC.dtype)
+            )
+        elif visual_mask is not None and visual_mask.any():
+            row = int(visual_mask.any(1).nonzero()[0])
+            raise ValueError(
+                f"row {row} of the batch has {int(visual_mask[row].sum())} placeholders but no "
+                "visual_features or pixel_values came with it"
+            )
+        return self.language_model(
+            inputs_embeds=embeds_BLC,
+            segment_ids=segment_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            past_key_values=past_key_values,
+            logits_to_keep=logits_to_keep,
+        )
+
+    def _visual_rows(self, visual_features, pixel_values, frames_per_visual) -> Tensor | None:
+        """(N, C): what stands at the placeholders, in their order."""
+        if pixel_values is not None:
+            if self.vision_tower is None:
+                raise ValueError(
+                    "pixel_values need a vision tower: load the model with vision_path"
+                )
+            visual_features = self.vision_tower(pixel_values)
+        if visual_features is None:
+            return None
+        frame_shape = (self.config.tokens_per_frame, self.config.vision_hidden_size)
+        if tuple(visual_features.shape[1:]) != frame_shape:
+            raise ValueError(
+                f"visual features of {tuple(visual_features.shape[1:])} a frame, but the model "
+                f"takes {frame_shape}: extract them with the tower that it was trained with"
+            )
+        frames = frames_per_visual or []
+        if sum(frames) != len(visual_features) or min(frames, default=0) < 1:
+            raise ValueError(
+                f"frames_per_visual {frames_per_visual} doesn't add up to the "
+                f"{len(visual_features)} frames of visual_features"
+            )
+        summary_VPD = self.video_summary(visual_features, frames_per_visual)
+        return self.vision_proj(summary_VPD.to(self.vision_proj.weight.dtype)).flatten(0, 1)
+
+    def _check_counts(self, visual_mask: Tensor | None, frames_per_visual: list[int]) -> None:
+        """Each row's placeholders must end where a visual's tokens end, the last row's at the last.
+
+        A misfit that passes in silence would show a row the end of its neighbour's video.
+        """
+        if visual_mask is None:
+            raise ValueError("visuals came without visual_mask, and the config has no image_ids")
+        tokens = [self.config.tokens_per_visual(frames) for frames in frames_per_visual]
+        ends = [0, *accumulate(tokens)]
+        seen = 0
+        for row, placeholders in enumerate(visual_mask.sum(1).tolist()):
+            seen += placeholders
+            if seen not in ends:
+                raise ValueError(
+                    f"row {row} of the batch has {placeholders} placeholders, which no number of "
+                    f"the batch's visuals of {sorted(set(tokens))} tokens fills"
+                )
+        if seen != ends[-1]:
+            raise ValueError(
+                f"the batch up to row {len(visual_mask) - 1} has {seen} placeholders, but its "
+                f"{len(tokens)} visuals have {ends[-1]} tokens"
+            )
+
+    def set_trainable(self, freeze_llm: bool) -> None:
+        """Summary and projector always learn; the language model unless it is frozen."""
+        self.requires_grad_(True)
+        self.language_model.requires_grad_(not freeze_llm)
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters of each part, and `trainable` over all. A tower that isn't loaded counts 0."""
+
+        def count(parameters) -> int:
+            return sum(p.numel() for p in parameters)
+
+        return {
+            "vision_tower": self.vision_tower.num_parameters() if self.vision_tower else 0,
+            "video_summary": count(self.video_summary.parameters()),
+            "vision_proj": count(self.vision_proj.parameters()),
+            "language_model": count(self.language_model.parameters()),
+            "trainable": count(p for p in self.parameters() if p.requires_grad),
+        }
+
+
+def find_placeholders(input_ids_BL: Tensor, image_ids: list[int]) -> Tensor:
+    """(B, L) mask of the runs equal to `image_ids`, for token streams that come without a mask."""
+    mask_BL = torch.zeros_like(input_ids_BL, dtype=torch.bool)
+    width = len(image_ids)
+    if input_ids_BL.shape[1] < width:
+        return mask_BL
+    pattern = torch.tensor(image_ids, device=input_ids_BL.device)
+    matches = (input_ids_BL.unfold(1, width, 1) == pattern).all(-1).nonzero().tolist()
+    free = (-1, 0)  # row and first place after the run before
+    for row, start in matches:
+        # A placeholder of one repeated id also matches half-way into the next one: skip those.
+        if row != free[0] or start >= free[1]:
+            mask_BL[row, start : start + width] = True
+            free = (row, start + width)
+    return mask_BL

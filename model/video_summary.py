@@ -1,0 +1,160 @@
+"""VideoSummary: any number of frames in, the tokens of one frame out.
+
+GPT4Video (arXiv 2311.16511) condenses a video with learned queries along a spatial and a temporal
+branch. Attention over frames learns slowly which way time runs, or never where frames carry no
+position, so ours keeps the two branches but shows them each token's *course through time*, as the
+coefficients of a cosine transform: the first is the mean, the second is negative for what grows
+and positive for what fades, and so on. A linear layer then reads direction at once.
+
+Shapes: V visuals, F frames (of the longest visual, where padded), P tokens a frame (CLS first),
+D vision width, K temporal coefficients.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import SUMMARY_KINDS
+
+
+def pad_frames(features_NPD: Tensor, frames_per_visual: list[int]) -> Tensor:
+    """All frames of a batch in one row → (V, F, P, D), zeros after a visual's last frame."""
+    longest = max(frames_per_visual)
+    if min(frames_per_visual) == longest:  # the usual batch: no copy
+        return features_NPD.unflatten(0, (-1, longest))
+    lengths_V = torch.tensor(frames_per_visual, device=features_NPD.device)
+    real_VF = torch.arange(longest, device=features_NPD.device) < lengths_V[:, None]
+    padded_VFPD = features_NPD.new_zeros(*real_VF.shape, *features_NPD.shape[1:])
+    padded_VFPD[real_VF] = features_NPD
+    return padded_VFPD
+
+
+def temporal_filters(lengths_V: Tensor, num_filters: int, max_frames: int) -> Tensor:
+    """(V, K, F) weights of the DCT-II over each visual's own frames; row 0 takes the mean.
+
+    Frame t of n stands at time (t + ½) / n, so that clips of other lengths mean the same. Zero on
+    padding, and for the coefficients k ≥ n, which n frames can't tell from the lower ones.
+    """
+    frames_F = torch.arange(max_frames, device=lengths_V.device)
+    orders_K1 = torch.arange(num_filters, device=lengths_V.device)[:, None]
+    lengths_V11 = lengths_V[:, None, None]
+    waves_VKF = torch.cos(math.pi * orders_K1 * (frames_F + 0.5) / lengths_V11)
+    scales_K1 = torch.where(orders_K1 == 0, 1.0, math.sqrt(2))  # then all have the same energy
+    defined_VKF = (frames_F < lengths_V11) & (orders_K1 < lengths_V11)
+    return waves_VKF * scales_K1 / lengths_V11 * defined_VKF
+
+
+def mean_change(tokens_VFPD: Tensor, lengths_V: Tensor) -> Tensor:
+    """(V, P, D) mean |difference| of neighbouring frames; zero for a single frame.
+
+    It tells spinning from standing still, which signed filters average away.
+    """
+    steps_F = torch.arange(1, tokens_VFPD.shape[1], device=lengths_V.device)
+    weights_VF = (steps_F < lengths_V[:, None]) / (lengths_V[:, None] - 1).clamp(min=1)
+    change_VFPD = (tokens_VFPD[:, 1:] - tokens_VFPD[:, :-1]).abs()
+    return torch.einsum("vf,vfpd->vpd", weights_VF, change_VFPD)
+
+
+class CrossAttention(nn.Module):
+    """torch's attention under the name and with the dropout of Cinego 2025's block."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.mha = nn.MultiheadAttention(hidden_size, 8, dropout=0.1, batch_first=True)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, queries: Tensor, keys: Tensor, ignored: Tensor | None) -> Tensor:
+        return self.dropout(
+            self.mha(queries, keys, keys, key_padding_mask=ignored, need_weights=False)[0]
+        )
+
+
+class VideoSummary(nn.Module):
+    """(sum of F, P, D) frames of all visuals → (V, P, D); for `concat` the frames as they are.
+
+    ours       temporal filters, described above
+    gpt4video  Cinego 2025's block, for its checkpoints; it can't tell a video from its reverse
+    mean       the mean over frames; the identity for one image, which is MiniMind-V
+    concat     no summary: every frame's tokens go to the language model
+    """
+
+    def __init__(
+        self, kind: str, hidden_size: int = 768, tokens_per_frame: int = 50, num_filters: int = 8
+    ):
+        super().__init__()
+        if kind not in SUMMARY_KINDS:
+            raise ValueError(f"summary must be one of {', '.join(SUMMARY_KINDS)}, not {kind!r}")
+        self.kind, self.num_filters = kind, num_filters
+        if kind == "ours":
+            course = (num_filters + 1) * hidden_size
+            # Its own 2·D would be 10 M parameters at 768 wide, twice the spatial branch.
+            hidden = min(2 * hidden_size, 384)
+            self.queries = nn.Parameter(torch.randn(1, tokens_per_frame, hidden_size) * 0.02)
+            self.spatial = nn.Linear(course, hidden_size)
+            self.temporal = nn.Sequential(
+                nn.Linear(course, hidden), nn.GELU(), nn.Linear(hidden, hidden_size)
+            )
+            self.ffn = nn.Sequential(
+                nn.LayerNorm(hidden_size),
+                nn.Linear(hidden_size, 2 * hidden_size),
+                nn.GELU(),
+                nn.Linear(2 * hidden_size, hidden_size),
+            )
+        elif kind == "gpt4video":
+            self.query_s = nn.Parameter(torch.randn(1, tokens_per_frame, hidden_size))
+            self.query_t = nn.Parameter(torch.randn(1, tokens_per_frame, hidden_size))
+            # Lists of one, because Cinego's names have the layer's number in them.
+            self.cross_attn_s = nn.ModuleList([CrossAttention(hidden_size)])
+            self.cross_attn_t = nn.ModuleList([CrossAttention(hidden_size)])
+
+    def forward(self, features_NPD: Tensor, frames_per_visual: list[int]) -> Tensor:
+        assert sum(frames_per_visual) == len(features_NPD), "frames_per_visual doesn't add up"
+        assert min(frames_per_visual) >= 1, "a visual has at least one frame"
+        if self.kind == "concat":
+            return features_NPD.float()
+        lengths_V = torch.tensor(frames_per_visual, device=features_NPD.device)
+        if self.kind == "gpt4video":
+            return self._attend(features_NPD.to(self.query_s.dtype), frames_per_visual, lengths_V)
+        # The filters are exact numbers on frozen features: no bfloat16, and nothing to learn.
+        with torch.autocast(features_NPD.device.type, enabled=False):
+            frames_VFPD = pad_frames(features_NPD.float(), frames_per_visual)
+            num_filters = self.num_filters if self.kind == "ours" else 1
+            filters_VKF = temporal_filters(lengths_V, num_filters, frames_VFPD.shape[1])
+            mean_VPD = torch.einsum("vf,vfpd->vpd", filters_VKF[:, 0], frames_VFPD)
+            if self.kind == "mean":
+                return mean_VPD
+            tokens_VFPD = F.layer_norm(frames_VFPD, frames_VFPD.shape[-1:])
+            courses_VPKD = torch.cat(
+                [
+                    torch.einsum("vkf,vfpd->vpkd", filters_VKF, tokens_VFPD),
+                    mean_change(tokens_VFPD, lengths_V)[:, :, None],
+                ],
+                dim=2,
+            )
+        courses_VPX = courses_VPKD.flatten(2).to(self.queries.dtype)
+        cls_V1D = self.temporal(courses_VPX[:, :1])
+        places_VPD = self.spatial(courses_VPX[:, 1:]) + cls_V1D
+        # The mean frame passes through: an untrained summary is already a picture of the video.
+        mean_VPD = mean_VPD.to(self.queries.dtype) + self.queries
+        summary_VPD = mean_VPD + torch.cat([cls_V1D, places_VPD], dim=1)
+        return summary_VPD + self.ffn(summary_VPD)
+
+    def _attend(self, features_NPD: Tensor, frames_per_visual: list[int], lengths_V) -> Tensor:
+        """Each branch's queries look at all tokens of all frames, and at themselves."""
+        frames_VFPD = pad_frames(features_NPD, frames_per_visual)
+        num_visuals, longest, per_frame, _ = frames_VFPD.shape
+        ignored = None
+        if min(frames_per_visual) < longest:
+            padding_VF = torch.arange(longest, device=lengths_V.device) >= lengths_V[:, None]
+            ignored = F.pad(padding_VF.repeat_interleave(per_frame, 1), (0, per_frame), value=False)
+        branches = []
+        for queries, attention in (
+            (self.query_s, self.cross_attn_s[0]),
+            (self.query_t, self.cross_attn_t[0]),
+        ):
+            queries = queries.expand(num_visuals, -1, -1)
+            keys = torch.cat([frames_VFPD.flatten(1, 2), queries], dim=1)
+            branches.append(attention(queries, keys, ignored))
+        return branches[0] + branches[1]

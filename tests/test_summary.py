@@ -1,0 +1,127 @@
+"""VideoSummary: it knows time, and nothing of a video depends on who else is in the batch."""
+
+import pytest
+import torch
+
+from model.video_summary import VideoSummary, mean_change, temporal_filters
+
+D, P = 32, 10
+LEARNED = ["ours", "gpt4video"]
+CONDENSING = [*LEARNED, "mean"]
+
+
+def make(kind, seed=0):
+    torch.manual_seed(seed)
+    return VideoSummary(kind, hidden_size=D, tokens_per_frame=P).eval()
+
+
+@pytest.mark.parametrize("kind", CONDENSING)
+def test_any_number_of_frames_becomes_one_frame_of_tokens(kind):
+    summary = make(kind)
+    for num_frames in range(1, 41):
+        out = summary(torch.randn(num_frames, P, D), [num_frames])
+        assert out.shape == (1, P, D) and out.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", CONDENSING)
+def test_a_video_is_the_same_alone_and_in_a_ragged_batch(kind):
+    summary = make(kind)
+    lengths = [3, 1, 17, 8, 40, 1, 8]
+    videos = [torch.randn(n, P, D) for n in lengths]
+    together = summary(torch.cat(videos), lengths)
+    alone = torch.cat([summary(video, [len(video)]) for video in videos])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_ours_tells_a_video_from_its_reverse_and_cinego_2025_does_not():
+    video = torch.randn(8, P, D)
+
+    def difference(kind):
+        summary = make(kind)
+        forward, backward = summary(video, [8]), summary(video.flip(0), [8])
+        return ((forward - backward).abs().max() / forward.abs().max()).item()
+
+    assert difference("ours") > 0.05
+    assert difference("gpt4video") < 1e-5  # why `ours` exists
+    assert difference("mean") < 1e-5
+
+
+def test_ours_learns_the_order_of_two_frames_in_every_place():
+    """A place's own course must reach that place's token: swap one place over time, not the CLS."""
+    summary, video = make("ours"), torch.randn(6, P, D)
+    swapped = video.clone()
+    swapped[:, 4] = video[:, 4].flip(0)
+    change = (summary(swapped, [6]) - summary(video, [6])).abs().amax(-1)[0]
+    assert change[4] > 1e-2
+    assert change[torch.arange(P) != 4].max() == 0
+
+
+def test_the_cls_course_reaches_every_token():
+    summary, video = make("ours"), torch.randn(6, P, D)
+    swapped = video.clone()
+    swapped[:, 0] = video[:, 0].flip(0)
+    change = (summary(swapped, [6]) - summary(video, [6])).abs().amax(-1)[0]
+    assert (change > 1e-3).all()
+
+
+def test_change_is_the_mean_step_between_a_video_s_own_frames():
+    frames = torch.tensor([[0.0, 1.0, -1.0, 0.0], [5.0, 7.0, 0.0, 0.0], [3.0, 0.0, 0.0, 0.0]])
+    change = mean_change(frames[..., None, None], torch.tensor([4, 2, 1]))
+    torch.testing.assert_close(change.flatten(), torch.tensor([4 / 3, 2.0, 0.0]))
+
+
+def test_ours_tells_what_stays_from_what_flickers():
+    """Signed filters average back and forth away: here they are cut off, and it still shows."""
+    summary = make("ours")
+    with torch.no_grad():
+        summary.spatial.weight[:, : 8 * D] = 0
+        summary.temporal[0].weight[:, : 8 * D] = 0
+    still = torch.randn(1, P, D).expand(32, -1, -1)
+    flicker = still + 0.5 * torch.randn(1, P, D) * (-1.0) ** torch.arange(32)[:, None, None]
+    torch.testing.assert_close(flicker.mean(0), still.mean(0), atol=1e-5, rtol=0)
+    assert (summary(flicker, [32]) - summary(still, [32])).abs().max() > 0.02
+
+
+def test_the_filters_are_orthogonal_and_blind_to_padding():
+    filters = temporal_filters(torch.tensor([8, 5, 1]), num_filters=8, max_frames=11)
+    gram = filters[0] @ filters[0].T * 8
+    torch.testing.assert_close(gram, torch.eye(8), atol=1e-5, rtol=0)
+    assert (filters[1, :, 5:] == 0).all() and (filters[1, 5:] == 0).all()
+    assert filters[2].tolist() == [[1.0] + [0.0] * 10] + [[0.0] * 11] * 7  # one frame: itself
+    torch.testing.assert_close(filters[:, 0].sum(-1), torch.ones(3))  # the first takes the mean
+
+
+def test_mean_of_one_frame_is_the_frame_and_concat_leaves_all():
+    frames = torch.randn(3, P, D)
+    torch.testing.assert_close(make("mean")(frames, [1, 1, 1]), frames)
+    torch.testing.assert_close(make("concat")(frames, [2, 1]), frames)
+
+
+@pytest.mark.parametrize("kind", LEARNED)
+def test_every_parameter_learns(kind):
+    summary = make(kind)
+    summary(torch.randn(9, P, D), [8, 1]).square().sum().backward()
+    for name, parameter in summary.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_features_in_half_precision_are_read_exactly():
+    features = torch.randn(8, P, D).half()
+    torch.testing.assert_close(make("ours")(features, [8]), make("ours")(features.float(), [8]))
+
+
+def test_the_2025_block_is_two_plain_attentions_over_frames_and_queries():
+    summary, video = make("gpt4video"), torch.randn(5, P, D)
+    expected = 0
+    for branch in "st":
+        queries = getattr(summary, f"query_{branch}")
+        mha = getattr(summary, f"cross_attn_{branch}")[0].mha
+        keys = torch.cat([video.flatten(0, 1)[None], queries], dim=1)
+        expected = expected + mha(queries, keys, keys)[0]
+    torch.testing.assert_close(summary(video, [5]), expected, atol=1e-5, rtol=1e-5)
+    names = {name.split(".", 2)[-1] for name in summary.state_dict() if "cross_attn_s" in name}
+    assert names == {f"mha.{n}" for n in torch.nn.MultiheadAttention(8, 8).state_dict()}
+
+
+def test_the_full_size_summary_stays_under_12_million_parameters():
+    assert sum(p.numel() for p in VideoSummary("ours").parameters()) < 12e6
