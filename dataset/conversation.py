@@ -1,0 +1,227 @@
+"""Conversations to token ids: template, visual placeholders by construction, label mask.
+
+A conversation is rendered by the tokenizer's own chat template, cut where a visual or an answer
+begins or ends, and the pieces are tokenised apart. So a placeholder can never merge with the text
+around it, and an answer's supervised ids are exactly those that generation has to produce.
+"""
+
+import os.path
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+IGNORED = -100  # torch's ignore_index: a position that isn't supervised
+ROLES = {"human": "user", "gpt": "assistant"}  # LLaVA's names to the template's
+ROLES |= {role: role for role in ("user", "assistant", "system")}
+
+# `<image>` marks a video as well: LLaVA-Video-178K writes it so. The run is MiniMind-V's.
+VISUAL_TAG = re.compile(r"<image>|<video>|<{25}>{25}")
+# Stands for a visual while the template runs. A Unicode noncharacter, never part of real text.
+VISUAL_MARK = "\ufdd0"
+CONTENT_MARK = "\ufdd1"
+
+
+class ConversationError(ValueError):
+    """A conversation that can't be encoded; the message says why and how to mend it."""
+
+
+@dataclass(slots=True)
+class Encoded:
+    """One conversation; three lists of the same length."""
+
+    input_ids: list[int]
+    labels: list[int]  # not shifted; IGNORED where unsupervised
+    visual_mask: list[bool]
+
+
+@lru_cache(maxsize=64)
+def placeholder_ids(tokenizer, length: int = 50) -> list[int]:
+    """Ids of one visual's placeholder: the first half `<`, the rest `>` (as MiniMind-V).
+
+    The ids are the tokenizer's own (30/32 in MiniMind's of 2024, 63/65 in its of 2026).
+    """
+    vocabulary = tokenizer.get_vocab()
+    if "<" not in vocabulary or ">" not in vocabulary:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no single tokens '<' and '>', which the "
+            "placeholder of a visual is made of; use a byte-level tokenizer (--tokenizer_path)"
+        )
+    half = length // 2
+    return [vocabulary["<"]] * half + [vocabulary[">"]] * (length - half)
+
+
+def normalise_messages(turns: Sequence[dict]) -> list[dict]:
+    """Either style of turns (from/value, role/content) as role/content; order and text checked."""
+    if not isinstance(turns, list | tuple) or not turns:
+        raise ConversationError("conversations must be a list of at least one turn")
+    messages, expected = [], "user"
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict):
+            raise ConversationError(f"turn {number} must be an object with role and content")
+        name = turn.get("role", turn.get("from"))
+        content = turn.get("content", turn.get("value"))
+        role = ROLES.get(name) if isinstance(name, str) else None
+        if role is None:
+            raise ConversationError(f"turn {number}: role {name!r} isn't one of {sorted(ROLES)}")
+        if not isinstance(content, str):
+            raise ConversationError(f"turn {number}: its text must be a string, not {content!r}")
+        if VISUAL_MARK in content or CONTENT_MARK in content:
+            raise ConversationError(f"turn {number}: U+FDD0 and U+FDD1 aren't text; remove them")
+        if role == "system" and number > 1:
+            raise ConversationError(f"turn {number}: a system turn may only come first")
+        if role != "system":
+            if role != expected:
+                raise ConversationError(f"turn {number} is {role}'s, expected {expected}'s")
+            expected = "user" if role == "assistant" else "assistant"
+        if role == "assistant" and not content.strip():
+            raise ConversationError(f"turn {number}: the answer is empty; remove it or fill it")
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def mark_visuals(messages: list[dict], num_visuals: int) -> list[dict]:
+    """Replace each visual's tag by VISUAL_MARK; put one first where a single visual has no tag.
+
+    Only what the assistant is told is searched: an answer may speak of `<video>`.
+    """
+    marked, found, first_user = [], 0, None
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role != "assistant" and "<" in content:
+            content, count = VISUAL_TAG.subn(VISUAL_MARK, content)
+            found += count
+        if role == "user" and first_user is None:
+            first_user = len(marked)
+        marked.append({"role": role, "content": content})
+    if found == 0 and num_visuals == 1 and first_user is not None:
+        marked[first_user]["content"] = f"{VISUAL_MARK}\n{marked[first_user]['content']}"
+        found = 1
+    if found != num_visuals:
+        raise ConversationError(
+            f"{found} visual tags (<image>, <video>) for {num_visuals} visuals; write one tag for "
+            "each visual, in order"
+        )
+    return marked
+
+
+def _render(tokenizer, messages: list[dict], add_generation_prompt: bool) -> str:
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+
+
+def _split_answers(
+    tokenizer, messages: list[dict], add_generation_prompt: bool
+) -> list[tuple[str, bool]]:
+    """The rendered text as (chunk, supervised); a supervised chunk is an answer with its end token.
+
+    Answers are found by rendering prefixes: one begins where the generation prompt of the turns
+    before it ends. What a template opens by itself (MiniMind-3's empty think block) thus belongs
+    to the prompt in training as in generation.
+    """
+    full = _render(tokenizer, messages, add_generation_prompt)
+    chunks, done = [], 0
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = _render(tokenizer, messages[:i], True)
+        answered = _render(tokenizer, messages[: i + 1], False)
+        # An answer with its own reasoning departs inside the think block: supervised from there.
+        start = len(os.path.commonprefix([prompt, answered]))
+        end = answered.rfind(tokenizer.eos_token, start)
+        if not full.startswith(answered) or start < done or end < 0:
+            raise ConversationError(
+                f"the chat template of {tokenizer.name_or_path!r} rewrites earlier turns or doesn't"
+                f" end an answer with {tokenizer.eos_token!r}; mend its template"
+            )
+        end += len(tokenizer.eos_token)
+        chunks += [(full[done:start], False), (full[start:end], True)]
+        done = end
+    return [*chunks, (full[done:], False)]
+
+
+@lru_cache(maxsize=256)
+def _layout(tokenizer, roles: tuple[str, ...], add_generation_prompt: bool):
+    """Chunks of a conversation with these roles, as format strings of the turns' contents."""
+    marks = [f"{CONTENT_MARK}{i}{CONTENT_MARK}" for i in range(len(roles))]
+    messages = [{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]
+    layout = []
+    for text, supervised in _split_answers(tokenizer, messages, add_generation_prompt):
+        text = text.replace("{", "{{").replace("}", "}}")
+        for i, mark in enumerate(marks):
+            text = text.replace(mark, f"{{{i}}}")
+        layout.append((text, supervised))
+    return layout
+
+
+def _chunks(tokenizer, messages: list[dict], add_generation_prompt: bool) -> list[tuple[str, bool]]:
+    contents = [message["content"] for message in messages]
+    # Running the template costs more than all the rest. Templates treat a text specially only for
+    # what is in angle brackets (<think>, <tool_response>) or for white space around it: any other
+    # text can be put into a layout that was rendered once.
+    if any("<" in text or text != text.strip() for text in contents):
+        return _split_answers(tokenizer, messages, add_generation_prompt)
+    roles = tuple(message["role"] for message in messages)
+    layout = _layout(tokenizer, roles, add_generation_prompt)
+    return [(text.format(*contents), supervised) for text, supervised in layout]
+
+
+@lru_cache(maxsize=1 << 16)
+def _piece_ids(tokenizer, text: str) -> list[int]:
+    # Questions and short answers repeat in a data set: most pieces come from the cache.
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def encode(
+    tokenizer,
+    messages: Sequence[dict],
+    visual_lengths: Sequence[int],
+    add_generation_prompt: bool = False,
+) -> Encoded:
+    """Encode one conversation about `len(visual_lengths)` visuals.
+
+    messages: turns in either style, alternating human and assistant, a system turn first if any.
+    visual_lengths: how many placeholder tokens each visual takes, in order of the tags.
+    add_generation_prompt: the last turn is the human's, and the ids end where the answer begins.
+
+    Raises ConversationError for a wrong order of turns, an empty answer, or a number of tags that
+    differs from the number of visuals.
+    """
+    messages = mark_visuals(normalise_messages(messages), len(visual_lengths))
+    if (messages[-1]["role"] == "assistant") == add_generation_prompt:
+        wanted = "a human's turn to answer" if add_generation_prompt else "an assistant's answer"
+        raise ConversationError(f"the last turn must be {wanted}")
+    input_ids, labels, visual_mask = [], [], []
+    lengths = iter(visual_lengths)
+    for text, supervised in _chunks(tokenizer, messages, add_generation_prompt):
+        for number, piece in enumerate(text.split(VISUAL_MARK)):
+            if number:
+                ids = placeholder_ids(tokenizer, next(lengths))
+                input_ids += ids
+                labels += [IGNORED] * len(ids)
+                visual_mask += [True] * len(ids)
+            if piece:
+                ids = _piece_ids(tokenizer, piece)
+                input_ids += ids
+                labels += ids if supervised else [IGNORED] * len(ids)
+                visual_mask += [False] * len(ids)
+    return Encoded(input_ids, labels, visual_mask)
+
+
+def truncate(encoded: Encoded, max_length: int) -> Encoded:
+    """Cut to `max_length` tokens; ConversationError if that loses a visual or all answers."""
+    if len(encoded.input_ids) <= max_length:
+        return encoded
+    labels = encoded.labels[:max_length]
+    if any(encoded.visual_mask[max_length:]):
+        last = max(i for i, visual in enumerate(encoded.visual_mask) if visual) + 1
+        lost = f"cuts into a visual, which ends at token {last}"
+    elif all(label == IGNORED for label in labels):
+        lost = "leaves no token of an answer"
+    else:
+        return Encoded(encoded.input_ids[:max_length], labels, encoded.visual_mask[:max_length])
+    raise ConversationError(
+        f"{len(encoded.input_ids)} tokens, and cutting at {max_length} {lost}; raise --max_seq_len "
+        "or shorten the conversation"
+    )
