@@ -1,0 +1,334 @@
+"""The right frames, upright, or a typed error: on clips made here and on the shared collection."""
+
+import pickle
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataset import video
+from dataset.video import FrameTransform, VideoError, fps_indices, read_frames, uniform_indices
+
+CLIPS = Path(__file__).resolve().parents[2] / "shared" / "clips"
+
+
+def draw_number(number: int, height: int, width: int) -> np.ndarray:
+    """A grey picture with the number as 16 blocks across its top, least significant bit left."""
+    picture = np.full((height, width, 3), 90, np.uint8)
+    for bit in range(16):
+        left, right = bit * width // 16, (bit + 1) * width // 16
+        picture[: height // 8, left:right] = 235 if number >> bit & 1 else 16
+    return picture
+
+
+def read_number(frame: np.ndarray, bar: float = 1 / 8) -> int:
+    height, width = frame.shape[:2]
+    row = frame[int(height * bar / 2)].mean(axis=-1)
+    return sum(int(row[int((bit + 0.5) * width / 16)] > 128) << bit for bit in range(16))
+
+
+def make_clip(path, total, codec="libx264", size=(64, 128), pix_fmt="yuv420p", **options):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10, options=options)
+        stream.height, stream.width = size
+        stream.pix_fmt, stream.codec_context.thread_count = pix_fmt, 1
+        for number in range(total):
+            frame = av.VideoFrame.from_ndarray(draw_number(number, *size), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def numbers(clip, bar: float = 1 / 8) -> list[int]:
+    return [read_number(frame, bar) for frame in clip.frames]
+
+
+# ------------------------------------------------------------------------------ which frames
+
+
+def test_uniform_takes_the_middle_of_equal_parts():
+    assert uniform_indices(24, 8).tolist() == [1, 4, 7, 10, 13, 16, 19, 22]
+    assert uniform_indices(300, 4).tolist() == [37, 112, 187, 262]
+    assert uniform_indices(5, 8).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_fps_takes_the_frame_nearest_to_each_moment_once():
+    at_10_fps = np.arange(31) / 10
+    assert fps_indices(at_10_fps, 1).tolist() == [0, 10, 20, 30]
+    assert fps_indices(at_10_fps, 100).tolist() == list(range(31))
+    with_a_gap = np.array([0.0, 0.1, 0.2, 3.0])
+    assert fps_indices(with_a_gap, 1).tolist() == [0, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "options"),
+    [
+        ("mp4", "libx264", {"bf": "3", "g": "12"}),
+        ("mp4", "libx264", {"bf": "3", "g": "8", "x264-params": "open-gop=1:keyint=8"}),
+        ("mkv", "libx264", {"g": "5"}),
+        ("avi", "mpeg4", {"bf": "2", "g": "12"}),
+        ("ts", "libx264", {"bf": "3", "g": "10"}),
+        ("ts", "mpeg2video", {"bf": "2", "g": "10", "b": "2000k"}),
+        ("webm", "libvpx", {"auto-alt-ref": "1", "lag-in-frames": "8", "b": "1000k"}),
+        ("webm", "libvpx-vp9", {"lag-in-frames": "8", "cpu-used": "8"}),
+        ("mov", "mjpeg", {"pix_fmt": "yuvj420p"}),
+    ],
+)
+@pytest.mark.parametrize("held_bytes", [1 << 24, 0], ids=["held", "seek"])
+def test_exactly_the_asked_frames_in_many_formats(
+    tmp_path, monkeypatch, suffix, codec, options, held_bytes
+):
+    monkeypatch.setattr(video, "HELD_BYTES", held_bytes)
+    monkeypatch.setattr(video, "_read_in_order", None)  # the slow way isn't needed for these
+    path = make_clip(tmp_path / f"clip.{suffix}", 50, codec, **options)
+    for num_frames in (1, 3, 8, 50, 99):
+        clip = read_frames(path, num_frames)
+        assert clip.num_frames_total == 50
+        assert numbers(clip) == uniform_indices(50, num_frames).tolist()
+        assert clip.frames.shape[1:] == (64, 128, 3) and clip.frames.dtype == np.uint8
+        assert clip.timestamps == pytest.approx(uniform_indices(50, num_frames) / 10, abs=0.002)
+
+
+def test_only_the_groups_that_hold_a_chosen_frame_are_decoded(tmp_path, monkeypatch):
+    path = make_clip(tmp_path / "clip.mp4", 50, g="5", bf="0", sc_threshold="0")
+    runs = []
+
+    class Spy(video._Run):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            runs.append(self)
+
+    monkeypatch.setattr(video, "_Run", Spy)
+    assert numbers(read_frames(path, 2)) == [12, 37]
+    assert [run.fed for run in runs] == [13, 38]  # from 10 to 12, and from 35 to 37
+
+
+def test_a_clip_without_usable_timestamps_is_decoded_in_order(tmp_path, monkeypatch):
+    path = make_clip(tmp_path / "clip.mp4", 20)
+
+    def distrust(*_):
+        raise video._UntrustedIndex
+
+    monkeypatch.setattr(video, "_read_by_index", distrust)
+    assert numbers(read_frames(path, 4)) == [2, 7, 12, 17]
+
+
+def test_fps_falls_back_to_uniform_above_the_cap(tmp_path):
+    path = make_clip(tmp_path / "clip.mp4", 50)
+    assert numbers(read_frames(path, 8, sampling="fps", fps=1)) == [0, 10, 20, 30, 40]
+    assert numbers(read_frames(path, 4, sampling="fps", fps=1)) == uniform_indices(50, 4).tolist()
+
+
+def test_decord_gives_the_same_frames(tmp_path):
+    pytest.importorskip("decord")
+    path = make_clip(tmp_path / "clip.mp4", 30)
+    ours, theirs = read_frames(path, 8), read_frames(path, 8, backend="decord")
+    assert numbers(theirs) == numbers(ours)
+    assert theirs.timestamps == pytest.approx(ours.timestamps, abs=1e-3)
+
+
+# ----------------------------------------------------------------------------------- images
+
+
+def test_an_image_is_one_frame_whatever_its_name(tmp_path):
+    picture = draw_number(77, 32, 64)
+    Image.fromarray(picture).save(tmp_path / "a.mp4", format="PNG")
+    clip = read_frames(tmp_path / "a.mp4")
+    assert clip.num_frames_total == 1 and clip.timestamps.tolist() == [0]
+    np.testing.assert_array_equal(clip.frames, picture[None])
+
+
+def test_images_come_upright_and_in_8_bit_rgb(tmp_path):
+    picture = Image.fromarray(draw_number(77, 32, 64))
+    turned = picture.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn me 90 degrees clockwise"
+    turned.save(tmp_path / "turned.png", exif=exif)
+    np.testing.assert_array_equal(read_frames(tmp_path / "turned.png").frames[0], picture)
+
+    deep = np.array([[0, 255 * 256, 65535]], np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert read_frames(tmp_path / "deep.png").frames[0, 0, :, 0].tolist() == [0, 255, 255]
+
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (read_frames(tmp_path / "clear.png").frames == 255).all()
+
+    picture.convert("CMYK").save(tmp_path / "print.jpg")
+    assert read_frames(tmp_path / "print.jpg").frames.shape == (1, 32, 64, 3)
+
+
+# ----------------------------------------------------------------------------------- errors
+
+
+def test_arguments_that_make_no_sense(tmp_path):
+    for arguments in (
+        {"num_frames": 0},
+        {"sampling": "random"},
+        {"sampling": "fps"},
+        {"backend": "cv2"},
+    ):
+        with pytest.raises(ValueError, match="|".join(arguments)):
+            read_frames(tmp_path / "a.mp4", **arguments)
+
+
+def test_an_error_names_file_and_reason_and_survives_pickling(tmp_path):
+    with pytest.raises(VideoError, match="gone.mp4: missing") as caught:
+        read_frames(tmp_path / "gone.mp4")
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (copy.reason, copy.path) == ("missing", str(tmp_path / "gone.mp4"))
+
+    make_clip(tmp_path / "whole.mp4", 5)
+    (tmp_path / "half.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
+    (tmp_path / "half.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes()[:1000])
+    for name in ("half.png", "half.mp4", "."):
+        with pytest.raises(VideoError, match="corrupt|no_video|missing"):
+            read_frames(tmp_path / name)
+
+
+def test_too_many_pixels_are_refused_before_decoding(tmp_path, monkeypatch):
+    make_clip(tmp_path / "clip.mp4", 3)
+    Image.new("RGB", (128, 64)).save(tmp_path / "image.png")
+    monkeypatch.setattr(video, "MAX_PIXELS", 128 * 64 - 1)
+    for name in ("clip.mp4", "image.png"):
+        with pytest.raises(VideoError, match="128×64 pixels"):
+            read_frames(tmp_path / name)
+
+
+# -------------------------------------------------------------------------- the shared clips
+
+BAR = 24 / 360
+# name: (number of visible frames, the number in its frame i)
+NUMBERED = {
+    "anim.gif": (30, lambda i: 1 + 3 * i),
+    "fiveframes.mp4": (5, lambda i: i),
+    "gray.mp4": (60, lambda i: i),
+    "odd_321x181_444.mp4": (60, lambda i: i),
+    "oneframe.mp4": (1, lambda i: i),
+    "s10_editlist.mp4": (207, lambda i: 93 + i),
+    "s10_h264.mkv": (300, lambda i: i),
+    "s10_h264.mp4": (300, lambda i: i),
+    "trunc.mkv": (224, lambda i: i),
+    "vfr.mp4": (200, lambda i: i),
+}
+REAL = {
+    "bigbuckbunny.mp4": (132, 720, 1280),
+    "bikes.mp4": (250, 272, 640),
+    "carphone_pristine.mp4": (120, 144, 176),
+}
+BROKEN = {
+    "audioonly.mp4": "no_video",
+    "bitflips.mp4": "corrupt",
+    "bomb_16384x8192.mp4": "too_large",
+    "concat_disguised.mp4": "unreadable",
+    "empty.mp4": "unreadable",
+    "fuzzmoov0.mp4": "corrupt",
+    "html404.mp4": "unreadable",
+    "nomoov.mp4": "unreadable",
+    "random.mp4": "unreadable",
+    "zeroframes.mp4": "no_video",
+}
+
+
+def shared(name: str) -> Path:
+    if not CLIPS.is_dir():
+        pytest.skip(f"{CLIPS} isn't there")
+    return CLIPS / name
+
+
+def test_every_shared_clip_is_tested():
+    listed = {*NUMBERED, *REAL, *BROKEN, "s10_rot90.mp4", "INDEX.md"}
+    assert {path.name for path in shared("").iterdir()} == listed
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+@pytest.mark.parametrize("held_bytes", [1 << 24, 0], ids=["held", "seek"])
+def test_shared_clips_show_the_right_numbers(name, held_bytes, monkeypatch):
+    monkeypatch.setattr(video, "HELD_BYTES", held_bytes)
+    total, number = NUMBERED[name]
+    clip = read_frames(shared(name), 8)
+    assert clip.num_frames_total == total
+    assert numbers(clip, BAR) == [number(i) for i in uniform_indices(total, 8)]
+
+
+def test_a_turned_clip_comes_upright():
+    clip = read_frames(shared("s10_rot90.mp4"), 4)
+    assert clip.frames.shape == (4, 640, 360, 3)
+    # Its pictures are stored lying: turning them back clockwise shows the bar on top again.
+    assert [read_number(np.rot90(frame, -1), BAR) for frame in clip.frames] == [37, 112, 187, 262]
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_clips_equal_decoding_everything(name):
+    total, height, width = REAL[name]
+    clip = read_frames(shared(name), 4)
+    assert (clip.num_frames_total, *clip.frames.shape) == (total, 4, height, width, 3)
+    chosen = uniform_indices(total, 4)
+    with av.open(str(shared(name))) as container:
+        for index, frame in enumerate(container.decode(video=0)):
+            if index in chosen:
+                expected = frame.to_ndarray(format="rgb24")
+                np.testing.assert_array_equal(clip.frames[chosen.tolist().index(index)], expected)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_clips_are_one_typed_error(name):
+    with pytest.raises(VideoError) as caught:
+        read_frames(shared(name), 8)
+    assert caught.value.reason == BROKEN[name]
+
+
+# -------------------------------------------------------------------------------- transform
+
+MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+
+
+@pytest.mark.parametrize("shape", [(90, 160), (160, 90), (61, 61), (33, 200), (48, 48)])
+def test_crop_equals_the_clip_processor_of_transformers(shape):
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    noise = np.random.default_rng(0).integers(0, 256, (3, *shape, 3), np.uint8)
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 48}, crop_size=48, image_mean=MEAN, image_std=STD
+    )
+    expected = processor(list(noise), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(FrameTransform(48, MEAN, STD)(noise), expected, atol=1e-5, rtol=0)
+
+
+def test_frames_of_the_towers_size_pass_untouched():
+    noise = np.random.default_rng(0).integers(0, 256, (2, 48, 48, 3), np.uint8)
+    transform = FrameTransform(48, (0, 0, 0), (1, 1, 1))
+    assert transform.resize_frames(noise) is noise
+    expected = torch.from_numpy(noise).permute(0, 3, 1, 2) / 255
+    torch.testing.assert_close(transform(noise), expected)
+
+
+def test_squash_keeps_the_whole_picture():
+    halves = np.zeros((1, 40, 80, 3), np.uint8)
+    halves[:, :, 40:] = 255
+    squashed = FrameTransform(20, MEAN, STD, resize="squash").resize_frames(halves)
+    assert squashed.shape == (1, 20, 20, 3)
+    assert squashed[0, :, :7].max() == 0 and squashed[0, :, 13:].min() == 255
+
+
+def test_transform_reads_the_towers_own_configuration(tmp_path):
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size=48).save_pretrained(tmp_path)
+    transform = FrameTransform.from_pretrained(tmp_path)
+    assert (transform.image_size, transform.resize, transform.resample) == (48, "crop", 3)
+    assert transform.describe()["mean"] == pytest.approx([0.48145466, 0.4578275, 0.40821073])
+
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(
+        '{"size": {"height": 64, "width": 64}, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}'
+    )
+    assert FrameTransform.from_pretrained(tmp_path).resize == "squash"
+    for content in ("{", '{"size": 64}', "[]"):
+        file.write_text(content)
+        with pytest.raises(ValueError, match="preprocessor_config.json"):
+            FrameTransform.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="missing"):
+        FrameTransform.from_pretrained(tmp_path / "elsewhere")
