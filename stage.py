@@ -1,0 +1,287 @@
+"""Joins the three rooms (model, dataset, trainer) for both training stages.
+
+`train_pretrain.py` and `train_sft.py` say what their stage is: which weights it starts from, which
+are trained, which settings are usual. Everything they share stands here once.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dataset.conversation import placeholder_ids
+from dataset.feature_store import FeatureStore
+from dataset.video import FrameTransform
+from dataset.video_dataset import (
+    FeatureSource,
+    LengthGroupedBatchSampler,
+    VideoDataset,
+    VideoSource,
+    collate,
+    read_samples,
+)
+from model.checkpoint import save_model
+from model.cinego import Cinego
+from model.config import CinegoConfig, LanguageModelConfig
+from model.vision_tower import VisionTower
+from trainer.config import TrainConfig, flag, parse, side_flag
+from trainer.distributed import World, setup
+from trainer.engine import train
+
+
+@dataclass
+class StageConfig(TrainConfig):
+    """The engine's settings and those of model and data."""
+
+    data_path: list[str] = side_flag(None, "training samples, one or more jsonl files")
+    val_path: list[str] | None = side_flag(None, "held-out samples, for the validation loss")
+    images_path: str = side_flag("dataset/videos", "folder that the samples' paths start from")
+    use_feature: bool = flag(False, "read features that extract_features.py wrote, not videos")
+    features_path: str = side_flag("dataset/features", "their folder")
+    val_features_path: str | None = side_flag(None, "another folder for the held-out samples")
+    vision_path: str = side_flag(
+        "model/vision_model/clip-vit-base-patch32", "the frozen vision tower, for reading videos"
+    )
+    tokenizer_path: str = side_flag("model/text_tokenizer", "folder of the tokenizer")
+    video_backend: Literal["pyav", "decord"] = flag("pyav", "reader of video files")
+    num_frames: int = flag(8, "frames taken from a video")
+    max_seq_len: int = flag(1024, "longest row, in tokens; visual tokens count")
+    share_prefix: bool = flag(True, "all samples of one visual share a row, the visual comes once")
+    load_from: str | None = side_flag(None, "weights to start from (default: by stage and --dim)")
+    from_scratch: bool = flag(False, "start from random weights instead")
+    freeze_llm: Literal[0, 1] = flag(0, "1: train projector and summary only")
+    dim: int = flag(512, "width of the language model")
+    n_layers: int = flag(8, "its layers")
+    n_heads: int = flag(8, "its attention heads")
+    n_kv_heads: int = flag(2, "its key/value heads")
+    embedding_std: float = flag(0.02, "spread of its random embeddings, for --from_scratch")
+    summary: Literal["ours", "gpt4video", "mean", "concat"] = flag("ours", "how frames condense")
+    compile: bool = side_flag(False, "torch.compile the language model; the first updates are slow")
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if not self.data_path:
+            found.append("--data_path is missing: give one or more jsonl files")
+        if self.from_scratch and self.freeze_llm:
+            found.append("--from_scratch with --freeze_llm 1 would keep a random language model")
+        for name in ("num_frames", "max_seq_len", "dim", "n_layers", "n_heads", "n_kv_heads"):
+            if getattr(self, name) < 1:
+                found.append(f"--{name} is {getattr(self, name)}: give 1 or more")
+        return found
+
+
+@dataclass
+class Visuals:
+    """Where a stage's visuals come from, and what a model must take to read them."""
+
+    train: FeatureSource | VideoSource
+    val: FeatureSource | VideoSource
+    tokens_per_frame: int
+    hidden_size: int
+    tower: VisionTower | None  # None: features on disk, the tower has done its work
+    tower_fingerprint: str
+
+
+# (where to start, what the flags describe, the tower or None) → the model
+Load = Callable[[Path, CinegoConfig, VisionTower | None], Cinego]
+
+
+def run(
+    description: str,
+    run_name: str,
+    start_weights: str,
+    load: Load,
+    argv: list[str] | None = None,
+    **defaults: Any,
+) -> dict[str, Any]:
+    """One stage, from the command line to the checkpoint; returns the last line of metrics.
+
+    `run_name` and `start_weights` are the stage's published names, with `{dim}` in them; `load`
+    makes the model from the start weights; `defaults` replace those of StageConfig.
+    """
+    config = parse(StageConfig, description, argv, run_name=run_name, **defaults)
+    config.run_name = config.run_name.replace("{dim}", str(config.dim))
+    start = Path(config.load_from or Path(config.out_dir, start_weights.format(dim=config.dim)))
+    if not Path(config.tokenizer_path).is_dir():  # a name would be looked up on the net
+        raise ValueError(f"--tokenizer_path {config.tokenizer_path}: no such folder")
+    world = setup(config.device)
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_path)
+    visuals = open_visuals(config)
+    model = build_model(config, tokenizer, visuals, start, load)
+    world.say("parameters: " + ", ".join(f"{k} {v:,}" for k, v in model.parameter_counts().items()))
+
+    def loader(paths: list[str] | None, source, training: bool) -> DataLoader | None:
+        return paths and make_loader(config, paths, source, tokenizer, model, world, training)
+
+    def save(path: Path, meta: dict[str, Any]) -> None:
+        save_model(path, model, {**meta, "training": asdict(config), "commit": commit()})
+
+    lineage = {
+        "data": fingerprint(config.data_path),
+        "start": "random" if config.from_scratch else fingerprint([start]),
+        "vision_tower": visuals.tower_fingerprint,
+    }
+    metrics = train(
+        model,
+        loader(config.data_path, visuals.train, True),
+        loader(config.val_path, visuals.val, False),
+        config,
+        world,
+        save,
+        lineage,
+    )
+    world.close()
+    return metrics
+
+
+def launch(main: Callable[[], Any]) -> None:
+    """Runs a script's `main`; what a user can mend ends it with the message alone."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def open_visuals(config: StageConfig) -> Visuals:
+    """The feature store(s), refused if they don't fit the flags, or the videos and the tower."""
+    if config.use_feature:
+        store = FeatureStore(config.features_path)
+        store.check({"num_frames": config.num_frames})
+        val = FeatureStore(config.val_features_path) if config.val_features_path else store
+        made = store.manifest
+        alike = ("tower", "tokens_per_frame", "hidden_size", "transform", "num_frames", "sampling")
+        val.check({key: made.get(key) for key in alike})
+        size = (made["tokens_per_frame"], made["hidden_size"])
+        return Visuals(FeatureSource(store), FeatureSource(val), *size, None, made["tower"])
+    tower = VisionTower.from_pretrained(config.vision_path)
+    source = VideoSource(
+        config.images_path,
+        FrameTransform.from_pretrained(config.vision_path),
+        config.num_frames,
+        backend=config.video_backend,
+    )
+    size = (tower.tokens_per_frame, tower.hidden_size)
+    return Visuals(source, source, *size, tower, tower.fingerprint())
+
+
+def build_model(
+    config: StageConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    visuals: Visuals,
+    start: Path,
+    load: Load,
+) -> Cinego:
+    """The model as the flags describe it; ValueError where the start weights are of another one."""
+    wanted = CinegoConfig(
+        language_model=LanguageModelConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.dim,
+            num_hidden_layers=config.n_layers,
+            num_attention_heads=config.n_heads,
+            num_key_value_heads=config.n_kv_heads,
+            embedding_std=config.embedding_std,
+        ),
+        summary=config.summary,
+        vision_hidden_size=visuals.hidden_size,
+        tokens_per_frame=visuals.tokens_per_frame,
+        image_ids=placeholder_ids(tokenizer, visuals.tokens_per_frame),
+    ).validate()
+    torch.manual_seed(config.seed)
+    if config.from_scratch:
+        model, tower_before = Cinego(wanted, visuals.tower), None
+    else:
+        model, tower_before = load(start, wanted, visuals.tower), tower_of(start)
+    language_model, given = model.config.language_model, wanted.language_model
+    pairs = {
+        "--dim": (language_model.hidden_size, given.hidden_size),
+        "--n_layers": (language_model.num_hidden_layers, given.num_hidden_layers),
+        "--n_heads": (language_model.num_attention_heads, given.num_attention_heads),
+        "--n_kv_heads": (language_model.num_key_value_heads, given.num_key_value_heads),
+        "--tokenizer_path: vocabulary": (language_model.vocab_size, given.vocab_size),
+        "--tokenizer_path: placeholder": (
+            list(model.config.image_ids or ()),  # a list or a tuple, as its file has it
+            list(wanted.image_ids),
+        ),
+        "--summary": (model.config.summary, wanted.summary),
+        "tower: weights": (tower_before or visuals.tower_fingerprint, visuals.tower_fingerprint),
+        "tower: tokens a frame": (model.config.tokens_per_frame, wanted.tokens_per_frame),
+        "tower: width": (model.config.vision_hidden_size, wanted.vision_hidden_size),
+    }
+    misfits = [f"  {key}: {a} in the file, {b} given" for key, (a, b) in pairs.items() if a != b]
+    if misfits:
+        raise ValueError(f"{start} doesn't fit the settings:\n" + "\n".join(misfits))
+    model.set_trainable(freeze_llm=bool(config.freeze_llm))
+    if config.compile:
+        model.language_model.compile(dynamic=True)  # in place: the weights keep their names
+    return model
+
+
+def make_loader(
+    config: StageConfig,
+    paths: list[str],
+    source: FeatureSource | VideoSource,
+    tokenizer: PreTrainedTokenizerBase,
+    model: Cinego,
+    world: World,
+    training: bool,
+) -> DataLoader:
+    """Batches of rows of like length; each process gets its own share of them."""
+    dataset = VideoDataset(
+        [sample for path in paths for sample in read_samples(path)],
+        tokenizer,
+        source,
+        num_tokens=model.config.tokens_per_visual,
+        max_length=config.max_seq_len,
+        share_prefix=config.share_prefix,
+    )
+    batches = LengthGroupedBatchSampler(
+        dataset.lengths, config.batch_size, config.seed, world.rank, world.size, shuffle=training
+    )
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=partial(collate, pad_id=pad_id),
+        num_workers=config.num_workers,
+        persistent_workers=training and config.num_workers > 0,
+        pin_memory=world.device.type == "cuda",
+    )
+
+
+def tower_of(start: Path) -> str | None:
+    """Fingerprint of the tower that a checkpoint was trained with; None where it knew none."""
+    about = start.with_suffix(".json")
+    if not about.is_file():
+        return None
+    return json.loads(about.read_text(encoding="utf-8")).get("lineage", {}).get("vision_tower")
+
+
+def fingerprint(paths: list[str | Path]) -> str:
+    """16 hex digits of the files' contents: a moved file is the same, a changed one another."""
+    digest = hashlib.sha256()
+    for path in paths:
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no such file")
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def commit() -> str | None:
+    """The commit of this code, for the record in a checkpoint; None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,212 @@
+"""Both stages from their command lines, on features made up here: what they write and refuse."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+import train_pretrain
+import train_sft
+from dataset.feature_store import FeatureStore
+from dataset.video import FrameTransform
+from model.checkpoint import load_video_language_model, save_model
+from model.config import LanguageModelConfig
+from model.minimind import MiniMind
+from model.vision_tower import VisionTower
+
+TOKENIZER = Path(__file__).resolve().parents[1] / "model/text_tokenizer"
+SIZE = "--dim 32 --n_layers 2 --n_heads 2 --n_kv_heads 1"
+FRAMES, TOKENS, WIDTH = 4, 50, 16
+
+
+def write_features(folder, **changes):
+    """A store of three clips, as extract_features.py leaves it."""
+    store = FeatureStore(folder)
+    settings = {"tower": "abc", "tokens_per_frame": TOKENS, "hidden_size": WIDTH}
+    settings |= {"transform": {}, "num_frames": FRAMES, "sampling": "uniform"}
+    store.begin(settings | changes)
+    names = ["a.mp4", "b.mp4", "c.mp4"]
+    for i, name in enumerate(names):
+        generator = torch.Generator().manual_seed(i)
+        store.write(name, torch.randn(FRAMES, TOKENS, WIDTH, generator=generator))
+    store.finish({name: {} for name in names}, {})
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    write_features("features")
+    samples = [
+        {
+            "id": f"{name}-{i}",
+            "video": f"{name}.mp4",
+            "conversations": [
+                {"from": "human", "value": f"<video>\nquestion {i}?"},
+                {"from": "gpt", "value": f"{name} is the answer"},
+            ],
+        }
+        for name in "abc"
+        for i in range(2)
+    ]
+    Path("data.jsonl").write_text("\n".join(map(json.dumps, samples)))
+
+
+def command(script, flags="", size=SIZE):
+    common = f"--use_feature --features_path features --data_path data.jsonl --num_frames {FRAMES}"
+    place = f"--tokenizer_path {TOKENIZER} --num_workers 0 --batch_size 2 --device cpu"
+    return script.main(f"{common} {place} {size} {flags}".split())
+
+
+def write_language_model():
+    """out/lm_32.pth, the language model that pretraining starts from."""
+    torch.manual_seed(1)
+    config = LanguageModelConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+    )
+    save_model("out/lm_32.pth", MiniMind(config), {})
+
+
+def tiny_tower(folder):
+    """A random CLIP of 7 x 7 patches in transformers' format."""
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=4,
+    )
+    CLIPVisionModel(config).save_pretrained(folder)
+    rule = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    rule |= {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    Path(folder, "preprocessor_config.json").write_text(json.dumps(rule))
+    return VisionTower.from_pretrained(folder)
+
+
+def test_pretraining_then_fine_tuning(capsys):
+    write_language_model()
+    command(train_pretrain, "--val_path data.jsonl")
+    before = load_video_language_model("out/pretrain_videolm_32.pth")
+    language_model = torch.load("out/lm_32.pth")
+    for name, weight in before.language_model.state_dict().items():
+        assert torch.equal(weight, language_model[name]), f"{name} was frozen but moved"
+
+    metrics = command(train_sft, "--epochs 3 --dtype float32 --learning_rate 1e-2")
+    after = load_video_language_model("out/sft_videolm_32.pth")
+    pairs = zip(after.state_dict().items(), before.state_dict().values(), strict=True)
+    assert not [name for (name, new), old in pairs if torch.equal(new, old)]  # all parts learn
+    lines = Path("out/sft_videolm_32/metrics.jsonl").read_text().splitlines()
+    assert metrics == json.loads(lines[-1]) and metrics["step"] == 6 and metrics["epoch"] == 3
+
+    about = json.loads(Path("out/sft_videolm_32.json").read_text())
+    assert about["step"] == 6 and about["training"]["learning_rate"] == 1e-2
+    assert about["lineage"]["vision_tower"] == "abc" and len(about["lineage"]["data"]) == 16
+    assert (
+        after.config.image_ids == before.config.image_ids and len(after.config.image_ids) == TOKENS
+    )
+    assert "video_summary" in capsys.readouterr().out  # the parameter counts
+
+
+def test_random_start_and_shared_rows():
+    random = "--from_scratch --freeze_llm 0 --embedding_std 0.4"
+    assert command(train_pretrain, random)["step"] == 2  # rows: one a clip, in batches of two
+    embedding = load_video_language_model("out/pretrain_videolm_32.pth").language_model.embed
+    assert embedding(torch.arange(99)).std().item() == pytest.approx(0.4, rel=0.1)
+    assert command(train_pretrain, random + " --no-share_prefix --run_name alone")["step"] == 3
+
+
+def test_raw_images_give_the_loss_of_their_features():
+    """The tower runs within the training step, or ran before: the model sees the same numbers."""
+    tower = tiny_tower("tower")
+    transform = FrameTransform.from_pretrained("tower")
+    store = FeatureStore("image_features")
+    settings = {"tower": tower.fingerprint(), "tokens_per_frame": TOKENS, "hidden_size": WIDTH}
+    store.begin(settings | {"num_frames": FRAMES})
+    for i, name in enumerate("abc"):
+        pixels = np.random.default_rng(i).integers(0, 256, (28, 28, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(f"{name}.png")
+        store.write(f"{name}.png", tower(transform(pixels[None])))
+    store.finish({f"{name}.png": {} for name in "abc"}, {})
+    Path("images.jsonl").write_text(Path("data.jsonl").read_text().replace(".mp4", ".png"))
+
+    random = "--from_scratch --freeze_llm 0 --dtype float32 --data_path images.jsonl"
+    raw = "--no-use_feature --vision_path tower --images_path . --run_name raw"
+    read = command(train_pretrain, f"{random} --features_path image_features")
+    seen = command(train_pretrain, f"{random} {raw}")
+    assert seen["loss"] == pytest.approx(read["loss"], rel=1e-4)
+    assert seen["grad_norm"] == pytest.approx(read["grad_norm"], rel=1e-2)
+    # Either way the checkpoint knows the tower, so that fine-tuning may change between the two.
+    command(train_sft, f"--data_path images.jsonl {raw.replace('--run_name raw', '')}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "size", "said"),
+    [
+        ("", SIZE, r"out/pretrain_videolm_32.pth: no such checkpoint; run train_pretrain.py first"),
+        ("--load_from start.pth", SIZE.replace("layers 2", "layers 3"), "--n_layers: 2 .* 3 given"),
+        ("--load_from start.pth --summary mean", SIZE, "--summary: ours in the file, mean given"),
+        ("--load_from start.pth --num_frames 8", SIZE, "num_frames is 4, 8 is needed"),
+        ("--load_from start.pth --features_path other", SIZE, "tower: weights: abc .* xyz given"),
+        (
+            "--load_from start.pth --val_features_path other",
+            SIZE,
+            "tower is 'xyz', 'abc' is needed",
+        ),
+        ("--load_from start.pth --features_path nowhere", SIZE, "manifest.json: missing"),
+        ("--load_from start.pth --data_path no.jsonl", SIZE, "no.jsonl: "),
+        ("--load_from start.pth --device cuda", SIZE, "no CUDA device"),
+    ],
+)
+def test_what_does_not_fit_is_refused(flags, size, said):
+    if flags:
+        command(train_pretrain, "--from_scratch --freeze_llm 0 --run_name start --out_dir .")
+        write_features("other", tower="xyz")
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    with pytest.raises(ValueError, match=said):
+        command(train_sft, flags, size)
+    assert not Path("out").exists()
+
+
+def test_flags_that_contradict_each_other(capsys):
+    with pytest.raises(SystemExit):
+        command(train_pretrain, "--from_scratch --n_heads 0")
+    said = capsys.readouterr().err
+    assert "random language model" in said and "--n_heads is 0" in said
+    with pytest.raises(ValueError, match="no such language model.*--from_scratch --freeze_llm 0"):
+        command(train_pretrain)
+
+
+def test_new_data_is_not_taken_for_a_finished_run():
+    flags = "--from_scratch --freeze_llm 0"
+    command(train_pretrain, flags)
+    with Path("data.jsonl").open("a") as file:
+        file.write("\n" + Path("data.jsonl").read_text().splitlines()[0])
+    with pytest.raises(ValueError, match="another run(.|\n)*data: "):
+        command(train_pretrain, flags)
+
+
+def test_wandb_gets_the_settings_and_every_line(monkeypatch):
+    settings, logged = {}, []
+    tracker = SimpleNamespace(log=lambda row, step: logged.append(row), finish=lambda: None)
+    fake = SimpleNamespace(init=lambda **given: settings.update(given) or tracker)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    command(train_pretrain, "--from_scratch --freeze_llm 0 --use_wandb --log_interval 1")
+    assert settings["name"] == "pretrain_videolm_32" and settings["config"]["dim"] == 32
+    written = Path("out/pretrain_videolm_32/metrics.jsonl").read_text().splitlines()
+    assert logged == [json.loads(line) for line in written] and len(logged) == 2
+
+
+def test_compile_wraps_the_language_model(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(MiniMind, "compile", lambda self, **options: compiled.append(options))
+    command(train_pretrain, "--from_scratch --freeze_llm 0 --compile")
+    assert compiled == [{"dynamic": True}]

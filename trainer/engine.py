@@ -1,0 +1,226 @@
+"""The training loop. Both stages run it; what they train on what is decided before they call it.
+
+One update reads top to bottom in `train`: take the micro-batches, count their supervised tokens
+over all processes, run forward and backward, sum the gradients, clip, check, step. Around it
+stands what happens once in a while: an epoch begins, a validation, a line of metrics, a checkpoint.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.checkpoint import find_state, save_state
+from trainer.config import TrainConfig
+from trainer.distributed import World
+from trainer.journal import Journal, losses_of
+from trainer.optim import Optimizers, rate_factor
+
+Batch = dict[str, Any]  # "inputs" for the model's forward, counts, "sample_ids", "bad"
+
+# A share of bad samples means nothing before so many were seen (or an epoch ended).
+SAMPLES_TO_JUDGE = 200
+
+
+class TrainingStopped(ValueError):
+    """Training can't go on: a loss that isn't a number, or too much data that can't be read."""
+
+
+def train(
+    model: nn.Module,
+    train_loader: Iterable[Batch],
+    val_loader: Iterable[Batch] | None,
+    config: TrainConfig,
+    world: World,
+    save_weights: Callable[[Path, dict[str, Any]], None],
+    lineage: dict[str, Any],
+) -> dict[str, Any]:
+    """Trains `model` in place and returns the last line of metrics.
+
+    `model(**batch["inputs"]).loss` is the *sum* of the cross-entropy over the batch's supervised
+    tokens. `train_loader.batch_sampler` has `set_epoch(epoch)` and `skip(batches)`.
+    `save_weights(path, meta)` writes a checkpoint; `lineage` (what the data and the first weights
+    are) goes into it and into the state, so that a resumed run is the same run.
+    Raises TrainingStopped as that class says, ValueError if there is nothing to train on or the
+    state found belongs to another run.
+    """
+    device, run = world.device, config.run_name
+    weights_path = Path(config.out_dir) / f"{run}.pth"
+    state_path = Path(config.out_dir) / run / "state.pt"
+    steps_an_epoch = math.ceil(len(train_loader) / config.accumulation_steps)
+    total_steps = min(config.epochs * steps_an_epoch, config.max_steps or math.inf)
+    if total_steps == 0:
+        raise ValueError("the training data gives no batch; lower --batch_size or add samples")
+    identity = {**config.identity(), "processes": world.size, **lineage}
+    state = find_state(config, identity)
+    if state and state["step"] == total_steps:
+        if weights_path.is_file():
+            world.say(f"{run}: already finished, {weights_path} stands; nothing to do")
+            return state["metrics"]
+        state = None  # its weights were taken away: somebody wants them made again
+
+    model.to(device).train()
+    world.broadcast(model.state_dict().values())
+    optimizers = Optimizers(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+
+    # Loop state: all that a resumed run needs to go on as if nothing had happened. Randomness isn't
+    # in it: the data order follows from (seed, epoch), dropout from (seed, step).
+    step = 0  # updates done, skipped ones included
+    samples_seen, samples_bad = 0, 0
+    if state:
+        model.load_state_dict(state["model"])
+        optimizers.load_state_dict(state["optimizers"])
+        scaler.load_state_dict(state["scaler"])
+        step = state["step"]
+        samples_seen, samples_bad = state["samples_seen"], state["samples_bad"]
+    world.say(f"{run}: {optimizers.description}; updates {step} to {total_steps}")
+
+    journal = Journal(config, world.is_main, step, total_steps)
+    batches = None
+    metrics: dict[str, Any] = {}
+
+    while step < total_steps:
+        # ---- once an epoch: a new order (or, resumed in its middle, the rest of the old one)
+        epoch, step_in_epoch = divmod(step, steps_an_epoch)
+        if batches is None or step_in_epoch == 0:
+            train_loader.batch_sampler.set_epoch(epoch)
+            train_loader.batch_sampler.skip(step_in_epoch * config.accumulation_steps)
+            batches = iter(train_loader)
+
+        # ---- one update
+        waiting = time.perf_counter()
+        micro_batches = list(itertools.islice(batches, config.accumulation_steps))
+        waited = time.perf_counter() - waiting
+        tokens, real, padded, seen, bad = world.sum(*count(micro_batches))
+        samples_seen, samples_bad = samples_seen + seen, samples_bad + bad
+        if bad:
+            journal.quarantine(world.gather([b for batch in micro_batches for b in batch["bad"]]))
+        judge = samples_seen >= SAMPLES_TO_JUDGE or step_in_epoch + 1 == steps_an_epoch
+        if judge and samples_bad > config.max_bad * samples_seen:
+            raise TrainingStopped(
+                f"{samples_bad:.0f} of {samples_seen:.0f} samples can't be decoded, more than "
+                f"--max_bad {config.max_bad}; they are named in {journal.folder}/quarantine.jsonl"
+            )
+
+        loss = grad_norm = 0.0
+        rate = rate_factor(step, total_steps, config.warmup_iters, config.schedule)
+        filled = [batch for batch in micro_batches if batch["inputs"]]
+        if tokens:  # else every sample of every process was bad: an update without a step
+            torch.manual_seed(config.seed + step * world.size + world.rank)
+            optimizers.set_rates(rate)
+            losses = []
+            for batch in filled:
+                loss_sum = loss_of(model, batch, config, device)
+                # Each token weighs the same, in whichever micro-batch or process it stands.
+                if loss_sum.requires_grad:  # text under a frozen language model teaches nothing
+                    scaler.scale(loss_sum / tokens).backward()
+                losses.append(loss_sum.detach())
+            world.sum_gradients(optimizers.parameters)
+            grad_norm = optimizers.unscale_and_clip(scaler, config.grad_clip).item()
+            (loss,) = world.sum(float(sum(losses)) / tokens)
+            # float16 overflows now and then by design: the scaler skips such a step by itself.
+            if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
+                raise TrainingStopped(blame(filled, losses, loss, grad_norm, step, world))
+            optimizers.step(scaler)
+            optimizers.zero_grad()
+        step += 1
+        journal.count(
+            loss=loss * tokens, supervised=tokens, real=real, padded=padded, waited=waited
+        )
+
+        # ---- once in a while: validate, log, save
+        last = step == total_steps
+        evaluating, saving, logging = (
+            last or (interval > 0 and step % interval == 0)
+            for interval in (config.eval_interval, config.save_interval, config.log_interval)
+        )
+        if evaluating or saving or logging:
+            metrics = {
+                "step": step,
+                "epoch": round(step / steps_an_epoch, 4),
+                **journal.figures(),
+                "lr": config.learning_rate * rate,
+                "grad_norm": grad_norm,
+                "bad_samples": int(samples_bad),
+            }
+            if evaluating and val_loader is not None:
+                metrics |= evaluate(model, val_loader, config, world, journal)
+            metrics = journal.log(metrics)
+        if saving and world.is_main:
+            save_weights(weights_path, {"step": step, "metrics": metrics, "lineage": lineage})
+            state = {"step": step, "identity": identity, "metrics": metrics}
+            if not last:  # a finished run needs no more than the mark that it is finished
+                state |= {
+                    "model": model.state_dict(),
+                    "optimizers": optimizers.state_dict(),
+                    "scaler": scaler.state_dict(),
+                    "samples_seen": samples_seen,
+                    "samples_bad": samples_bad,
+                }
+            save_state(state_path, state)
+        if evaluating or saving or logging:
+            journal.open_window()
+
+    journal.close()
+    world.say(f"{run}: {losses_of(metrics)}; weights in {weights_path}")
+    return metrics
+
+
+def count(batches: list[Batch]) -> tuple[int, ...]:
+    """Supervised tokens, real tokens, tokens with padding, samples met, samples bad."""
+    keys = ("supervised_tokens", "real_tokens", "padded_tokens")
+    bad = sum(len(batch["bad"]) for batch in batches)
+    good = sum(len(batch["sample_ids"]) for batch in batches)
+    return *(sum(batch[key] for batch in batches) for key in keys), good + bad, bad
+
+
+def loss_of(model: nn.Module, batch: Batch, config: TrainConfig, device: torch.device):
+    """Summed loss of one batch, under autocast; the model's own loss stays in float32."""
+    inputs = {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch["inputs"].items()
+    }
+    dtype = getattr(torch, config.dtype)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        return model(**inputs).loss
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, loader: Iterable[Batch], config: TrainConfig, world: World, journal: Journal
+) -> dict[str, float]:
+    """Mean loss a supervised token of held-out data; nothing if none of it can be decoded.
+
+    Sums over processes come before the division: how the data is cut into batches has no say.
+    """
+    model.eval()
+    loss_sum, tokens, bad = 0.0, 0, []
+    for batch in loader:
+        bad += batch["bad"]
+        if batch["inputs"]:
+            loss_sum += loss_of(model, batch, config, world.device)
+            tokens += batch["supervised_tokens"]
+    model.train()
+    journal.quarantine(world.gather(bad))
+    loss_sum, tokens = world.sum(float(loss_sum), tokens)
+    return {"val_loss": loss_sum / tokens} if tokens else {}
+
+
+def blame(
+    batches: list[Batch], losses: list, loss: float, grad_norm: float, step: int, world: World
+) -> str:
+    """Names the samples of the micro-batches whose own loss isn't finite; of all of them where only
+    the gradient isn't."""
+    sick = [b for b, part in zip(batches, losses, strict=True) if not math.isfinite(float(part))]
+    suspects = batches if math.isfinite(loss) else sick
+    ids = world.gather([name for batch in suspects for name in batch["sample_ids"]])
+    return (
+        f"update {step + 1}: loss {loss}, gradient norm {grad_norm}; nothing was updated. Samples: "
+        f"{', '.join(ids)}. Look at them, lower the learning rate or try --dtype float32"
+    )
