@@ -1,0 +1,319 @@
+"""Answers questions about videos and images: in the terminal, or a test set with its score.
+
+    python eval.py                                        # about each file of dataset/eval_videos/
+    python eval.py --video a.mp4                          # a chat about one file; /quit ends it
+    python eval.py --image a.png --question "What is it?"
+    python eval.py --data_path test.jsonl --images_path DIR --controls --output out/eval.json
+
+A test set is a jsonl like that of training; `scoring` may give each answer a type (see
+dataset/scoring.py). The controls ask the same questions with the order of the frames changed or the
+picture taken away: a score that stays up there was never read from the video.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from answering import Answerer
+from dataset.conversation import ConversationError
+from dataset.scoring import fact_vocabulary, format_table, score_turn, summarise
+from dataset.video_dataset import Sample, read_samples, resolve_under
+
+STAGES = {0: "pretrain", 1: "sft"}
+SUFFIXES = {
+    *(".mp4", ".mkv", ".webm", ".avi", ".mov", ".ts", ".mpg", ".mpeg", ".m4v", ".gif"),
+    *(".png", ".jpg", ".jpeg", ".webp", ".bmp"),
+}
+DEFAULT_QUESTION = "What happens in this video?"
+
+
+def load(args: argparse.Namespace) -> Answerer:
+    stage, dim = STAGES[args.model_mode], args.dim or 512
+    checkpoint = Path(args.load_from or f"out/{stage}_videolm_{dim}.pth")
+    if not checkpoint.is_file():
+        size = "768_16" if dim == 768 else "512_8"
+        raise ValueError(
+            f"no checkpoint {checkpoint}: train it (bash scripts/train/train_{stage}_{size}.sh) "
+            "or name another (--load_from PATH)"
+        )
+    answerer = Answerer.load(
+        checkpoint, args.vision_path, args.tokenizer_path, args.num_frames, args.device
+    )
+    has = answerer.model.config.language_model
+    for flag, asked, trained in (
+        ("--dim", args.dim, has.hidden_size),
+        ("--n_layers", args.n_layers, has.num_hidden_layers),
+    ):
+        if asked not in (None, trained):
+            raise ValueError(f"{checkpoint} was trained with {flag} {trained}, not {asked}")
+    return answerer
+
+
+# ---- a test set ----------------------------------------------------------------------------------
+
+
+def controls(answerer: Answerer, seed: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What is done to a visual's features (F, P, D). The tower sees frames one by one, so this
+    equals changing the frames themselves, and no clip is read twice."""
+    size = answerer.transform.image_size
+    grey = np.full((1, size, size, 3), 127, np.uint8)
+    grey = answerer.see(answerer.transform(grey))
+    return {
+        "normal": lambda frames: frames,
+        "reversed": lambda frames: frames.flip(0),
+        "shuffled": lambda frames: frames[shuffled_order(len(frames), seed)],
+        "first frame": lambda frames: frames[:1].expand_as(frames),
+        "no video": lambda frames: grey.expand_as(frames),
+    }
+
+
+def shuffled_order(num_frames: int, seed: int) -> list[int]:
+    """A fixed permutation that is neither the order nor its reverse; fewer than three frames have
+    none and stay as they are."""
+    order = shuffled = list(range(num_frames))
+    generator = torch.Generator().manual_seed(seed)
+    while num_frames > 2 and shuffled in (order, order[::-1]):
+        shuffled = torch.randperm(num_frames, generator=generator).tolist()
+    return shuffled
+
+
+def true_answers(sample: Sample) -> list[str]:
+    return [turn["content"] for turn in sample.messages if turn["role"] == "assistant"]
+
+
+def asked(sample: Sample, answers: list[str]) -> list[dict]:
+    """The conversation up to the question that follows the model's own `answers`."""
+    messages, given = [], iter(answers)
+    for message in sample.messages:
+        if message["role"] == "assistant":
+            answer = next(given, None)
+            if answer is None:
+                break
+            message = {"role": "assistant", "content": answer or "-"}  # templates want some text
+        messages.append(message)
+    return messages
+
+
+def answer_all(
+    answerer: Answerer,
+    samples: list[Sample],
+    visuals: list[list[Tensor]],
+    args: argparse.Namespace,
+    label: str,
+) -> list[list[str]]:
+    """Greedy answers to every turn of every sample. A later turn is asked with the model's own
+    earlier answers before it, as in use; the true ones would help."""
+    turns = [true_answers(sample) for sample in samples]
+    answers: list[list[str]] = [[] for _ in samples]
+    with tqdm(total=sum(map(len, turns)), desc=label, unit="answer") as bar:
+        for turn in range(max(map(len, turns))):
+            rows = [row for row in range(len(samples)) if turn < len(turns[row])]
+            prompts = {}
+            for row in rows:
+                try:
+                    messages = asked(samples[row], answers[row])
+                    prompts[row] = answerer.prompt(messages, visuals[row])
+                except ConversationError as error:
+                    raise ValueError(f"{samples[row].where}: {error}") from None
+            # Prompts of like length need no padding; answers of like length end together.
+            rows.sort(key=lambda row: (len(turns[row][turn]) // 8, len(prompts[row].input_ids)))
+            for start in range(0, len(rows), args.batch_size):
+                batch = rows[start : start + args.batch_size]
+                texts = answerer.answer(
+                    [prompts[row] for row in batch],
+                    [visuals[row] for row in batch],
+                    args.max_new_tokens,
+                )
+                for row, text in zip(batch, texts, strict=True):
+                    answers[row].append(text)
+                bar.update(len(batch))
+    return answers
+
+
+def score(samples: list[Sample], answers: list[list[str]]) -> list[dict]:
+    """One record a turn, for `summarise` and for the report."""
+    entries = [sample.scoring or [{}] * len(true_answers(sample)) for sample in samples]
+    languages = [sample.language or "-" for sample in samples]
+    vocabulary = fact_vocabulary(
+        (language, entry) for language, row in zip(languages, entries, strict=True) for entry in row
+    )
+    records = []
+    for sample, language, row, given in zip(samples, languages, entries, answers, strict=True):
+        turns = zip(row, given, true_answers(sample), strict=True)
+        for turn, (entry, prediction, true) in enumerate(turns):
+            question = asked(sample, given[:turn])[-1]["content"]
+            question = question.replace("<video>", "").replace("<image>", "").strip()
+            about = {"id": sample.id, "visuals": sample.visuals, "turn": turn, "question": question}
+            records.append(about | score_turn(entry, language, prediction, true, vocabulary))
+    return records
+
+
+def evaluate(args: argparse.Namespace) -> dict:
+    """Scores the test set under each control, prints the table, returns what --output writes."""
+    start, cpu_start = time.perf_counter(), time.process_time()
+    samples = [sample for path in args.data_path for sample in read_samples(path)]
+    samples = samples[: args.limit or None]
+    paths = [[resolve_under(args.images_path, v) for v in sample.visuals] for sample in samples]
+    answerer = load(args)
+    features, failures = answerer.look(list(dict.fromkeys(chain(*paths))))
+    for reason in failures.values():
+        print(f"left out: {reason}", file=sys.stderr)
+    read = [row for row, files in enumerate(paths) if not failures.keys() & set(files)]
+    if not read:
+        raise ValueError(f"{', '.join(args.data_path)}: no sample is left to ask")
+    left_out = len(samples) - len(read)
+    samples, paths = [samples[row] for row in read], [paths[row] for row in read]
+
+    records = {}
+    for name, change in controls(answerer, args.seed).items():
+        if name != "normal" and not args.controls:
+            continue
+        visuals = [
+            [change(features[path].flip(0) if sample.reverse else features[path]) for path in files]
+            for sample, files in zip(samples, paths, strict=True)
+        ]
+        records[name] = score(samples, answer_all(answerer, samples, visuals, args, name))
+
+    summaries = {name: summarise(rows) for name, rows in records.items()}
+    print(f"\n{format_table(summaries)}")
+    if left_out:
+        print(f"{left_out} samples were left out: {len(failures)} files can't be read")
+    return {
+        "checkpoint": str(answerer.checkpoint),
+        "data_path": args.data_path,
+        "images_path": args.images_path,
+        "samples": len(samples),
+        "clips": len(features),
+        "left_out": {str(path): reason for path, reason in failures.items()},
+        "num_frames": answerer.num_frames,
+        "parameters": answerer.model.parameter_counts(),
+        "seconds": round(time.perf_counter() - start, 1),
+        "cpu_seconds": round(time.process_time() - cpu_start, 1),
+        "accuracy": summaries["normal"],
+        "controls": summaries,
+        "answers": records["normal"],
+    }
+
+
+# ---- the terminal --------------------------------------------------------------------------------
+
+
+def files_to_show(args: argparse.Namespace) -> list[Path]:
+    if args.video or args.image:
+        return [Path(file) for file in [*(args.video or []), *(args.image or [])]]
+    folder = Path(args.eval_dir)
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = [file for file in files if file.suffix.lower() in SUFFIXES]
+    if not files:
+        raise ValueError(f"no video or image in {folder}: put one there or name one (--video FILE)")
+    return files
+
+
+def questions(args: argparse.Namespace) -> Iterator[str]:
+    """The one of the command line, or what is typed until /quit or the end of input."""
+    if args.question or not sys.stdin.isatty():
+        print(f"Q: {args.question or DEFAULT_QUESTION}")
+        yield args.question or DEFAULT_QUESTION
+        return
+    while (question := input("Q (/quit to end): ").strip()) != "/quit":
+        if question:
+            yield question
+
+
+def chat(args: argparse.Namespace) -> None:
+    """A conversation about each file in turn; one that can't be read is named and passed over."""
+    files = files_to_show(args)
+    answerer = load(args)
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+    unread = 0
+    for file in files:
+        features, failures = answerer.look([file])
+        print(f"\n{failures.get(file, file)}")
+        unread += len(failures)
+        visuals, messages = list(features.values()), []
+        for question in questions(args) if visuals else ():
+            messages.append({"role": "user", "content": question})
+            answer = ""
+            try:
+                print("A: ", end="", flush=True)
+                for piece in answerer.stream(messages, visuals, args.max_new_tokens, **sampling):
+                    print(piece, end="", flush=True)
+                    answer += piece
+                print()
+                messages.append({"role": "assistant", "content": answer.strip() or "-"})
+            except ConversationError as error:  # the question holds a tag of a second visual, say
+                print(error)
+                messages.pop()
+    if unread == len(files):
+        raise ValueError("none of the files can be read")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model_mode", type=int, choices=STAGES, default=1, help="0: pretrained, 1: fine-tuned")
+    add("--dim", type=int, help="width of the language model; names the default checkpoint too")
+    add("--n_layers", type=int, help="its layers; the checkpoint knows, this checks")
+    add("--load_from", help="checkpoint (default: out/{pretrain,sft}_videolm_<dim>.pth)")
+    add("--vision_path", default="model/vision_model/clip-vit-base-patch32", help="vision tower")
+    add("--tokenizer_path", default="model/text_tokenizer", help="tokenizer directory")
+    add("--num_frames", type=int, help="frames taken from a video (default: as in training)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--max_new_tokens", type=int, default=64, help="longest answer")
+    add("--seed", type=int, default=0, help="of the shuffled control and of sampled answers")
+    add = parser.add_argument_group("chat").add_argument
+    add("--video", nargs="+", metavar="FILE", help="videos to talk about")
+    add("--image", nargs="+", metavar="FILE", help="images to talk about")
+    add("--eval_dir", default="dataset/eval_videos", help="folder asked about if none is named")
+    add("--question", help="asked once a file; without it, a prompt if there is a terminal")
+    add("--temperature", type=float, default=0.0, help="0: the most likely answer; above: sampled")
+    add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this sum")
+    add = parser.add_argument_group("test set").add_argument
+    add("--data_path", nargs="+", metavar="JSONL", help="files of questions with true answers")
+    add("--images_path", default="dataset/videos", help="folder that their paths start from")
+    add("--controls", action="store_true", help="ask again with the frames changed, or grey")
+    add("--batch_size", type=int, default=64, help="questions answered at a time")
+    add("--limit", type=int, default=0, help="only so many samples; 0: all")
+    add("--output", help="JSON file for all figures and answers")
+    args = parser.parse_args(argv)
+    for name in ("num_frames", "max_new_tokens", "batch_size"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name} is {value}: give 1 or more")
+    if args.data_path and (args.video or args.image or args.question):
+        parser.error("--data_path scores a test set; --video, --image, --question are for a chat")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    try:
+        if not args.data_path:
+            return chat(args)
+        result = evaluate(args)
+        if args.output:
+            output = Path(args.output)
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"eval.py: {error}") from None
+    except EOFError:  # Ctrl-D at the prompt
+        print()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+import pytest
+
+from dataset.scoring import (
+    caption_facts,
+    exact_match,
+    find_facts,
+    format_table,
+    normalise,
+    score_turn,
+    summarise,
+)
+
+
+@pytest.mark.parametrize(
+    "prediction, answer",
+    [
+        ("Left.", "left"),
+        ("  it moves   left ", "It moves left."),
+        ("向左移动。", "向左移动"),
+        ("３个", "3个"),  # full-width digits
+        ("向 左", "向左"),
+        ("先向左,再向上", "先向左,再向上。"),
+    ],
+)
+def test_case_space_and_punctuation_do_not_count(prediction, answer):
+    assert exact_match(prediction, answer)
+
+
+@pytest.mark.parametrize(
+    "prediction, answer",
+    [("a star", "the star"), ("left", "right"), ("3.5", "35"), ("", "left"), ("two red", "twored")],
+)
+def test_words_and_numbers_count(prediction, answer):
+    assert not exact_match(prediction, answer)
+
+
+def test_normalising_twice_changes_nothing_more():
+    text = "Ａ RED  星, moves: 3.5 向 左!"
+    assert normalise(normalise(text)) == normalise(text) == "a red星moves 3.5向左"
+
+
+def test_facts_are_whole_words_and_the_longest_of_overlapping_ones():
+    vocabulary = ["ring", "left", "moves left", "red", "红色", "红色圆环", "向左"]
+    assert find_facts("A spring, a RED ring moves left.", vocabulary) == [
+        *("red", "ring", "moves left")
+    ]
+    assert find_facts("红色圆环向左移动", vocabulary) == ["红色圆环", "向左"]
+    assert find_facts("nothing of it", vocabulary) == []
+    assert find_facts("anything", []) == []
+
+
+WORDS = ["red", "star", "left", "right", "grows"]
+
+
+@pytest.mark.parametrize(
+    "caption, score",
+    [
+        ("A red star moves left, then right.", 1),
+        ("A red star moves right, then left.", 3 / 4),  # order
+        ("A red star moves left.", 3 / 4),  # omission
+        ("A red star moves left, then right, then grows.", 4 / 5),  # invention
+        ("Nothing.", 0),
+    ],
+)
+def test_a_caption_pays_for_order_omission_and_invention(caption, score):
+    facts = ["red", "star", "left", "right"]
+    assert caption_facts(caption, facts, WORDS) == pytest.approx(score)
+
+
+def record(kind, answer, prediction, language="en", pair=None):
+    return score_turn({"type": kind, "pair": pair}, language, prediction, answer, {})
+
+
+def test_a_pair_is_right_when_both_directions_are():
+    records = [
+        record("direction", "left", "left", pair="a"),
+        record("direction", "right", "right", pair="a"),
+        record("direction", "left", "left", pair="b"),
+        record("direction", "right", "left", pair="b"),
+        record("direction", "up", "up", pair="alone"),  # its other half was not asked
+    ]
+    summary = summarise(records)
+    assert summary["reversed"] == 1 / 2 and summary["counts"]["pairs"] == 2
+    assert summary["all"] == 4 / 5
+
+
+def test_captions_stand_apart_and_groups_are_means():
+    vocabulary = {"en": {"red", "star", "cup"}}
+    caption = {"type": "caption", "facts": ["red", "star"]}
+    records = [
+        score_turn(caption, "en", "A red cup.", "A red star.", vocabulary),
+        record("count", "three", "three"),
+        record("count", "four", "three"),
+        record("count", "三个", "三个", language="zh"),
+    ]
+    summary = summarise(records)
+    assert summary["captions"] == 1 / 2
+    assert summary["all"] == pytest.approx(2 / 3)
+    assert summary["by_type"] == {"count": pytest.approx(2 / 3)}
+    assert summary["by_language"] == {"en": 1 / 2, "zh": 1}
+    assert summary["by_answer"]["count"] == {"three": 1, "four": 0, "三个": 1}
+
+
+def test_the_majority_answer_is_counted_by_type_and_language():
+    records = [record("direction", answer, "") for answer in ("left", "Left.", "right")]
+    records += [record("direction", answer, "", "zh") for answer in ("左", "右")]
+    records += [record("object", "a cup", "")]
+    majority = summarise(records)["majority"]
+    assert majority["all"] == (2 + 1 + 1) / 6
+    assert majority["by_type"] == {"direction": 3 / 5, "object": 1}
+
+
+def test_nothing_to_score_is_none_and_not_zero():
+    summary = summarise([])
+    assert summary["all"] is summary["reversed"] is summary["captions"] is None
+    assert "-" in format_table({"normal": summary})
+
+
+def test_the_table_has_a_column_for_each_control():
+    right, wrong = [[record("order", "a cup", said)] for said in ("a cup", "a key")]
+    table = format_table({"normal": summarise(right), "reversed": summarise(wrong)})
+    row = next(line for line in table.splitlines() if "order" in line)
+    assert row.split() == ["order", "1", "100.0", "100.0", "0.0"]
