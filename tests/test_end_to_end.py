@@ -1,0 +1,121 @@
+"""The real scripts in the order of the quickstart, on a world small enough for a test: what a user
+types has to work, resume, and leave the files that the README promises."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*command: str, code: int = 0) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false"}
+    result = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert result.returncode == code, result.stdout[-2000:] + result.stderr[-4000:]
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tiny_tower) -> Path:
+    """data → features → pretrain → SFT → eval → report, each by its own command."""
+    out = tmp_path_factory.mktemp("world")
+    for split, clips in (("train", 16), ("test", 6)):
+        run(
+            *("-m", "dataset.demo_world", "--split", split, "--clips", clips),
+            *("--workers", 2, "--out", out / split),
+        )
+    run(
+        *("extract_features.py", "--data_path", out / "train/captions.jsonl"),
+        *("--images_path", out / "train", "--vision_path", tiny_tower),
+        *("--features_path", out / "features", "--num_frames", 4, "--num_workers", 0),
+    )
+    for script, data, start in (
+        ("pretrain", "captions", ["--from_scratch", "--freeze_llm", 0, "--embedding_std", 0.4]),
+        ("sft", "questions", ["--load_from", out / "pretrain.pth"]),
+    ):
+        run(
+            *(f"train_{script}.py", "--out_dir", out, "--run_name", script, *start),
+            *("--dim", 32, "--n_layers", 1, "--n_heads", 2, "--n_kv_heads", 1, "--num_frames", 4),
+            *("--use_feature", "--features_path", out / "features", "--num_workers", 0),
+            *("--data_path", out / f"train/{data}.jsonl"),
+            *("--val_path", out / f"train/{data}.jsonl", "--log_interval", 1),
+            *("--batch_size", 8, "--epochs", 8, "--learning_rate", 1e-2, "--dtype", "float32"),
+        )
+    run(
+        *("eval.py", "--load_from", out / "sft.pth", "--vision_path", tiny_tower, "--controls"),
+        *("--data_path", out / "test/questions.jsonl"),
+        *("--images_path", out / "test", "--max_new_tokens", 8, "--output", out / "eval.json"),
+    )
+    run("-m", "scripts.report", "--dir", out, "--images_path", out / "test")
+    return out
+
+
+def metrics(world: Path, run_name: str) -> list[dict]:
+    lines = (world / run_name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_the_loss_falls(world, stage):
+    rows = metrics(world, stage)
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    assert rows[-1]["val_loss"] < rows[0]["loss"]
+
+
+def test_each_stage_leaves_its_files(world):
+    for name in ("pretrain.pth", "pretrain.json", "sft.pth", "sft.json", "features/manifest.json"):
+        assert (world / name).is_file(), name
+    for name in ("report.md", "report.json", "loss_curves.png", "test_frames.png"):
+        assert (world / name).stat().st_size > 500, name
+
+
+def test_the_report_says_what_the_evaluation_found(world):
+    evaluation = json.loads((world / "eval.json").read_text())
+    report = json.loads((world / "report.json").read_text())
+    assert report["accuracy"] == evaluation["accuracy"]
+    assert set(report["accuracy"]) >= {"all", "reversed", "captions", "by_type"}
+    assert report["parameters"]["language_model"] > 0
+    assert set(report["controls"]) == {
+        *("normal", "reversed", "shuffled", "first frame", "no video")
+    }
+    # Every turn of every line was answered.
+    lines = map(json.loads, (world / "test/questions.jsonl").read_text().splitlines())
+    assert len(evaluation["answers"]) == sum(len(line["scoring"]) for line in lines)
+
+
+def test_a_finished_training_is_not_done_again(world):
+    before = (world / "sft.pth").stat().st_mtime_ns
+    settings = json.loads((world / "sft.json").read_text())["training"]
+    flags = {
+        **{"dim": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "num_frames": 4},
+        **{"batch_size": 8, "epochs": 8, "learning_rate": 1e-2, "dtype": "float32"},
+    }
+    assert flags.items() <= settings.items()  # the checkpoint knows how it was made
+    said = run(
+        *("train_sft.py", "--out_dir", world, "--run_name", "sft", "--use_feature"),
+        *("--load_from", world / "pretrain.pth", "--features_path", world / "features"),
+        *("--data_path", world / "train/questions.jsonl", "--num_workers", 0),
+        *(text for key, value in flags.items() for text in (f"--{key}", value)),
+    )
+    assert "finished" in said
+    assert (world / "sft.pth").stat().st_mtime_ns == before
+
+
+def test_chat_answers_about_a_file(world, tiny_tower):
+    clip = sorted((world / "test/clips").glob("*.mp4"))[0]
+    said = run(
+        *("eval.py", "--load_from", world / "sft.pth", "--vision_path", tiny_tower),
+        *("--video", clip, "--question", "What do you see?", "--max_new_tokens", 4),
+    )
+    assert str(clip) in said and "Q: What do you see?" in said and "A: " in said
