@@ -26,7 +26,7 @@ from tqdm import tqdm
 from answering import Answerer
 from dataset.conversation import ConversationError
 from dataset.scoring import fact_vocabulary, format_table, score_turn, summarise
-from dataset.video_dataset import Sample, read_samples, resolve_under
+from dataset.video_dataset import Sample, read_samples
 
 STAGES = {0: "pretrain", 1: "sft"}
 SUFFIXES = {
@@ -162,7 +162,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     start, cpu_start = time.perf_counter(), time.process_time()
     samples = [sample for path in args.data_path for sample in read_samples(path)]
     samples = samples[: args.limit or None]
-    paths = [[resolve_under(args.images_path, v) for v in sample.visuals] for sample in samples]
+    paths = [sample.files(args.images_path) for sample in samples]
     answerer = load(args)
     features, failures = answerer.look(list(dict.fromkeys(chain(*paths))))
     for reason in failures.values():

@@ -372,7 +372,7 @@ def _read_image(path: Path) -> Frames:
             if image.has_transparency_data:  # what lies under full transparency is arbitrary
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
-            frame = np.asarray(image.convert("RGB"))
+            frame = np.array(image.convert("RGB"))  # a copy: torch takes writable memory
     except VideoError:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -54,6 +54,13 @@ class Sample:
     def where(self) -> str:
         return f"{self.path}:{self.line}"
 
+    def files(self, root) -> list[Path]:
+        """Its visuals under `root`; ValueError, with the line, if one leaves it."""
+        try:
+            return [resolve_under(root, visual) for visual in self.visuals]
+        except ValueError as error:
+            raise ValueError(f"{self.where}: {error}") from None
+
 
 def read_samples(path) -> list[Sample]:
     """Read a jsonl, or a JSON array, of conversations; ValueError names file, line and mend.
