@@ -62,7 +62,8 @@ class Answerer:
                 f"{tokenizer_path} has {len(tokenizer)} entries, {checkpoint} was trained with "
                 f"{known}: name its own tokenizer (--tokenizer_path)"
             )
-        trained = json.loads(checkpoint.with_suffix(".json").read_text(encoding="utf-8"))
+        about = checkpoint.with_suffix(".json")  # files of others come without it
+        trained = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
         # Another tower of the same shape gives features that mean nothing to this model.
         trained_with = trained.get("lineage", {}).get("vision_tower")
         if trained_with not in (None, model.vision_tower.fingerprint()):

@@ -270,11 +270,13 @@ def tower_of(start: Path) -> str | None:
 def fingerprint(paths: list[str | Path]) -> str:
     """16 hex digits of the files' contents: a moved file is the same, a changed one another."""
     digest = hashlib.sha256()
-    for path in paths:
-        if not Path(path).is_file():
+    for path in map(Path, paths):
+        if not path.exists():
             raise ValueError(f"{path}: no such file")
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        for part in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if part.is_file():
+                with open(part, "rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
 
 

@@ -24,15 +24,13 @@ from model.vision_tower import VisionTower
 
 def load(path: Path, wanted: CinegoConfig, tower: VisionTower | None) -> Cinego:
     """A language model that sees for the first time."""
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(
             f"{path}: no such language model; put MiniMind's weights there, name another with "
             "--load_from, or start from random weights with --from_scratch --freeze_llm 0"
         )
-    # A bare state dict doesn't tell its number of heads; a .json beside it has the last word.
-    bare = not path.with_suffix(".json").is_file()
-    heads = {"num_attention_heads": wanted.language_model.num_attention_heads}
-    language_model = load_language_model(path, **(heads if bare else {}))
+    language_model = load_language_model(path)
+    print(language_model.load_report)  # which generation it is, and what was assumed of it
     model = Cinego(replace(wanted, language_model=language_model.config), tower)
     model.language_model = language_model
     return model

@@ -112,6 +112,7 @@ def test_sentences_about_a_count():
     assert answers["Describe the video."] == "Two red stars and one car stay still."
     assert answers["How many red stars are there?"] == "two"
     assert answers["有几个汽车?"] == "一个"
+    assert answers["Count everything."] == "three"
 
 
 def test_facts_are_the_words_that_could_be_wrong():

@@ -1,0 +1,575 @@
+"""Every MiniMind that was published gives its own logits here; what isn't one says so, and no more.
+
+The references are written out in the old conventions, or are transformers' own models.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from model.checkpoint import load_language_model, load_video_language_model, save_model
+from model.cinego import Cinego
+from model.config import CinegoConfig, LanguageModelConfig
+from model.convert import pair_halves
+from model.minimind import MiniMind
+
+GOLDEN = Path(__file__).resolve().parents[2] / "shared/golden"
+FORMATS = (".pth", ".safetensors")
+SMALL = LanguageModelConfig(64, 32, 2, 4, 2)
+
+
+def write(path, state):
+    if path.suffix == ".safetensors":
+        # A file of safetensors has no two names for one tensor.
+        save_file({name: weight.clone() for name, weight in state.items()}, path)
+    else:
+        torch.save(state, path)
+    return path
+
+
+def close(logits, expected, atol=1e-4):
+    torch.testing.assert_close(logits, expected, atol=atol, rtol=0)
+
+
+# ---- what the generations' own code gave
+
+
+def golden(name):
+    path = GOLDEN / f"{name}.safetensors"
+    if not path.exists():
+        pytest.skip(f"{path} is only on the builders' machine")
+    with safe_open(path, "pt") as file:
+        meta = json.loads(file.metadata()["meta"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    state = {k.removeprefix("sd."): v for k, v in tensors.items() if k.startswith("sd.")}
+    return state, meta, tensors
+
+
+def as_told(meta):
+    return {
+        "num_attention_heads": meta["n_heads"],
+        "num_key_value_heads": meta["n_kv_heads"],
+        "rope_theta": meta["rope_theta"],
+        "rms_norm_eps": meta["norm_eps"],
+    }
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("told", [True, False], ids=["told", "guessed"])
+@pytest.mark.parametrize("name", ["minimind_v1_lm", "minimind2_2025_02_lm", "minimind3_lm"])
+def test_a_golden_language_model_gives_its_own_logits(tmp_path, name, told, suffix):
+    state, meta, tensors = golden(name)
+    path = write(tmp_path / f"lm{suffix}", state)
+
+    lm = load_language_model(path, **(as_told(meta) if told else {}))
+
+    close(lm(tensors["io.input_ids"]).logits, tensors["io.logits"])
+    assert {k: getattr(lm.config, k) for k in as_told(meta)} == as_told(meta)
+    assert bool(lm.load_report.assumed) != told
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_golden_minimind_v_gives_its_own_logits(tmp_path, suffix):
+    state, meta, tensors = golden("minimind_v1_vlm")
+    vlm = load_video_language_model(write(tmp_path / f"vlm{suffix}", state))
+
+    features = tensors["io.features"].flatten(0, 1)
+    output = vlm(
+        tensors["io.input_ids"], visual_features=features, frames_per_visual=[1] * len(features)
+    )
+
+    close(output.logits, tensors["io.logits"])
+    assert vlm.config.summary == "mean" and vlm.config.image_ids == meta["image_ids"]
+
+
+# ---- the first two generations, written out: names of 2024, rotary pairs of neighbours
+
+
+def old_state(width=64, heads=8, kv_heads=2, layers=2, vocab=96, hidden=96):
+    torch.manual_seed(0)
+    kv_width = width // heads * kv_heads
+
+    def weight(*shape):
+        return torch.randn(shape) * 0.2
+
+    state = {"tok_embeddings.weight": weight(vocab, width), "norm.weight": 1 + weight(width)}
+    for i in range(layers):
+        shapes = {
+            **{"attention.wq": (width, width), "attention.wo": (width, width)},
+            **{"attention.wk": (kv_width, width), "attention.wv": (kv_width, width)},
+            **{"feed_forward.w1": (hidden, width), "feed_forward.w3": (hidden, width)},
+            "feed_forward.w2": (width, hidden),
+        }
+        state |= {f"layers.{i}.{name}.weight": weight(*shape) for name, shape in shapes.items()}
+        for name in ("attention_norm", "ffn_norm"):
+            state[f"layers.{i}.{name}.weight"] = 1 + weight(width)
+    state["output.weight"] = state["tok_embeddings.weight"]
+    return state
+
+
+def old_rotate(x, theta):
+    """(L, H, E): channels 2i and 2i+1 are a complex number, turned by its place."""
+    length, _, width = x.shape
+    frequencies = theta ** (-torch.arange(0, width, 2) / width)
+    angles = torch.arange(length)[:, None] * frequencies
+    turn = torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+
+
+def old_forward(state, x, heads, kv_heads, theta, eps=1e-5):
+    """Logits (L, vocabulary) of one row of embeddings (L, C)."""
+
+    def norm(x, name):
+        return F.rms_norm(x, x.shape[-1:], state[f"{name}.weight"], eps)
+
+    length = len(x)
+    future = torch.ones(length, length).triu(1).bool()
+    for i in range(sum(name.endswith("wq.weight") for name in state)):
+        layer = {k.split(".", 2)[2]: v for k, v in state.items() if k.startswith(f"layers.{i}.")}
+        y = norm(x, f"layers.{i}.attention_norm")
+        q = old_rotate((y @ layer["attention.wq.weight"].T).unflatten(-1, (heads, -1)), theta)
+        k = old_rotate((y @ layer["attention.wk.weight"].T).unflatten(-1, (kv_heads, -1)), theta)
+        v = (y @ layer["attention.wv.weight"].T).unflatten(-1, (kv_heads, -1))
+        k, v = (t.repeat_interleave(heads // kv_heads, 1) for t in (k, v))
+        scores = torch.einsum("qhe,khe->hqk", q, k) / q.shape[-1] ** 0.5
+        mixed = torch.einsum("hqk,khe->qhe", scores.masked_fill(future, -torch.inf).softmax(-1), v)
+        x = x + mixed.flatten(1) @ layer["attention.wo.weight"].T
+        y = norm(x, f"layers.{i}.ffn_norm")
+        gated = F.silu(y @ layer["feed_forward.w1.weight"].T) * (
+            y @ layer["feed_forward.w3.weight"].T
+        )
+        x = x + gated @ layer["feed_forward.w2.weight"].T
+    return norm(x, "norm") @ state["tok_embeddings.weight"].T
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "theta", "title"),
+    [(8, 4, 1e4, "MiniMind, Oct 2024"), (8, 2, 1e6, "MiniMind2, Feb 2025")],
+)
+def test_old_names_and_pairs(tmp_path, heads, kv_heads, theta, title):
+    state = old_state(heads=heads, kv_heads=kv_heads)
+    lm = load_language_model(write(tmp_path / "lm.pth", state))
+    ids = torch.randint(0, 96, (1, 40))
+
+    expected = old_forward(state, state["tok_embeddings.weight"][ids[0]], heads, kv_heads, theta)
+
+    close(lm(ids).logits[0], expected)
+    assert lm.load_report.title == title
+    assert lm.load_report.converted == ["names", "order of rotary pairs"]
+
+
+def test_overrides_decide_what_names_and_shapes_leave_open(tmp_path):
+    state = old_state(heads=4, kv_heads=2)
+    path = write(tmp_path / "lm.pth", state)
+    ids = torch.randint(0, 96, (1, 40))
+    expected = old_forward(state, state["tok_embeddings.weight"][ids[0]], 4, 2, 1e6)
+
+    lm = load_language_model(path, num_attention_heads=4, rope_theta=1e6)
+    same = load_language_model(path, num_key_value_heads=2, rope_theta=1e6)
+    guessed = load_language_model(path)
+
+    close(lm(ids).logits[0], expected)
+    close(same(ids).logits[0], expected)
+    assert (
+        guessed(ids).logits[0] - expected
+    ).abs().max() > 0.1  # the guess is the report's to tell
+    assert "num_attention_heads 8, rope_theta 10000" in str(guessed.load_report)
+
+
+@pytest.mark.parametrize(
+    ("width", "kv_width", "expected"),
+    [
+        (512, 256, (16, 8, 1e4)),  # minimind-v1-small
+        (768, 384, (16, 8, 1e4)),  # minimind-v1
+        (512, 128, (8, 2, 1e6)),  # MiniMind2-Small
+        (768, 192, (8, 2, 1e6)),  # MiniMind2
+    ],
+)
+def test_full_sizes_are_told_apart_by_their_keys(tmp_path, width, kv_width, expected):
+    state = old_state(width=width, heads=width, kv_heads=kv_width, layers=1)
+    config = load_language_model(write(tmp_path / "lm.pth", state)).config
+    assert (config.num_attention_heads, config.num_key_value_heads, config.rope_theta) == expected
+
+
+def test_the_permutation_of_pairs_is_the_definition():
+    rows = torch.arange(8)[:, None].float()  # two heads of four channels
+    assert pair_halves(rows, 4)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+# ---- the last two, against transformers
+
+
+def transformers_model(family, **settings):
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        **{
+            **{"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "head_dim": 8},
+            **{"num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2},
+            **{"rope_theta": 1e6, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+            **{"initializer_range": 0.2, **settings},
+        }
+    )
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # ones hide a norm that was forgotten
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+GENERATION = {
+    "Llama": ("MiniMind2, Apr 2025", {}),
+    "Qwen3": ("MiniMind-3", {"num_key_value_heads": 4, "rms_norm_eps": 1e-6}),
+}
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("family", GENERATION)
+def test_llama_names(tmp_path, family, suffix):
+    title, settings = GENERATION[family]
+    theirs = transformers_model(family, **settings)
+    lm = load_language_model(write(tmp_path / f"lm{suffix}", theirs.state_dict()))
+    ids = torch.randint(0, 96, (2, 30))
+    close(lm(ids).logits, theirs(ids).logits)
+    assert lm.load_report.title == title and not lm.load_report.converted
+
+
+@pytest.mark.parametrize("shards", ["1GB", "40KB"], ids=["one file", "shards"])
+@pytest.mark.parametrize("family", GENERATION)
+def test_a_transformers_directory_needs_no_guess(tmp_path, family, shards):
+    theirs = transformers_model(family, rope_theta=3e4, num_attention_heads=4, head_dim=16)
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size=shards)
+    lm = load_language_model(tmp_path / "hf")
+    ids = torch.randint(0, 96, (2, 30))
+    close(lm(ids).logits, theirs(ids).logits)
+    assert not lm.load_report.assumed
+    assert (tmp_path / "hf/model.safetensors").exists() == (shards == "1GB")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model_type": "gemma"}, "no model_type gemma"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "no rope_type yarn"),
+        ({"hidden_act": "gelu"}, "no hidden_act gelu"),
+        ({"head_dim": 32}, "no head_dim 32"),
+        ({"hidden_size": "big"}, "hidden_size must be a number"),
+        ({"intermediate_size": 100}, r"\(128, 64\) in the file, \(100, 64\) in the model"),
+    ],
+)
+def test_a_directory_of_another_architecture_is_refused(tmp_path, change, reason):
+    transformers_model("Llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=reason):
+        load_language_model(tmp_path)
+
+
+def test_a_directory_in_pieces_says_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match="has config.json and model.safetensors"):
+        load_language_model(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
+    with pytest.raises(ValueError, match="names files outside"):
+        load_language_model(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    with pytest.raises(ValueError, match="names model-1.safetensors, which is missing"):
+        load_language_model(tmp_path)
+
+
+# ---- whole models
+
+
+def old_vlm_rows(state, prefix, width, vision_width):
+    torch.manual_seed(1)
+    state[f"{prefix}.weight"] = torch.randn(width, vision_width) * 0.2
+    state[f"{prefix}.bias"] = torch.randn(width)
+    return state[f"{prefix}.weight"], state[f"{prefix}.bias"]
+
+
+def test_minimind_v_on_oct_2024(tmp_path):
+    state = old_state(heads=8, kv_heads=4)
+    weight, bias = old_vlm_rows(state, "vision_proj.vision_proj.0", 64, 24)
+    ids = torch.tensor([1, 2] + [30] * 25 + [32] * 25 + [5, 6, 7])
+    features = torch.randn(1, 50, 24)
+    x = state["tok_embeddings.weight"][ids]
+    x[2:52] = features[0] @ weight.T + bias
+
+    vlm = load_video_language_model(write(tmp_path / "vlm.pth", state))
+    logits = vlm(ids[None], visual_features=features, frames_per_visual=[1]).logits[0]
+
+    close(logits, old_forward(state, x, 8, 4, 1e4))
+    assert vlm.load_report.title == "MiniMind-V on MiniMind, Oct 2024"
+    assert "image_ids 30 x 25 + 32 x 25" in str(vlm.load_report)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_cinego_2025(tmp_path, suffix):
+    """Two branches of queries over the flattened frames and themselves, added, projected."""
+    tokens, width, frames = 197, 32, 3
+    state = old_state(heads=8, kv_heads=2)
+    weight, bias = old_vlm_rows(state, "vision_proj", 64, width)
+    features = torch.randn(frames, tokens, width)
+    summary = 0
+    for branch in "st":
+        attention = nn.MultiheadAttention(width, 8, batch_first=True).eval()
+        nn.init.normal_(attention.in_proj_bias)
+        queries = torch.randn(1, tokens, width)
+        keys = torch.cat([features.flatten(0, 1)[None], queries], dim=1)
+        summary = summary + attention(queries, keys, keys)[0][0]
+        state[f"video_summarizer.query_{branch}"] = queries
+        for name, parameter in attention.state_dict().items():
+            state[f"video_summarizer.cross_attn_{branch}.0.mha.{name}"] = parameter
+    state["vision_encoder.vision_model.post_layernorm.weight"] = torch.ones(width)
+    ids = torch.tensor([1, 2] + [34] * tokens + [5, 6, 7])
+    x = state["tok_embeddings.weight"][ids]
+    x[2 : 2 + tokens] = (summary @ weight.T + bias).detach()
+
+    vlm = load_video_language_model(write(tmp_path / f"vlm{suffix}", state))
+    logits = vlm(ids[None], visual_features=features, frames_per_visual=[frames]).logits[0]
+
+    close(logits, old_forward(state, x, 8, 2, 1e6))
+    config = vlm.config
+    assert (config.summary, config.tokens_per_frame, config.image_ids) == (
+        *("gpt4video", tokens),
+        [34] * tokens,
+    )
+    assert vlm.load_report.title == "Cinego 2025 on MiniMind2, Feb 2025"
+    assert vlm.load_report.left_out == ["vision_encoder.vision_model.post_layernorm.weight"]
+
+
+def test_a_summary_that_the_file_lacks_starts_anew_only_when_asked_for(tmp_path):
+    state = old_state(heads=8, kv_heads=4)
+    old_vlm_rows(state, "vision_proj.vision_proj.0", 64, 24)
+    path = write(tmp_path / "vlm.pth", state)
+    vlm = load_video_language_model(path, summary="ours")
+    assert {name.split(".")[0] for name in vlm.load_report.initialised} == {"video_summary"}
+    assert all(p.isfinite().all() and not p.is_meta for p in vlm.parameters())
+    assert load_video_language_model(path).load_report.initialised == []
+
+
+# ---- how files are written
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_wrappers_leave_their_prefix(tmp_path, prefix):
+    state = old_state()
+    plain = load_language_model(write(tmp_path / "plain.pth", state))
+    wrapped = {prefix + name: weight for name, weight in state.items()}
+    lm = load_language_model(write(tmp_path / "wrapped.pth", wrapped))
+    assert all(torch.equal(a, b) for a, b in zip(lm.parameters(), plain.parameters(), strict=True))
+    assert "wrappers' prefixes" in lm.load_report.converted
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files_become_float32_exactly(tmp_path, dtype, suffix):
+    state = {name: weight.to(dtype) for name, weight in MiniMind(SMALL).state_dict().items()}
+    lm = load_language_model(write(tmp_path / f"lm{suffix}", state), num_attention_heads=4)
+    assert {parameter.dtype for parameter in lm.parameters()} == {torch.float32}
+    assert all(torch.equal(w, state[name].float()) for name, w in lm.state_dict().items())
+    assert str(dtype).removeprefix("torch.") in str(lm.load_report)
+
+
+def test_fused_matrices_come_apart(tmp_path):
+    model = MiniMind(SMALL).eval()
+    state = model.state_dict()
+    for i in range(2):
+        for fused, parts in (("self_attn.qkv", "qkv"), ("mlp.gate_up", ("gate", "up"))):
+            room = f"model.layers.{i}.{fused.split('.')[0]}"
+            weights = [state.pop(f"{room}.{part}_proj.weight") for part in parts]
+            state[f"model.layers.{i}.{fused}_proj.weight"] = torch.cat(weights)
+    lm = load_language_model(write(tmp_path / "lm.pth", state), num_attention_heads=4)
+    ids = torch.randint(0, 64, (1, 9))
+    assert torch.equal(lm(ids).logits, model(ids).logits)
+
+
+def test_tables_that_a_model_computes_are_left_out(tmp_path):
+    state = old_state()
+    state["pos_cis"] = torch.polar(torch.ones(5, 4), torch.ones(5, 4))
+    state["layers.0.attention.mask"] = torch.zeros(1, 1, 5, 5)
+    lm = load_language_model(write(tmp_path / "lm.pth", state))
+    assert lm.load_report.left_out == ["pos_cis", "layers.0.attention.mask"]
+
+
+def test_what_is_loaded_and_saved_is_the_same_bytes(tmp_path):
+    lm = load_language_model(write(tmp_path / "old.safetensors", old_state()))
+    save_model(tmp_path / "a.pth", lm, {})
+    save_model(tmp_path / "b.pth", load_language_model(tmp_path / "a.pth"), {})
+    assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+
+
+def test_tensors_that_share_memory_in_the_file_learn_apart(tmp_path):
+    state = MiniMind(SMALL).state_dict()
+    one, other = (f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2))
+    state[other] = state[one]
+    lm = load_language_model(write(tmp_path / "lm.pth", state), num_attention_heads=4)
+    with torch.no_grad():
+        lm.get_parameter(one).zero_()
+    assert lm.get_parameter(other).any()
+
+
+MEASURE = """
+import os, sys
+from model.checkpoint import load_language_model
+def status(key):
+    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
+load_language_model(sys.argv[1])  # a small one, for whatever is imported late
+for path in sys.argv[2:]:
+    if os.fork() == 0:  # each with a peak of its own
+        before = status("VmRSS")
+        load_language_model(path)
+        print((status("VmHWM") - before) / os.path.getsize(path), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_loading_takes_at_most_half_more_than_the_file(tmp_path):
+    state = old_state(512, 8, 2, layers=6, hidden=1408, vocab=6400)
+    paths = [write(tmp_path / f"large{suffix}", state) for suffix in FORMATS]
+    small = write(tmp_path / "small.safetensors", old_state())
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, small, *paths],
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+    )
+    ratios = [float(line) for line in run.stdout.split()]
+    assert len(ratios) == 2 and all(0.5 < ratio < 1.5 for ratio in ratios), (ratios, run.stderr)
+
+
+# ---- hostile and broken files
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+def test_no_file_runs_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(old_state() | {"norm.weight": Malicious()}, "evil.pth")
+    os.mkdir("hf")
+    torch.save({"model.norm.weight": Malicious()}, "hf/pytorch_model.bin")
+    Path("hf/config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "evil.Config"}}))
+    Path("hf/evil.py").write_text("import os; os.mkdir('pwned')")
+    for load in (load_language_model, load_video_language_model):
+        for path in ("evil.pth", "hf"):
+            with pytest.raises(ValueError, match="isn't a readable state dict"):
+                load(path)
+    assert not os.path.exists("pwned")
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("kept", [0, 5, 0.5, 0.99])
+def test_a_truncated_file_is_refused(tmp_path, suffix, kept):
+    path = write(tmp_path / f"cut{suffix}", old_state())
+    whole = path.read_bytes()
+    path.write_bytes(whole[: kept if isinstance(kept, int) else int(len(whole) * kept)])
+    with pytest.raises(ValueError, match=f"cut{suffix} isn't a readable state dict"):
+        load_language_model(path)
+
+
+def test_a_wrong_header_is_refused(tmp_path):
+    path = tmp_path / "lm.safetensors"
+
+    def header(text, length=None):
+        path.write_bytes((length or len(text)).to_bytes(8, "little") + text.encode() + bytes(64))
+        with pytest.raises(ValueError, match="isn't a readable state dict"):
+            load_language_model(path)
+
+    header("{}", length=2**62)
+    header("not json")
+    header('{"norm.weight": {"dtype": "F32", "shape": [4], "data_offsets": [0, 1024]}}')
+    header('{"norm.weight": {"dtype": "F32", "shape": [1000], "data_offsets": [0, 64]}}')
+    header('{"norm.weight": {"dtype": "I64", "shape": [8], "data_offsets": [0, 64]}}')
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.zeros(1).expand(64, 10**12),  # four bytes that claim to be terabytes
+        torch.zeros(32, dtype=torch.int8),
+        torch.zeros(32, dtype=torch.complex64),
+        torch.zeros(32).to_sparse(),
+        torch.zeros(0, 32),
+        torch.tensor(1.0),
+    ],
+)
+def test_a_tensor_that_is_no_plain_weight_is_named(tmp_path, weight):
+    torch.save(old_state() | {"layers.0.ffn_norm.weight": weight}, tmp_path / "lm.pth")
+    with pytest.raises(ValueError, match=r"whole tensors.*layers.0.ffn_norm.weight"):
+        load_language_model(tmp_path / "lm.pth")
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_misfits_are_all_named(tmp_path, suffix):
+    state = old_state()
+    del state["layers.1.attention.wo.weight"], state["norm.weight"]
+    state["layers.0.attention.wo.lora"] = torch.ones(2, 2)
+    state["layers.0.ffn_norm.weight"] = torch.ones(63)
+    with pytest.raises(ValueError) as error:
+        load_language_model(write(tmp_path / f"lm{suffix}", state))
+    for part in (
+        "missing model.layers.1.self_attn.o_proj.weight",
+        "missing model.norm.weight",
+        "unknown model.layers.0.self_attn.o_proj.lora",
+        "model.layers.0.post_attention_layernorm.weight is (63,) in the file, (64,) in the model",
+    ):
+        assert part in str(error.value)
+
+
+def test_one_long_list_doesnt_hide_the_other(tmp_path):
+    state = MiniMind(SMALL).state_dict() | {f"adapter.{i}": torch.ones(1) for i in range(50)}
+    with pytest.raises(ValueError) as error:
+        load_language_model(write(tmp_path / "lm.pth", state), num_hidden_layers=9)
+    message = str(error.value)
+    assert "missing model.layers.2." in message and "unknown adapter.0" in message
+    assert "44 more" in message and len(message) < 2000
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.mlp.gate.weight",  # MiniMind-3
+        "model.layers.0.mlp.experts.3.up_proj.weight",
+        "_orig_mod.layers.0.feed_forward.experts.0.w1.weight",  # MiniMind2
+        "language_model.model.layers.0.mlp.gate.weight",
+    ],
+)
+def test_experts_are_refused_by_name(tmp_path, name):
+    path = write(tmp_path / "moe.pth", MiniMind(SMALL).state_dict() | {name: torch.ones(4, 32)})
+    with pytest.raises(ValueError, match="is a mixture of experts"):
+        load_language_model(path)
+
+
+def test_two_names_for_one_weight_are_refused(tmp_path):
+    state = old_state() | {"module.norm.weight": torch.zeros(64)}
+    with pytest.raises(ValueError, match="has model.norm.weight twice"):
+        load_language_model(write(tmp_path / "lm.pth", state))
+
+
+def test_a_file_that_holds_something_else_lists_its_names(tmp_path):
+    path = write(tmp_path / "resnet.pth", {"conv1.weight": torch.ones(3, 3)})
+    with pytest.raises(ValueError, match=r"isn't a MiniMind.*conv1.weight"):
+        load_language_model(path)
+    lm = write(tmp_path / "lm.pth", old_state())
+    with pytest.raises(ValueError, match="use load_language_model"):
+        load_video_language_model(lm)
+    missing_tower = tmp_path / "no tower"
+    save_model(tmp_path / "vlm.pth", Cinego(CinegoConfig(SMALL, vision_hidden_size=16)), {})
+    with pytest.raises(ValueError, match="no tower"):
+        load_video_language_model(tmp_path / "vlm.pth", missing_tower)
