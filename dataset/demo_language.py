@@ -67,6 +67,10 @@ QUESTIONS = {
         "en": ["How many {x} are there?", "Count the {x}."],
         "zh": ["有几个{x}?", "数一数{x}。"],
     },
+    "total": {
+        "en": ["How many things are there in all?", "Count everything."],
+        "zh": ["一共有几个东西?", "数一数所有的东西。"],
+    },
 }
 PRONOUN = {"en": "it", "zh": "它"}
 
@@ -247,6 +251,8 @@ def _makers(scene) -> list[tuple]:
                 thing,
                 lambda lang, n=number: NUMBERS[n][lang == "zh"],
             )
+        total = len(scene.actors)
+        add("total", f"count_{total}", None, lambda lang: NUMBERS[total][lang == "zh"])
     return makers
 
 

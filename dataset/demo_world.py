@@ -55,7 +55,7 @@ AXIS_OF = {motion: axis for axis, motions in AXES.items() for motion in motions}
 REVERSE_OF = {"left": "right", "up": "down", "grow": "shrink"}
 REVERSE_OF |= {backwards: motion for motion, backwards in REVERSE_OF.items()}
 
-KINDS = {"single": 0.30, "two_step": 0.28, "order": 0.20, "count": 0.22}
+KINDS = {"single": 0.24, "two_step": 0.24, "order": 0.24, "count": 0.28}
 SPLITS = ("train", "val", "test")
 
 
