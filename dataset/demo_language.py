@@ -91,6 +91,15 @@ def an(thing, language: str) -> str:
     return "一个" + noun if language == "zh" else ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
+def some(thing, number: int, language: str) -> str:
+    """The thing with its number: "a cup", "two cups", "两个杯子"."""
+    if number == 1:
+        return an(thing, language)
+    if language == "zh":
+        return NUMBERS[number][1] + name(thing, "zh")
+    return f"{NUMBERS[number][0]} {name(thing, 'en', several=True)}"
+
+
 def does(steps: tuple[str, ...], language: str, several: bool = False) -> str:
     """What one does: "moves right, then grows", or "先向右移动,再变大"."""
     if language == "zh":
@@ -111,12 +120,7 @@ def _describe(scene, language: str) -> str:
             parts.append(an(actor.thing, language) + ("" if zh else " ") + does((step,), language))
         sentence = f"先是{parts[0]},然后{parts[1]}" if zh else f"first {parts[0]}, then {parts[1]}"
     else:
-        counted = []
-        for thing, number in counts(scene).items():
-            words = NUMBERS[number][zh]
-            counted.append(
-                words + name(thing, "zh") if zh else f"{words} {name(thing, 'en', number > 1)}"
-            )
+        counted = [some(thing, number, language) for thing, number in counts(scene).items()]
         who = ("和" if zh else " and ").join(counted)
         sentence = (
             who + ("" if zh else " ") + does(first.steps, language, several=len(scene.actors) > 1)
@@ -149,7 +153,7 @@ def _fact_pattern(language: str) -> re.Pattern:
         *COLOURS,
         *nouns,
         *(noun + "s" for noun in nouns),
-        *(n[0] for n in NUMBERS.values()),
+        *(n[0] for n in NUMBERS.values() if n[0] != "one"),
         *DIRECTIONS,
     ]
     words += [v[k].split()[0] for m, v in VERBS.items() if m not in DIRECTIONS for k in (0, 1)]

@@ -55,7 +55,9 @@ AXIS_OF = {motion: axis for axis, motions in AXES.items() for motion in motions}
 REVERSE_OF = {"left": "right", "up": "down", "grow": "shrink"}
 REVERSE_OF |= {backwards: motion for motion, backwards in REVERSE_OF.items()}
 
-KINDS = {"single": 0.24, "two_step": 0.24, "order": 0.24, "count": 0.28}
+KINDS = ("single", "two_step", "order", "count")
+# Who does what, and how many there are, is learnt last: training shows such scenes more often.
+TRAINING_SHARES = (0.14, 0.18, 0.32, 0.36)
 SPLITS = ("train", "val", "test")
 
 
@@ -118,7 +120,7 @@ def belongs(scene: Scene, split: str) -> bool:
 
 def sample_scene(rng: np.random.Generator, split: str) -> Scene:
     """A random scene of the split; motions are drawn evenly, combinations by rejection."""
-    kind = rng.choice(list(KINDS), p=list(KINDS.values()))
+    kind = rng.choice(KINDS, p=TRAINING_SHARES if split == "train" else None)
     while True:
         scene = Scene(kind, tuple(_sample_actors(rng, kind)))
         # A circle that turns looks like one that stays: such a question would have no answer.
@@ -144,7 +146,7 @@ def _sample_actors(rng: np.random.Generator, kind: str) -> list[Actor]:
     total = int(rng.integers(1, 5))
     steps = ("stay",) if rng.random() < 0.5 else (pick(list(VECTORS)),)
     # Mixed scenes part the number from the object: the same picture answers several counts.
-    majority = total if rng.random() < 0.5 else int(rng.integers((total + 1) // 2, total + 1))
+    majority = total if rng.random() < 0.3 else int(rng.integers((total + 1) // 2, total + 1))
     kinds = [THINGS[i] for i in rng.permutation(len(THINGS))[:3]]
     things = [kinds[0]] * majority + sorted(
         (kinds[1 + rng.integers(2)] for _ in range(total - majority)), key=str
