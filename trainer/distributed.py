@@ -83,6 +83,9 @@ def setup(device: str = "auto") -> World:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
+    # Every batch has a new shape, and on a CPU oneDNN keeps the code that it made for 1024 of them:
+    # gigabytes, which are never used again.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World(torch.device(device))
