@@ -1,8 +1,15 @@
 """What a model is made of: two dataclasses that travel as JSON beside every checkpoint."""
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 
 SUMMARY_KINDS = ("ours", "gpt4video", "mean", "concat")
+
+
+def has_cls(tokens_per_frame: int) -> bool:
+    """Whether a frame's first token is a CLS. CLIP gives n x n places after one, SigLIP n x n
+    places alone, and no number is both: features on disk and checkpoints needn't tell it."""
+    return math.isqrt(tokens_per_frame) ** 2 != tokens_per_frame
 
 
 @dataclass
