@@ -63,6 +63,7 @@ class StageConfig(TrainConfig):
     n_layers: int = flag(8, "its layers")
     n_heads: int = flag(8, "its attention heads")
     n_kv_heads: int = flag(2, "its key/value heads")
+    use_moe: bool = flag(False, "a mixture of 4 experts in each layer; a token takes one")
     embedding_std: float = flag(0.02, "spread of its random embeddings, for --from_scratch")
     summary: Literal["ours", "gpt4video", "mean", "concat"] = flag("ours", "how frames condense")
     compile: bool = side_flag(False, "torch.compile the language model; the first updates are slow")
@@ -105,12 +106,14 @@ def run(
 ) -> dict[str, Any]:
     """One stage, from the command line to the checkpoint; returns the last line of metrics.
 
-    `run_name` and `start_weights` are the stage's published names, with `{dim}` in them; `load`
-    makes the model from the start weights; `defaults` replace those of StageConfig.
+    `run_name` and `start_weights` are the stage's published names, with `{dim}` in them (512, or
+    512_moe as MiniMind names it); `load` makes the model from the start weights; `defaults` replace
+    those of StageConfig.
     """
     config = parse(StageConfig, description, argv, run_name=run_name, **defaults)
-    config.run_name = config.run_name.replace("{dim}", str(config.dim))
-    start = Path(config.load_from or Path(config.out_dir, start_weights.format(dim=config.dim)))
+    size = f"{config.dim}_moe" if config.use_moe else str(config.dim)
+    config.run_name = config.run_name.replace("{dim}", size)
+    start = Path(config.load_from or Path(config.out_dir, start_weights.format(dim=size)))
     if not Path(config.tokenizer_path).is_dir():  # a name would be looked up on the net
         raise ValueError(f"--tokenizer_path {config.tokenizer_path}: no such folder")
     world = setup(config.device)
@@ -191,6 +194,9 @@ def build_model(
             num_attention_heads=config.n_heads,
             num_key_value_heads=config.n_kv_heads,
             embedding_std=config.embedding_std,
+            num_experts=4 if config.use_moe else 0,
+            # Unlike MiniMind-3's, so that a router that starts here learns from the answers too.
+            norm_topk_prob=not config.use_moe,
         ),
         summary=config.summary,
         vision_hidden_size=visuals.hidden_size,
@@ -208,6 +214,7 @@ def build_model(
         "--n_layers": (language_model.num_hidden_layers, given.num_hidden_layers),
         "--n_heads": (language_model.num_attention_heads, given.num_attention_heads),
         "--n_kv_heads": (language_model.num_key_value_heads, given.num_key_value_heads),
+        "--use_moe": (language_model.num_experts > 0, config.use_moe),
         "--tokenizer_path: vocabulary": (language_model.vocab_size, given.vocab_size),
         "--tokenizer_path: placeholder": (
             list(model.config.image_ids or ()),  # a list or a tuple, as its file has it

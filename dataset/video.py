@@ -11,6 +11,7 @@ ever returns a frame that it isn't sure of: what can't be read raises `VideoErro
 """
 
 import json
+import math
 import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
@@ -406,8 +407,12 @@ class FrameTransform:
 
     @classmethod
     def from_pretrained(cls, directory) -> "FrameTransform":
-        """Read the `preprocessor_config.json` beside the tower's weights."""
+        """Reads `preprocessor_config.json` beside the tower's weights, or, where a whole processor
+        was saved instead, the image processor in `processor_config.json`."""
         file = Path(directory) / "preprocessor_config.json"
+        whole = Path(directory) / "processor_config.json"
+        if whole.is_file() and not file.is_file():
+            file = whole
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
@@ -418,6 +423,11 @@ class FrameTransform:
         except ValueError as error:
             raise ValueError(f"{file}: not JSON: {error}; download it again") from error
         try:
+            config = config.get("image_processor", config)
+            config = {name: value for name, value in config.items() if value is not None}
+            if "size" not in config and "max_num_patches" in config:
+                # SigLIP2's NaFlex takes any grid of patches: give it the square one.
+                config["size"] = math.isqrt(config["max_num_patches"]) * config["patch_size"]
             size, crop = _edges(config["size"]), _edges(config.get("crop_size", config["size"]))
             is_crop = config.get("do_center_crop", "crop_size" in config)
             edges = {*size, *crop} if is_crop else {*size}
@@ -431,7 +441,7 @@ class FrameTransform:
                 rescale=config.get("rescale_factor", 1 / 255),
                 resample=config.get("resample", Image.Resampling.BICUBIC),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{file}: {error!r}; what is needed is one square size, image_mean and image_std"
             ) from error

@@ -25,7 +25,7 @@ from model.vision_tower import VisionTower
 
 # Families in transformers that compute what MiniMind does. Others share the names and differ
 # inside (Gemma's norms, SmolLM3's layers without positions), and would answer nonsense.
-_FAMILIES = ("llama", "qwen3", "minimind", "minimind-v")
+_FAMILIES = ("llama", "qwen3", "qwen3_moe", "minimind", "minimind-v")
 _SETTINGS = {  # of LanguageModelConfig ← of MiniMind's own config.json, where transformers' differs
     "hidden_size": "dim",
     "num_hidden_layers": "n_layers",
@@ -212,8 +212,15 @@ def _read_transformers_config(about: Path) -> dict:
     rope_type = rope.get("rope_type", rope.get("type"))
     if "rope_theta" in rope:
         found["rope_theta"] = rope["rope_theta"]
-    if family in ("llama", "qwen3"):  # what these leave out has transformers' default, not ours
-        found = {"rope_theta": 1e4, "rms_norm_eps": 1e-6, "qk_norm": family == "qwen3"} | found
+    if family in ("llama", "qwen3", "qwen3_moe"):  # what these leave out is transformers' default
+        found = {"rope_theta": 1e4, "rms_norm_eps": 1e-6, "qk_norm": family != "llama"} | found
+    if config.get("use_moe") or family == "qwen3_moe":
+        found.pop("intermediate_size", None)  # may be a dense layer's: the experts' shapes tell
+        for name in ("num_experts_per_tok", "norm_topk_prob"):
+            if name in config:
+                found[name] = config[name]
+        if found.get("num_experts_per_tok") == 1 and "n_routed_experts" in config:
+            found["norm_topk_prob"] = False  # MiniMind2 never scaled a single weight
     wrong = [name for name, value in found.items() if not isinstance(value, int | float)]
     if wrong:
         raise ValueError(f"{about}: {', '.join(wrong)} must be a number")
@@ -224,6 +231,10 @@ def _read_transformers_config(about: Path) -> dict:
         f"head_dim {config.get('head_dim')}": config.get("head_dim") not in (None, head_dim),
         f"hidden_act {config.get('hidden_act')}": config.get("hidden_act") not in (None, "silu"),
         "use_sliding_window": config.get("use_sliding_window"),
+        "dense layers among experts": config.get("mlp_only_layers")
+        or config.get("decoder_sparse_step", 1) != 1,
+        f"scoring_func {config.get('scoring_func')}": config.get("scoring_func")
+        not in (None, "softmax"),
     }
     problems = [problem for problem, there in problems.items() if there]
     if problems:

@@ -1,8 +1,15 @@
 """What a model is made of: two dataclasses that travel as JSON beside every checkpoint."""
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 
 SUMMARY_KINDS = ("ours", "gpt4video", "mean", "concat")
+
+
+def has_cls(tokens_per_frame: int) -> bool:
+    """Whether a frame's first token is a CLS. CLIP gives n x n places after one, SigLIP n x n
+    places alone, and no number is both: features on disk and checkpoints needn't tell it."""
+    return math.isqrt(tokens_per_frame) ** 2 != tokens_per_frame
 
 
 @dataclass
@@ -19,6 +26,13 @@ class LanguageModelConfig:
     rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 32768
     qk_norm: bool = False  # MiniMind-3 normalises each head's queries and keys
+    num_experts: int = 0  # 0: dense layers; else routed experts a layer, each of intermediate_size
+    num_experts_per_tok: int = 1
+    num_shared_experts: int = 0  # MiniMind2 has one beside the routed: every token passes it
+    # A token's weights sum to 1. With one expert a token (MiniMind-3) the weight is then always 1,
+    # and the router learns from the balance loss alone.
+    norm_topk_prob: bool = True
+    router_aux_loss_coef: float = 0.01  # weight of the balance loss, Switch Transformer's
     dropout: float = 0.0
     initializer_range: float = 0.02
     # A narrow model learns faster from larger ones (.4 at 128 wide): its logits come from them.
@@ -55,6 +69,16 @@ class LanguageModelConfig:
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            found.append(
+                f"num_experts_per_tok must be in 1..{self.num_experts} (num_experts), not "
+                f"{self.num_experts_per_tok}"
+            )
+        found += [
+            f"{name} must not be negative, but is {getattr(self, name)}"
+            for name in ("num_experts", "num_shared_experts", "router_aux_loss_coef")
+            if not getattr(self, name) >= 0
+        ]
         if not 0 <= self.dropout < 1:
             found.append(f"dropout must be in [0, 1), not {self.dropout}")
         return found

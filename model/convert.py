@@ -8,7 +8,9 @@ Four generations of the language model have been published. Ours has the names a
     MiniMind2, Apr 2025   model.layers.0.self_attn.q_proj …  pairs i, i+E/2   theta 1e6
     MiniMind-3, 2026      the same, and q_norm, k_norm       the same         theta 1e6
 
-MiniMind-V (a linear projector) and Cinego 2025 (a two-branch summary, too) stand on one of them.
+Each may be a mixture of experts: two of four and a shared one for a token up to MiniMind2, one of
+four in MiniMind-3. MiniMind-V (a linear projector) and Cinego 2025 (a two-branch summary, too)
+stand on one of them.
 """
 
 import re
@@ -26,7 +28,6 @@ _WRAPPER = re.compile(r"(^|\.)(_orig_mod|module)(?=\.)")
 _UNNEEDED = re.compile(
     r"(^|\.)(pos_cis|freqs_cos|freqs_sin|inv_freq)$|\.attention\.mask$|^vision_encoder\."
 )
-_EXPERTS = re.compile(r"\.(mlp|feed_forward)\.(gate|experts|shared_experts)\.")
 _VISION_NAMES = (
     (re.compile(r"^vision_proj\.vision_proj\.0\."), PROJECTOR),  # MiniMind-V
     (re.compile(r"^video_summarizer\."), SUMMARY),  # Cinego 2025
@@ -37,9 +38,11 @@ _OLD_NAMES = (
     (re.compile(r"^output\."), "lm_head."),
     (re.compile(r"^layers\."), "model.layers."),
     (re.compile(r"\.attention\.w([qkvo])\."), r".self_attn.\1_proj."),
-    (re.compile(r"\.feed_forward\.w1\."), ".mlp.gate_proj."),
-    (re.compile(r"\.feed_forward\.w2\."), ".mlp.down_proj."),
-    (re.compile(r"\.feed_forward\.w3\."), ".mlp.up_proj."),
+    (re.compile(r"\.feed_forward\."), ".mlp."),
+    (re.compile(r"\.shared_experts\.w"), ".shared_experts.0.w"),
+    (re.compile(r"\.w1\.(?=weight$)"), ".gate_proj."),
+    (re.compile(r"\.w2\.(?=weight$)"), ".down_proj."),
+    (re.compile(r"\.w3\.(?=weight$)"), ".up_proj."),
     (re.compile(r"\.attention_norm\."), ".input_layernorm."),
     (re.compile(r"\.ffn_norm\."), ".post_attention_layernorm."),
 )
@@ -61,15 +64,9 @@ def recognise(state: dict[str, Tensor], source, known: dict) -> Recognised:
     """Reads the generation of `state` from names and shapes. Its tensors move over, uncopied.
 
     known: settings from elsewhere. They decide where shapes leave a choice: 64 rows may be 4 heads
-    or 8. Raises ValueError where it is no MiniMind, or one with experts.
+    or 8. Raises ValueError where it is no MiniMind.
     """
     plain = {name: _WRAPPER.sub("", name).removeprefix(".") for name in state}
-    expert = next((name for name in plain.values() if _EXPERTS.search(name)), None)
-    if expert:
-        raise ValueError(
-            f"{source} is a mixture of experts (it has {expert}), which Cinego doesn't load yet: "
-            "use a dense model of the same generation"
-        )
     left_out = [name for name in state if _UNNEEDED.search(plain[name])]
     for name in left_out:
         del state[name], plain[name]
@@ -160,6 +157,11 @@ def _matrix(state: dict[str, Tensor], name: str, source) -> Tensor:
     )
 
 
+def _count(state: dict[str, Tensor], start: str) -> int:
+    """Members of the list whose names begin with `start`."""
+    return len({name.removeprefix(start).split(".")[0] for name in state if name.startswith(start)})
+
+
 def _read_language_model(found: Recognised, source, known: dict) -> str:
     prefix = LLM if found.has_vision else ""
     first = f"{prefix}model.layers.0."
@@ -189,13 +191,22 @@ def _read_language_model(found: Recognised, source, known: dict) -> str:
     else:
         heads = found.assumed["num_attention_heads"] = usual_heads
     found.assumed |= {"rope_theta": theta, "rms_norm_eps": eps}
-    start = f"{prefix}model.layers."
-    layers = {n.removeprefix(start).split(".")[0] for n in found.state if n.startswith(start)}
+    mlp = first + "mlp."
+    if mlp + "gate.weight" in found.state:
+        routed = found.told["num_experts"] = len(_matrix(found.state, mlp + "gate.weight", source))
+        found.told["num_shared_experts"] = _count(found.state, mlp + "shared_experts.")
+        # How many of them a token takes, no shape tells.
+        usual = min(2 if q_norm is None else 1, routed)
+        chosen = known.get("num_experts_per_tok", usual)
+        # MiniMind2 leaves a single weight as it is, MiniMind-3 makes it 1.
+        normalise = chosen > 1 or q_norm is not None
+        found.assumed |= {"num_experts_per_tok": usual, "norm_topk_prob": normalise}
+        title, mlp = f"{title}, mixture of {routed} experts", mlp + "experts.0."
     found.told |= {
         "vocab_size": vocab_size,
         "hidden_size": width,
-        "intermediate_size": len(_matrix(found.state, first + "mlp.gate_proj.weight", source)),
-        "num_hidden_layers": len(layers),
+        "intermediate_size": len(_matrix(found.state, mlp + "gate_proj.weight", source)),
+        "num_hidden_layers": _count(found.state, prefix + "model.layers."),
         "num_attention_heads": heads,
         "num_key_value_heads": max(1, kv_width * heads // width),
         "qk_norm": q_norm is not None,

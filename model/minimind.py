@@ -1,7 +1,8 @@
 """MiniMind: the language model, after its published architecture (github.com/jingyaogong/minimind).
 
-A Llama-like decoder: RMSNorm before each part, rotary positions, grouped-query attention, SwiGLU,
-tied embeddings. Parameters carry MiniMind-3's names, which are Llama's.
+A Llama-like decoder: RMSNorm before each part, rotary positions, grouped-query attention, SwiGLU
+(or experts of it, model/moe.py), tied embeddings. Parameters carry MiniMind-3's names, which are
+Llama's.
 
 Shapes: B batch, L sequence of this call, T sequence with what the cache holds, H heads (of queries,
 or of keys and values), E channels a head, C model width, N supervised tokens.
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import LanguageModelConfig
+from model.moe import MixtureOfExperts
 
 # Logits of this many tokens at a time are in memory: at 6400 entries they then stay near the cache,
 # which makes the loss a quarter faster on a CPU (twice in bfloat16) and caps memory everywhere.
@@ -28,6 +30,7 @@ class CausalLMOutput:
     logits: Tensor | None = None  # (B, L, vocabulary); None where labels were given
     loss: Tensor | None = None  # cross-entropy summed over supervised tokens; None without labels
     past_key_values: "KVCache | None" = None
+    aux_loss: Tensor | None = None  # of experts in training: balance, weighted, over all layers
 
 
 class KVCache:
@@ -164,15 +167,18 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MixtureOfExperts(config, MLP) if config.num_experts else MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BLC, tables, pattern, cache, layer: int, wanted=None) -> Tensor:
+    def forward(
+        self, x_BLC, tables, pattern, cache, layer: int, wanted=None, balance_losses=None
+    ) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x_BLC), tables, pattern, cache, layer)
         x = x_BLC + self.dropout(attended)
         if wanted is not None:  # nobody reads the other tokens after this layer: spare their MLP
             x = x[wanted]
-        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+        more = () if balance_losses is None else (balance_losses,)  # only experts have some
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x), *more))
 
 
 class Decoder(nn.Module):
@@ -238,8 +244,10 @@ class MiniMind(nn.Module):
             wanted = (slice(None), slice(-logits_to_keep, None))
         x = self.model.dropout(x_BLC)
         last = len(self.model.layers) - 1
+        balance = [] if self.config.num_experts and self.training and labels is not None else None
         for i, block in enumerate(self.model.layers):
-            x = block(x, tables, pattern, past_key_values, i, wanted if i == last else None)
+            needed = wanted if i == last else None
+            x = block(x, tables, pattern, past_key_values, i, needed, balance)
         x = self.model.norm(x)
 
         if labels is None:
@@ -251,7 +259,13 @@ class MiniMind(nn.Module):
             loss = loss + F.cross_entropy(
                 self._logits(x[part]).float(), targets_N[part], reduction="sum"
             )
-        return CausalLMOutput(loss=loss, past_key_values=past_key_values)
+        aux_loss = None
+        if balance:
+            aux_loss = self.config.router_aux_loss_coef * sum(balance)
+            # It weighs as much as a supervised token's share of the sum, and only its gradient
+            # joins: the loss that is reported stays the cross-entropy, as in validation.
+            loss = loss + len(targets_N) * (aux_loss - aux_loss.detach())
+        return CausalLMOutput(loss=loss, past_key_values=past_key_values, aux_loss=aux_loss)
 
     def _logits(self, x: Tensor) -> Tensor:
         return F.linear(x, self.model.embed_tokens.weight)

@@ -6,7 +6,9 @@ position, so ours keeps the two branches but shows them each token's *course thr
 coefficients of a cosine transform: the first is the mean, the second is negative for what grows
 and positive for what fades, and so on. A linear layer then reads direction at once.
 
-Shapes: V visuals, F frames (of the longest visual, where padded), P tokens a frame (CLS first),
+A tower without a CLS (SigLIP) has P places: their mean course stands in for the CLS's.
+
+Shapes: V visuals, F frames (of the longest visual, where padded), P tokens a frame (a CLS first),
 D vision width, K temporal coefficients.
 """
 
@@ -16,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import SUMMARY_KINDS
+from model.config import SUMMARY_KINDS, has_cls
 
 
 def pad_frames(features_NPD: Tensor, frames_per_visual: list[int]) -> Tensor:
@@ -87,6 +89,7 @@ class VideoSummary(nn.Module):
         if kind not in SUMMARY_KINDS:
             raise ValueError(f"summary must be one of {', '.join(SUMMARY_KINDS)}, not {kind!r}")
         self.kind, self.num_filters = kind, num_filters
+        self.has_cls = has_cls(tokens_per_frame)
         if kind == "ours":
             course = (num_filters + 1) * hidden_size
             # Its own 2·D would be 10 M parameters at 768 wide, twice the spatial branch.
@@ -134,11 +137,16 @@ class VideoSummary(nn.Module):
                 dim=2,
             )
         courses_VPX = courses_VPKD.flatten(2).to(self.queries.dtype)
-        cls_V1D = self.temporal(courses_VPX[:, :1])
-        places_VPD = self.spatial(courses_VPX[:, 1:]) + cls_V1D
+        if self.has_cls:
+            cls_V1X, places_VPX = courses_VPX[:, :1], courses_VPX[:, 1:]
+        else:
+            cls_V1X, places_VPX = courses_VPX.mean(1, keepdim=True), courses_VPX
+        cls_V1D = self.temporal(cls_V1X)
+        branches_VPD = self.spatial(places_VPX) + cls_V1D
+        if self.has_cls:
+            branches_VPD = torch.cat([cls_V1D, branches_VPD], dim=1)
         # The mean frame passes through: an untrained summary is already a picture of the video.
-        mean_VPD = mean_VPD.to(self.queries.dtype) + self.queries
-        summary_VPD = mean_VPD + torch.cat([cls_V1D, places_VPD], dim=1)
+        summary_VPD = mean_VPD.to(self.queries.dtype) + self.queries + branches_VPD
         return summary_VPD + self.ffn(summary_VPD)
 
     def _attend(self, features_NPD: Tensor, frames_per_visual: list[int], lengths_V) -> Tensor:

@@ -1,18 +1,30 @@
-"""The frozen eye: transformers' CLIP vision model, one row of features for each patch and the CLS.
+"""The frozen eye: the vision model of CLIP or SigLIP, one row of features for each patch (and CLS).
 
-Shapes: N frames, S pixels a side, P tokens a frame (CLS first), D vision width.
+Shapes: N frames, S pixels a side, P tokens a frame (CLIP: CLS first), D vision width.
 """
 
 import hashlib
+import json
+import math
+import pickle
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from model.config import has_cls
+
+# model_type of a directory, with or without the text half → transformers' class of the vision half.
+# Most SigLIP2 checkpoints are of SigLIP's class; "siglip2" are the NaFlex ones.
+_FAMILIES = {
+    "clip": "CLIPVisionModel",
+    "siglip": "SiglipVisionModel",
+    "siglip2": "Siglip2VisionModel",
+}
 _MEND = (
-    "put a CLIP model of transformers there (config.json and model.safetensors), for example with\n"
-    "  hf download openai/clip-vit-base-patch32 --local-dir {directory}"
+    "put a CLIP or SigLIP model of transformers there (config.json and model.safetensors), for "
+    "example with\n  hf download openai/clip-vit-base-patch32 --local-dir {directory}"
 )
 
 
@@ -35,36 +47,57 @@ def _quiet():
 class VisionTower:
     """Not an nn.Module on purpose: so it never enters a checkpoint, an optimizer or `.train()`."""
 
-    def __init__(self, clip_vision_model: torch.nn.Module):
-        self.model = clip_vision_model.requires_grad_(False).eval()
-        config = clip_vision_model.config
+    def __init__(self, vision_model: torch.nn.Module):
+        """vision_model: one of transformers' classes in `_FAMILIES`."""
+        self.model = vision_model.requires_grad_(False).eval()
+        config = vision_model.config
+        self.family: str = _family(config.model_type)
+        self.patch_size: int = config.patch_size
+        # NaFlex takes any grid up to a number of patches: always give it the square one.
+        naflex = self.family == "siglip2"
+        self.grid: int = (
+            math.isqrt(config.num_patches) if naflex else config.image_size // self.patch_size
+        )
+        self.image_size: int = self.grid * self.patch_size if naflex else config.image_size
         self.hidden_size: int = config.hidden_size
-        self.image_size: int = config.image_size
-        self.tokens_per_frame: int = (config.image_size // config.patch_size) ** 2 + 1
+        self.tokens_per_frame: int = self.grid**2 + (self.family == "clip")
+        assert has_cls(self.tokens_per_frame) == (self.family == "clip"), "the rule of has_cls"
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "VisionTower":
-        """Loads a directory that holds a CLIPModel or a CLIPVisionModel, in float32.
+        """Loads a directory that holds a CLIP or SigLIP, whole or its vision half, in float32.
 
-        Raises ValueError where the directory is missing, isn't CLIP, or lacks weights.
+        Raises ValueError where the directory is missing, is of another model, or lacks weights.
         """
-        # Seconds to import: only when a tower is really needed.
-        from safetensors import SafetensorError
-        from transformers import AutoConfig, CLIPVisionModel
-
         directory = Path(directory)
         mend = _MEND.format(directory=directory)
         if not (directory / "config.json").is_file():
             raise ValueError(f"no vision tower in {directory}: {mend}")
-        kind = AutoConfig.from_pretrained(directory, local_files_only=True).model_type
-        if kind not in ("clip", "clip_vision_model"):
-            raise ValueError(f"{directory} holds a {kind!r} model, not CLIP: {mend}")
+        try:
+            kind = json.loads((directory / "config.json").read_text(encoding="utf-8"))["model_type"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{directory}/config.json names no model_type: {mend}") from error
+        if _family(kind) not in _FAMILIES:
+            raise ValueError(f"{directory} holds a {kind!r} model, not CLIP or SigLIP: {mend}")
+
+        # Seconds to import: only when a tower is really needed.
+        import transformers
+        from safetensors import SafetensorError
+
+        family = getattr(transformers, _FAMILIES[_family(kind)])
+        # SigLIP's pooling head stands after what we read: neither load nor count it.
+        settings = {} if _family(kind) == "clip" else {"vision_use_head": False}
+        unreadable = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
         try:
             with _quiet():
-                model, report = CLIPVisionModel.from_pretrained(
-                    directory, local_files_only=True, dtype=torch.float32, output_loading_info=True
+                model, report = family.from_pretrained(
+                    directory,
+                    local_files_only=True,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                    **settings,
                 )
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except unreadable as error:
             raise ValueError(f"can't read the weights in {directory} ({error}): {mend}") from error
         # transformers fills what a file lacks with random numbers and only warns.
         if report["missing_keys"]:
@@ -81,7 +114,21 @@ class VisionTower:
                 f"not {pixel_values.shape[-2]} x {pixel_values.shape[-1]}: use its own "
                 "preprocessor_config.json"
             )
-        return self.to(pixel_values.device).model(pixel_values=pixel_values).last_hidden_state
+        model = self.to(pixel_values.device).model
+        if self.family == "clip":
+            return model(pixel_values=pixel_values).last_hidden_state
+        # SigLIP's last_hidden_state has passed the final norm: call what stands before it.
+        if self.family == "siglip":
+            embeds_NPD = model.embeddings(pixel_values)
+        else:
+            grid = torch.tensor([[self.grid, self.grid]], device=pixel_values.device)
+            embeds_NPD = model.embeddings(self._patches(pixel_values), grid)
+        return model.encoder(inputs_embeds=embeds_NPD).last_hidden_state
+
+    def _patches(self, pixel_values: Tensor) -> Tensor:
+        """(N, P, patch·patch·3): NaFlex takes pixels patch by patch, channels last in each."""
+        tiles = pixel_values.unflatten(3, (self.grid, -1)).unflatten(2, (self.grid, -1))
+        return tiles.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
     def to(self, device: torch.device | str) -> "VisionTower":
         self.model.to(device)
@@ -97,3 +144,7 @@ class VisionTower:
             digest.update(f"{name} {tuple(weight.shape)}".encode())
             digest.update(weight.detach().cpu().contiguous().numpy())
         return digest.hexdigest()[:16]
+
+
+def _family(model_type: str) -> str:
+    return str(model_type).removesuffix("_vision_model")

@@ -125,6 +125,25 @@ def old_rotate(x, theta):
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
 
 
+def old_feed_forward(layer, y, top_k=2):
+    """(L, C): SwiGLU, or for each token that of its likeliest experts and of the shared one."""
+
+    def swiglu(y, room="feed_forward"):
+        w1, w2, w3 = (layer[f"{room}.w{i}.weight"] for i in (1, 2, 3))
+        return (F.silu(y @ w1.T) * (y @ w3.T)) @ w2.T
+
+    if "feed_forward.gate.weight" not in layer:
+        return swiglu(y)
+    rows = []
+    for token in y:
+        scores = (layer["feed_forward.gate.weight"] @ token).softmax(0)
+        best = scores.argsort(descending=True)[:top_k].tolist()
+        total = sum(scores[e] for e in best)
+        routed = sum(scores[e] / total * swiglu(token, f"feed_forward.experts.{e}") for e in best)
+        rows.append(routed + swiglu(token, "feed_forward.shared_experts"))
+    return torch.stack(rows)
+
+
 def old_forward(state, x, heads, kv_heads, theta, eps=1e-5):
     """Logits (L, vocabulary) of one row of embeddings (L, C)."""
 
@@ -143,20 +162,31 @@ def old_forward(state, x, heads, kv_heads, theta, eps=1e-5):
         scores = torch.einsum("qhe,khe->hqk", q, k) / q.shape[-1] ** 0.5
         mixed = torch.einsum("hqk,khe->qhe", scores.masked_fill(future, -torch.inf).softmax(-1), v)
         x = x + mixed.flatten(1) @ layer["attention.wo.weight"].T
-        y = norm(x, f"layers.{i}.ffn_norm")
-        gated = F.silu(y @ layer["feed_forward.w1.weight"].T) * (
-            y @ layer["feed_forward.w3.weight"].T
-        )
-        x = x + gated @ layer["feed_forward.w2.weight"].T
+        x = x + old_feed_forward(layer, norm(x, f"layers.{i}.ffn_norm"))
     return norm(x, "norm") @ state["tok_embeddings.weight"].T
 
 
+def with_experts(state, routed=4):
+    """Each layer's feed_forward becomes a router, `routed` experts and a shared one."""
+    for i in range(2):
+        room = f"layers.{i}.feed_forward"
+        weights = {f"w{k}": state.pop(f"{room}.w{k}.weight") for k in (1, 2, 3)}
+        for expert in (*(f"experts.{e}" for e in range(routed)), "shared_experts"):
+            for name, weight in weights.items():
+                state[f"{room}.{expert}.{name}.weight"] = 0.2 * torch.randn(weight.shape)
+        state[f"{room}.gate.weight"] = torch.randn(routed, weights["w1"].shape[1])
+    return state
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "experts"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "theta", "title"),
     [(8, 4, 1e4, "MiniMind, Oct 2024"), (8, 2, 1e6, "MiniMind2, Feb 2025")],
 )
-def test_old_names_and_pairs(tmp_path, heads, kv_heads, theta, title):
+def test_old_names_and_pairs(tmp_path, heads, kv_heads, theta, title, moe):
     state = old_state(heads=heads, kv_heads=kv_heads)
+    if moe:
+        state, title = with_experts(state), f"{title}, mixture of 4 experts"
     lm = load_language_model(write(tmp_path / "lm.pth", state))
     ids = torch.randint(0, 96, (1, 40))
 
@@ -165,6 +195,18 @@ def test_old_names_and_pairs(tmp_path, heads, kv_heads, theta, title):
     close(lm(ids).logits[0], expected)
     assert lm.load_report.title == title
     assert lm.load_report.converted == ["names", "order of rotary pairs"]
+
+
+def test_how_many_experts_a_token_takes_is_an_override(tmp_path):
+    state = with_experts(old_state(heads=8, kv_heads=2))
+    path = write(tmp_path / "lm.pth", state)
+    usual, all_four = (load_language_model(path, **o) for o in ({}, {"num_experts_per_tok": 4}))
+    layer = {n.removeprefix("layers.0."): w for n, w in state.items() if n.startswith("layers.0.")}
+    y = torch.randn(9, 64)
+    close(usual.model.layers[0].mlp(y), old_feed_forward(layer, y))
+    close(all_four.model.layers[0].mlp(y), old_feed_forward(layer, y, top_k=4))
+    assert "num_experts_per_tok 2, norm_topk_prob True" in str(usual.load_report)
+    assert "num_experts_per_tok" not in str(all_four.load_report)
 
 
 def test_overrides_decide_what_names_and_shapes_leave_open(tmp_path):
@@ -285,6 +327,53 @@ def test_a_directory_in_pieces_says_what_is_missing(tmp_path):
     index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
     with pytest.raises(ValueError, match="names model-1.safetensors, which is missing"):
         load_language_model(tmp_path)
+
+
+QWEN3_MOE = {"num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": True}
+QWEN3_MOE |= {"moe_intermediate_size": 96, "num_key_value_heads": 4, "rms_norm_eps": 1e-6}
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["directory", "names alone"])
+def test_minimind3_with_experts_is_qwen3_moe(tmp_path, told):
+    theirs = transformers_model("Qwen3Moe", **QWEN3_MOE)
+    theirs.save_pretrained(tmp_path)
+    lm = load_language_model(tmp_path if told else tmp_path / "model.safetensors")
+    ids = torch.randint(0, 96, (2, 30))
+    close(lm(ids).logits, theirs(ids).logits)
+    assert lm.load_report.title == "MiniMind-3, mixture of 4 experts"
+    assert (lm.config.num_experts_per_tok, lm.config.num_shared_experts) == (1, 0)
+    assert bool(lm.load_report.assumed) != told
+
+
+def test_minimind2_apr_with_experts(tmp_path):
+    """The names of ours; its directory names the numbers as the Feb 2025 config did."""
+    moe = {"num_experts": 3, "num_shared_experts": 2, "num_experts_per_tok": 2}
+    model = MiniMind(LanguageModelConfig(**SMALL.to_dict() | moe)).eval()
+    ids = torch.randint(0, 64, (1, 9))
+    write(tmp_path / "model.safetensors", model.state_dict())
+    about = {"model_type": "minimind", "num_attention_heads": 4, "use_moe": True}
+    about |= {"n_routed_experts": 3, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    about |= {"scoring_func": "softmax", "intermediate_size": 64, "rope_theta": 1e6}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    lm = load_language_model(tmp_path)
+    assert torch.equal(lm(ids).logits, model(ids).logits)
+    assert lm.load_report.title == "MiniMind2, Apr 2025, mixture of 3 experts"
+
+    single = about | {"num_experts_per_tok": 1}  # whose weight MiniMind2 doesn't scale to 1
+    (tmp_path / "config.json").write_text(json.dumps(single))
+    assert not load_language_model(tmp_path).config.norm_topk_prob
+    (tmp_path / "config.json").write_text(json.dumps(about | {"scoring_func": "sigmoid"}))
+    with pytest.raises(ValueError, match="no scoring_func sigmoid"):
+        load_language_model(tmp_path)
+
+
+def test_our_own_experts_come_back_exactly(tmp_path):
+    settings = {"num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": False}
+    model = MiniMind(LanguageModelConfig(**SMALL.to_dict() | settings)).eval()
+    save_model(tmp_path / "moe.pth", model, {})
+    lm = load_language_model(tmp_path / "moe.pth")
+    ids = torch.randint(0, 64, (1, 9))
+    assert lm.config == model.config and torch.equal(lm(ids).logits, model(ids).logits)
 
 
 # ---- whole models
@@ -541,19 +630,14 @@ def test_one_long_list_doesnt_hide_the_other(tmp_path):
     assert "44 more" in message and len(message) < 2000
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "model.layers.0.mlp.gate.weight",  # MiniMind-3
-        "model.layers.0.mlp.experts.3.up_proj.weight",
-        "_orig_mod.layers.0.feed_forward.experts.0.w1.weight",  # MiniMind2
-        "language_model.model.layers.0.mlp.gate.weight",
-    ],
-)
-def test_experts_are_refused_by_name(tmp_path, name):
-    path = write(tmp_path / "moe.pth", MiniMind(SMALL).state_dict() | {name: torch.ones(4, 32)})
-    with pytest.raises(ValueError, match="is a mixture of experts"):
-        load_language_model(path)
+def test_experts_that_are_not_whole_are_named(tmp_path):
+    state = with_experts(old_state())
+    del state["layers.1.feed_forward.experts.2.w3.weight"]
+    state["layers.0.feed_forward.gate.bias"] = torch.ones(4)
+    with pytest.raises(ValueError) as error:
+        load_language_model(write(tmp_path / "moe.pth", state))
+    assert "missing model.layers.1.mlp.experts.2.up_proj.weight" in str(error.value)
+    assert "unknown model.layers.0.mlp.gate.bias" in str(error.value)
 
 
 def test_two_names_for_one_weight_are_refused(tmp_path):

@@ -64,6 +64,23 @@ def test_the_cls_course_reaches_every_token():
     assert (change > 1e-3).all()
 
 
+def test_without_a_cls_the_mean_of_the_places_stands_in_for_it():
+    """16 tokens are 4 x 4 places of SigLIP, and none of them is left out or special."""
+    torch.manual_seed(0)
+    summary = VideoSummary("ours", hidden_size=D, tokens_per_frame=16).eval()
+    video = torch.randn(6, 16, D)
+    out = summary(video, [6])
+    assert out.shape == (1, 16, D)
+    order = torch.randperm(16)
+    with torch.no_grad():
+        summary.queries.zero_()  # these alone tell place from place
+    torch.testing.assert_close(summary(video[:, order], [6]), summary(video, [6])[:, order])
+    swapped = video.clone()
+    swapped[:, 0] = video[:, 0].flip(0)  # any place's course reaches every token
+    change = (summary(swapped, [6]) - summary(video, [6])).abs().amax(-1)[0]
+    assert (change > 1e-4).all() and change[0] > 1e-2
+
+
 def test_change_is_the_mean_step_between_a_video_s_own_frames():
     frames = torch.tensor([[0.0, 1.0, -1.0, 0.0], [5.0, 7.0, 0.0, 0.0], [3.0, 0.0, 0.0, 0.0]])
     change = mean_change(frames[..., None, None], torch.tensor([4, 2, 1]))

@@ -46,10 +46,14 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def make_model(dropout=0.0):
+# Without the balance loss: that is of a micro-batch, so it depends on how the batch is cut.
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}
+
+
+def make_model(**settings):
     torch.manual_seed(0)
     language_model = LanguageModelConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, dropout=dropout
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, **settings
     )
     return Cinego(CinegoConfig(language_model, vision_hidden_size=WIDTH, tokens_per_frame=TOKENS))
 
@@ -120,12 +124,12 @@ def test_accumulation_equals_one_large_batch(workplace):
 SHARED = ["a", "b", "c", "d", "broken", "text1", "e", "text2"]
 
 
-def one_process(rank, size, port, folder):
+def one_process(rank, size, port, folder, settings):
     os.chdir(folder)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    world, model = setup("cpu"), make_model()
+    world, model = setup("cpu"), make_model(**settings)
     if rank:
         torch.nn.init.ones_(model.vision_proj.weight)  # mended by the main process's weights
     run(model, make_loader(SHARED, 1, world), world=world, max_bad=0.5, run_name="two", epochs=2)
@@ -133,17 +137,19 @@ def one_process(rank, size, port, folder):
     world.close()
 
 
-def test_two_processes_equal_one(workplace):
+@pytest.mark.parametrize("settings", [{}, EXPERTS], ids=["dense", "experts"])
+def test_two_processes_equal_one(workplace, settings):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     # A server that imports the slow libraries once, for both.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "transformers"])
-    mp.start_processes(one_process, (2, port, str(workplace)), 2, start_method="forkserver")
-    model = make_model()
+    args = (2, port, str(workplace), settings)
+    mp.start_processes(one_process, args, 2, start_method="forkserver")
+    model = make_model(**settings)
     run(model, make_loader(SHARED, 2), max_bad=0.5, run_name="one", epochs=2)
     for rank in range(2):
-        other = make_model()
+        other = make_model(**settings)
         other.load_state_dict(torch.load(f"rank{rank}.pth"))
         assert largest_difference(model, other) < 1e-6
     assert [row["loss"] for row in rows("two")] == pytest.approx(

@@ -115,6 +115,18 @@ def test_pretraining_then_fine_tuning(capsys):
     assert "video_summary" in capsys.readouterr().out  # the parameter counts
 
 
+def test_experts_go_through_both_stages_under_their_own_names():
+    command(train_pretrain, "--use_moe --from_scratch --freeze_llm 0 --optimizer muon")
+    flags = "--use_moe --epochs 8 --dtype float32 --learning_rate 1e-2 --log_interval 1"
+    metrics = command(train_sft, flags)
+    rows = Path("out/sft_videolm_32_moe/metrics.jsonl").read_text().splitlines()
+    assert metrics["loss"] < 0.7 * json.loads(rows[0])["loss"]
+    config = load_video_language_model("out/sft_videolm_32_moe.pth").config.language_model
+    assert (config.num_experts, config.num_experts_per_tok) == (4, 1)
+    with pytest.raises(ValueError, match="--use_moe: True in the file, False given"):
+        command(train_sft, "--load_from out/pretrain_videolm_32_moe.pth")
+
+
 def test_random_start_and_shared_rows():
     random = "--from_scratch --freeze_llm 0 --embedding_std 0.4"
     assert command(train_pretrain, random)["step"] == 2  # rows: one a clip, in batches of two

@@ -12,12 +12,19 @@ from trainer.config import TrainConfig
 ADAM_BETAS = (0.9, 0.95)
 
 # Muon orthogonalises a matrix's update, which makes sense for a map between hidden states. The
-# embedding, the projector (the input layer of the visuals) and tables of queries aren't such maps.
+# embedding, the projector (the input layer of the visuals), tables of queries and the router of
+# experts (`mlp.gate`, whose outputs are scores) aren't such maps.
 HIDDEN = {"layers", "video_summary"}
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
-    return parameter.ndim == 2 and name.endswith("weight") and bool(HIDDEN & set(name.split(".")))
+    parts = name.split(".")
+    return (
+        parameter.ndim == 2
+        and parts[-1] == "weight"
+        and parts[-2] != "gate"
+        and bool(HIDDEN & set(parts))
+    )
 
 
 def rate_factor(step: int, total_steps: int, warmup: int, schedule: str) -> float:

@@ -1,0 +1,70 @@
+"""A mixture of experts in place of a layer's MLP: a router sends each token to a few of several.
+
+After MiniMind: four experts of which a token takes one (MiniMind-3), or two and a shared expert
+that every token passes (MiniMind2). Parameters carry the names of MiniMind-3 and of MiniMind2 of
+Apr 2025.
+
+Shapes: T tokens, E experts, K experts a token, A = T·K assignments, C model width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import LanguageModelConfig
+
+
+class MixtureOfExperts(nn.Module):
+    def __init__(self, config: LanguageModelConfig, expert: type[nn.Module]):
+        """expert: the class of a dense layer's MLP, made from `config`."""
+        super().__init__()
+        self.top_k, self.normalise = config.num_experts_per_tok, config.norm_topk_prob
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(expert(config) for _ in range(config.num_experts))
+        shared = [expert(config) for _ in range(config.num_shared_experts)]
+        if shared:
+            self.shared_experts = nn.ModuleList(shared)
+
+    def forward(self, x: Tensor, balance_losses: list[Tensor] | None = None) -> Tensor:
+        """(…, C) → (…, C). Where a list is given, this layer's balance loss is appended to it.
+
+        Tokens are sorted by expert, so that each expert reads its own in one piece and nobody's
+        else: as much work as the chosen experts are, however many there are.
+        """
+        x_TC = x.flatten(0, -2)
+        # In float32 even under autocast: rounding must not decide which expert a token meets.
+        with torch.autocast(x.device.type, enabled=False):
+            scores_TE = F.linear(x_TC.float(), self.gate.weight.float()).softmax(-1)
+        weights_TK, experts_TK = scores_TE.topk(self.top_k)
+        if self.normalise:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+
+        order_A = experts_TK.flatten().argsort(stable=True)
+        counts_E = experts_TK.flatten().bincount(minlength=len(self.experts))
+        parts = x_TC[order_A // self.top_k].split(counts_E.tolist())
+        # In training an expert without a token runs on none and gets a gradient of zeros, not None:
+        # then all processes, and all steps, have gradients for the same parameters.
+        everyone = torch.is_grad_enabled() or not len(x_TC)
+        done_AC = torch.cat(
+            [
+                expert(part)
+                for expert, part in zip(self.experts, parts, strict=True)
+                if everyone or len(part)
+            ]
+        )
+        done_TKC = done_AC[order_A.argsort()].unflatten(0, (-1, self.top_k))
+        y_TC = (done_TKC * weights_TK[..., None].to(done_TKC.dtype)).sum(1)
+        for expert in getattr(self, "shared_experts", ()):
+            y_TC = y_TC + expert(x_TC)
+
+        if balance_losses is not None and len(x_TC) and self.gate.weight.requires_grad:
+            balance_losses.append(balance_loss(scores_TE, counts_E))
+        return y_TC.view_as(x)
+
+
+def balance_loss(scores_TE: Tensor, counts_E: Tensor) -> Tensor:
+    """Switch Transformer (arXiv 2101.03961), eq. 4: 1 where all experts get as many tokens, up to E
+    where one gets all. A count has no gradient; the mean score beside it has, and pushes it down.
+    """
+    shares_E = counts_E / counts_E.sum()
+    return len(counts_E) * (shares_E * scores_TE.mean(0)).sum()
