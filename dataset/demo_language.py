@@ -63,6 +63,14 @@ QUESTIONS = {
         "en": ["What moves last?", "Which one is the last to move?"],
         "zh": ["什么后动?", "哪一个最后移动?"],
     },
+    "first_way": {
+        "en": ["Which way does the first one move?", "Where does the first to move go?"],
+        "zh": ["先动的往哪个方向移动?", "最先移动的朝哪边走?"],
+    },
+    "last_way": {
+        "en": ["Which way does the last one move?", "Where does the last to move go?"],
+        "zh": ["后动的往哪个方向移动?", "最后移动的朝哪边走?"],
+    },
     "count": {
         "en": ["How many {x} are there?", "Count the {x}."],
         "zh": ["有几个{x}?", "数一数{x}。"],
@@ -239,36 +247,23 @@ def _makers(scene) -> list[tuple]:
         early, late = in_order(scene)
         add("first", "order", None, lambda lang: _the(early.thing, lang))
         add("last", "order", None, lambda lang: _the(late.thing, lang))
-        for i, actor in enumerate(sorted(scene.actors, key=lambda a: str(a.thing))):
+        for kind, actor in (("first_way", early), ("last_way", late)):
             step = next(s for s in actor.steps if s != "stay")
-            add(
-                f"direction{i}",
-                "direction",
-                actor.thing,
-                lambda lang, step=step: _direction(step, lang),
-            )
+            add(kind, "direction", None, lambda lang, step=step: _direction(step, lang))
     else:
-        for i, (thing, number) in enumerate(counts(scene).items()):
-            add(
-                f"count{i}",
-                f"count_{number}",
-                thing,
-                lambda lang, n=number: NUMBERS[n][lang == "zh"],
-            )
         total = len(scene.actors)
+        if len(counts(scene)) == 1:
+            add("count", f"count_{total}", first.thing, lambda lang: NUMBERS[total][lang == "zh"])
         add("total", f"count_{total}", None, lambda lang: NUMBERS[total][lang == "zh"])
     return makers
 
 
 def _maker(kind: str, scored_as: str, thing, answer):
-    template = re.sub(r"\d", "", kind)
-
     def make(language: str, wording: int, pronoun: bool):
-        text = QUESTIONS[template][language][wording]
+        text = QUESTIONS[kind][language][wording]
         if thing is not None:
-            named = (
-                PRONOUN[language] if pronoun else name(thing, language, several=template == "count")
-            )
+            named = name(thing, language, several=kind == "count")
+            named = PRONOUN[language] if pronoun else named
             text = text.replace("the {x}", "{x}") if pronoun else text
             text = text.replace("{x}", named)
         return text, answer(language), {"type": scored_as}
