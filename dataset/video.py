@@ -417,6 +417,11 @@ class FrameTransform:
             ) from error
         except ValueError as error:
             raise ValueError(f"{file}: not JSON: {error}; download it again") from error
+        return cls.from_config(config, file)
+
+    @classmethod
+    def from_config(cls, config: dict, source) -> "FrameTransform":
+        """The settings of an image processor of transformers; `source` is named in errors."""
         try:
             size, crop = _edges(config["size"]), _edges(config.get("crop_size", config["size"]))
             is_crop = config.get("do_center_crop", "crop_size" in config)
@@ -433,7 +438,7 @@ class FrameTransform:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{file}: {error!r}; what is needed is one square size, image_mean and image_std"
+                f"{source}: {error!r}; what is needed is one square size, image_mean and image_std"
             ) from error
 
     def describe(self) -> dict:
