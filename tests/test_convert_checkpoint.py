@@ -20,7 +20,7 @@ from model.config import CinegoConfig, LanguageModelConfig
 from model.generate import generate
 from model.minimind import MiniMind
 from model.vision_tower import VisionTower
-from scripts.convert_checkpoint import main
+from scripts.convert_checkpoint import image_processor, main
 
 TOKENIZER = "model/text_tokenizer"
 TOKENS = 12
@@ -252,6 +252,13 @@ def test_the_language_model_of_a_video_language_model(world, tmp_path):
     ids = torch.randint(0, 6400, (1, 9))
     whole = load_video_language_model(root / "vlm.pth").language_model
     assert torch.equal(load_language_model(tmp_path / "lm")(ids).logits, whole(ids).logits)
+
+
+@pytest.mark.parametrize("resize, resample", [("crop", 3), ("squash", 2)])  # CLIP's, SigLIP's
+def test_a_towers_settings_pass_through_transformers(resize, resample):
+    transform = FrameTransform(96, (0.5, 0.4, 0.3), (0.2, 0.3, 0.2), resize, 1 / 127.5, resample)
+    settings = json.loads(image_processor(transform).to_json_string())
+    assert FrameTransform.from_config(settings, "it") == transform
 
 
 def test_what_cannot_be_written_says_why(world, tiny_tower, tmp_path):
