@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dataset.conversation import Encoded, encode
+from dataset.conversation import Encoded, encode, left_pad
 from dataset.video import FrameTransform, VideoError, read_frames
 from model.checkpoint import load_video_language_model
 from model.cinego import Cinego
@@ -118,23 +118,9 @@ class Answerer:
 
     def inputs(self, prompts: list[Encoded], visuals: list[list[Tensor]]) -> dict:
         """A batch for `generate`: left padded, so that all rows go on in the same column."""
-        length = max(len(prompt.input_ids) for prompt in prompts)
-        shape = (len(prompts), length)
-        input_ids = torch.zeros(shape, dtype=torch.long)
-        attention_mask = torch.zeros(shape, dtype=torch.bool)
-        visual_mask = torch.zeros(shape, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            start = length - len(prompt.input_ids)
-            input_ids[row, start:] = torch.tensor(prompt.input_ids)
-            visual_mask[row, start:] = torch.tensor(prompt.visual_mask)
-            attention_mask[row, start:] = True
-        inputs = {
-            "input_ids": input_ids.to(self.device),
-            "attention_mask": attention_mask.to(self.device),
-        }
+        inputs = {name: tensor.to(self.device) for name, tensor in left_pad(prompts).items()}
         frames = [visual for row in visuals for visual in row]
         if frames:
-            inputs["visual_mask"] = visual_mask.to(self.device)
             inputs["visual_features"] = torch.cat(frames).float()
             inputs["frames_per_visual"] = [len(visual) for visual in frames]
         return inputs

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import torch
+
 IGNORED = -100  # torch's ignore_index: a position that isn't supervised
 ROLES = {"human": "user", "gpt": "assistant"}  # LLaVA's names to the template's
 ROLES |= {role: role for role in ("user", "assistant", "system")}
@@ -192,9 +194,39 @@ def encode(
     if (messages[-1]["role"] == "assistant") == add_generation_prompt:
         wanted = "a human's turn to answer" if add_generation_prompt else "an assistant's answer"
         raise ConversationError(f"the last turn must be {wanted}")
+    return _assemble(tokenizer, _chunks(tokenizer, messages, add_generation_prompt), visual_lengths)
+
+
+def encode_rendered(tokenizer, text: str, visual_lengths: Sequence[int]) -> Encoded:
+    """Encode a prompt that the chat template has rendered already, tags of visuals and all."""
+    text, found = VISUAL_TAG.subn(VISUAL_MARK, text)
+    if found != len(visual_lengths):
+        raise ConversationError(
+            f"{found} visual tags (<image>, <video>) for {len(visual_lengths)} visuals; write one "
+            "tag for each visual, in order"
+        )
+    return _assemble(tokenizer, [(text, False)], visual_lengths)
+
+
+def left_pad(prompts: Sequence[Encoded], pad_id: int = 0) -> dict[str, torch.Tensor]:
+    """Prompts as a batch for generation: all rows end, and go on, in the same column."""
+    shape = (len(prompts), max(len(prompt.input_ids) for prompt in prompts))
+    input_ids = torch.full(shape, pad_id)
+    attention_mask = torch.zeros(shape, dtype=torch.bool)
+    visual_mask = torch.zeros(shape, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        start = shape[1] - len(prompt.input_ids)
+        input_ids[row, start:] = torch.tensor(prompt.input_ids)
+        visual_mask[row, start:] = torch.tensor(prompt.visual_mask)
+        attention_mask[row, start:] = True
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "visual_mask": visual_mask}
+
+
+def _assemble(tokenizer, chunks: list[tuple[str, bool]], visual_lengths: Sequence[int]) -> Encoded:
+    """Chunks of text with VISUAL_MARK in them → ids, each piece of text tokenised apart."""
     input_ids, labels, visual_mask = [], [], []
     lengths = iter(visual_lengths)
-    for text, supervised in _chunks(tokenizer, messages, add_generation_prompt):
+    for text, supervised in chunks:
         for number, piece in enumerate(text.split(VISUAL_MARK)):
             if number:
                 ids = placeholder_ids(tokenizer, next(lengths))

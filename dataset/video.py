@@ -422,6 +422,11 @@ class FrameTransform:
             ) from error
         except ValueError as error:
             raise ValueError(f"{file}: not JSON: {error}; download it again") from error
+        return cls.from_config(config, file)
+
+    @classmethod
+    def from_config(cls, config: dict, source) -> "FrameTransform":
+        """The settings of an image processor of transformers; `source` is named in errors."""
         try:
             config = config.get("image_processor", config)
             config = {name: value for name, value in config.items() if value is not None}
@@ -443,7 +448,7 @@ class FrameTransform:
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{file}: {error!r}; what is needed is one square size, image_mean and image_std"
+                f"{source}: {error!r}; what is needed is one square size, image_mean and image_std"
             ) from error
 
     def describe(self) -> dict:

@@ -74,7 +74,7 @@ def save_model(path: str | Path, model: Cinego | MiniMind, meta: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: weight.detach().cpu() for name, weight in model.state_dict().items()}
     about = {"model": type(model).__name__, "model_config": model.config.to_dict(), **meta}
-    text = json.dumps(about, indent=2, ensure_ascii=False)
+    text = json.dumps(about, indent=2, ensure_ascii=False, sort_keys=True)
     # The .pth last: where it stands, its description stands too.
     _replace(path.with_suffix(".json"), lambda file: file.write(text.encode()))
     _replace(path, lambda file: torch.save(state, file))
@@ -143,11 +143,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     state, about = _read_tensors(path), path.with_suffix(".json")
     if not about.is_file():
         return state, {}
-    try:
-        config = dict(json.loads(about.read_text(encoding="utf-8"))["model_config"])
-        return state, config | config.pop("language_model", {})
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{about} doesn't hold a model_config: {error!r}") from error
+    return state, _flat(_read_json(about), about)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -195,12 +191,28 @@ def _read_directory(directory: Path) -> tuple[dict[str, Tensor], dict]:
     about = directory / "config.json"
     if not about.is_file():
         raise ValueError(f"{about} is missing: copy the model's config there")
-    return state, _read_transformers_config(about)
-
-
-def _read_transformers_config(about: Path) -> dict:
-    """The language model's settings in a config.json; refuses what MiniMind doesn't compute."""
     config = _read_json(about)
+    # What scripts/convert_checkpoint.py wrote brings our own settings along, and its tower.
+    exported = config.get("cinego")
+    ours = _flat(exported, about) if exported is not None else {}
+    if config.get("model_type") != "cinego":
+        return state, ours | _read_transformers_config(config, about)
+    for name in [name for name in state if name.startswith("vision_tower.")]:
+        del state[name]
+    return {name.removeprefix("cinego."): state.pop(name) for name in list(state)}, ours
+
+
+def _flat(about: dict, source: Path) -> dict:
+    """The settings in what save_model writes beside the weights, without levels."""
+    try:
+        config = dict(about["model_config"])
+        return config | config.pop("language_model", {})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{source} doesn't hold a model_config: {error!r}") from error
+
+
+def _read_transformers_config(config: dict, about: Path) -> dict:
+    """The language model's settings in a config.json; refuses what MiniMind doesn't compute."""
     family = config.get("model_type") or "minimind"
     found = {}
     for name, minimind_name in _SETTINGS.items():

@@ -1,0 +1,169 @@
+"""Files and words → the inputs of CinegoForCausalLM, by the same code that made its training data.
+
+Visuals are paths (read by PyAV, frames sampled as in training), PIL images or uint8 arrays of
+frames (F, H, W, 3). Rows of a batch are padded on the left, ready for generate().
+"""
+
+import os
+
+import numpy as np
+import torch
+from transformers import BatchFeature, ProcessorMixin
+
+from dataset.conversation import VISUAL_TAG, encode, encode_rendered, left_pad
+from model.config import CinegoConfig
+
+
+class CinegoProcessor(ProcessorMixin):
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        num_frames: int = 8,
+        tokens_per_frame: int = 50,
+        summary: str = "ours",
+        chat_template=None,
+    ):
+        """num_frames: taken from a video. The other two say how many tokens a visual takes."""
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        for name in ("is_local", "local_files_only"):  # how it was loaded is nothing to be saved
+            tokenizer.init_kwargs.pop(name, None)
+        self.num_frames, self.tokens_per_frame, self.summary = num_frames, tokens_per_frame, summary
+
+    @property
+    def model_input_names(self) -> list[str]:
+        names = ["input_ids", "attention_mask", "visual_mask", "pixel_values", "frames_per_visual"]
+        return names
+
+    def __call__(
+        self, text=None, images=None, videos=None, num_frames: int | None = None, **kwargs
+    ) -> BatchFeature:
+        """A rendered prompt, or several, with one tag (<image>, <video>) for each visual.
+
+        images, videos: one visual or a list, in order of the tags of the whole batch.
+        kwargs: what processors usually take; only return_tensors="pt" and padding=True fit.
+        """
+        _check_usual(kwargs)
+        texts = [text] if isinstance(text, str) else list(text or ())
+        waiting = {"<image>": _as_list(images), "<video>": _as_list(videos)}
+        rows, visuals = [], []
+        for prompt in texts:
+            row = []
+            for tag in VISUAL_TAG.findall(prompt):
+                # `<image>` may mark a video (LLaVA-Video writes so) and a run either.
+                named = waiting.get(tag) or waiting["<video>"] or waiting["<image>"]
+                if not named:
+                    raise ValueError(f"more tags than visuals, from {prompt!r} on")
+                row.append(self._pixels(named.pop(0), num_frames))
+            rows.append(encode_rendered(self.tokenizer, prompt, self._lengths(row)))
+            visuals += row
+        if left := sum(map(len, waiting.values())):
+            raise ValueError(f"{left} visuals more than tags: write <video> where each belongs")
+        return self._batch(rows, visuals)
+
+    def apply_chat_template(
+        self,
+        conversation: list,
+        chat_template=None,
+        add_generation_prompt: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        num_frames: int | None = None,
+        **kwargs,
+    ):
+        """One conversation, or a list of them, of turns whose content is a text or a list of
+        {"type": "text", "text": …}, {"type": "video", "path": …} and {"type": "image", …}.
+
+        Gives the rendered text(s), or with tokenize=True the ids, or with return_dict=True all
+        inputs of the model.
+        """
+        _check_usual(kwargs)
+        if chat_template is not None:
+            raise ValueError("set tokenizer.chat_template instead of handing in chat_template")
+        is_batch = not isinstance(conversation[0], dict)
+        rows, visuals = [], []
+        for turns in conversation if is_batch else [conversation]:
+            messages, named = _plain(turns)
+            if not tokenize:
+                rows.append(
+                    self.tokenizer.apply_chat_template(
+                        messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                    )
+                )
+                continue
+            row = [self._pixels(visual, num_frames) for visual in named]
+            rows.append(encode(self.tokenizer, messages, self._lengths(row), add_generation_prompt))
+            visuals += row
+        if not tokenize:
+            return rows if is_batch else rows[0]
+        batch = self._batch(rows, visuals)
+        return batch if return_dict else batch["input_ids"]
+
+    def _lengths(self, visuals: list[torch.Tensor]) -> list[int]:
+        config = CinegoConfig(tokens_per_frame=self.tokens_per_frame, summary=self.summary)
+        return [config.tokens_per_visual(len(visual)) for visual in visuals]
+
+    def _pixels(self, visual, num_frames: int | None) -> torch.Tensor:
+        """(F, 3, S, S) of one visual."""
+        # Here, and not above: a question without a video needs no video reader.
+        from dataset.video import FrameTransform, read_frames, uniform_indices
+
+        num_frames = num_frames or self.num_frames
+        if isinstance(visual, str | os.PathLike):
+            frames = read_frames(visual, num_frames=num_frames).frames
+        else:
+            frames = np.array(visual.convert("RGB") if hasattr(visual, "convert") else visual)
+            frames = frames[None] if frames.ndim == 3 else frames
+            if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+                raise ValueError(
+                    f"frames must be uint8 of shape (F, H, W, 3), not {frames.dtype} {frames.shape}"
+                )
+            frames = frames[uniform_indices(len(frames), num_frames)]
+        settings = self.image_processor.to_dict()
+        return FrameTransform.from_config(settings, "the image processor")(frames)
+
+    def _batch(self, rows: list, visuals: list[torch.Tensor]) -> BatchFeature:
+        pad_id = self.tokenizer.pad_token_id
+        batch = left_pad(rows, 0 if pad_id is None else pad_id)
+        if visuals:
+            batch["pixel_values"] = torch.cat(visuals)
+            batch["frames_per_visual"] = torch.tensor([len(visual) for visual in visuals])
+        return BatchFeature(batch)
+
+
+def _plain(turns: list[dict]) -> tuple[list[dict], list]:
+    """Turns whose contents are texts with tags, and the visuals in order."""
+    messages, visuals = [], []
+    for turn in turns:
+        content = turn["content"]
+        if not isinstance(content, str):
+            parts = []
+            for part in content:
+                kind = part.get("type")
+                if kind == "text":
+                    parts.append(part["text"])
+                elif kind in ("video", "image"):
+                    visual = next((part[key] for key in (kind, "path") if key in part), None)
+                    if visual is None:
+                        raise ValueError(f"no {kind!r} or 'path' in {part}: name a file")
+                    visuals.append(visual)
+                    parts.append(f"<{kind}>\n")
+                else:
+                    raise ValueError(f"type {kind!r} isn't one of text, image, video")
+            content = "".join(parts)
+        messages.append({"role": turn["role"], "content": content})
+    return messages, visuals
+
+
+def _as_list(visuals) -> list:
+    if visuals is None:
+        return []
+    return list(visuals) if isinstance(visuals, list | tuple) else [visuals]
+
+
+def _check_usual(kwargs: dict) -> None:
+    """What the rows are anyway may be said; anything else would be dropped in silence."""
+    usual = {"return_tensors": ("pt",), "padding": (True, "longest"), "padding_side": ("left",)}
+    odd = [f"{k}={v!r}" for k, v in kwargs.items() if v is not None and v not in usual.get(k, ())]
+    if odd:
+        raise ValueError(f"CinegoProcessor doesn't know {', '.join(odd)}")
