@@ -85,7 +85,7 @@ def setup(device: str = "auto") -> World:
         raise ValueError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
     # Every batch has a new shape, and on a CPU oneDNN keeps the code that it made for 1024 of them:
     # gigabytes, which are never used again.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World(torch.device(device))
