@@ -80,6 +80,7 @@ QUESTIONS = {
         "zh": ["一共有几个东西?", "数一数所有的东西。"],
     },
 }
+SLOWLY_LEARNT = ("first", "last", "count", "total", "caption")
 PRONOUN = {"en": "it", "zh": "它"}
 
 
@@ -195,14 +196,14 @@ def caption(rng, scene) -> list[Conversation]:
 def ask(rng, scene, scored: bool, pair_name: str) -> list[Conversation]:
     """Questions about a scene: every type that fits it, some of them as a talk of two turns.
 
-    For training (`scored=False`) each question is asked in either or both languages, at random;
-    for scoring in one language each, so that the two languages share the questions evenly.
+    For training (`scored=False`) what is learnt last is asked in both languages; for scoring each
+    question in one, so that the two languages share them evenly.
     """
     makers = _makers(scene)
     backwards = dict(_makers(scene.backwards()))
     conversations: list[Conversation] = []
     for kind, make in makers:
-        both = not scored and rng.random() < 0.5
+        both = not scored and (kind in SLOWLY_LEARNT or rng.random() < 0.25)
         languages = LANGUAGES if both else (LANGUAGES[rng.integers(2)],)
         for language in languages:
             wording = int(rng.integers(2))
