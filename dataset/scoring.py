@@ -97,14 +97,25 @@ def _grouped(records: Iterable[dict], key: Callable[[dict], str]) -> dict[str, l
     return dict(sorted(groups.items()))
 
 
-def _majority(records: Sequence[dict]) -> float | None:
-    """What always giving the most common answer of each (type, language) would score: the bar that
-    a model has to clear before it has seen anything."""
+def _asked_alike(record: dict) -> tuple[str, str]:
+    """Types that differ in a number only (`count_3`, `count_4`) are one question to who is asked."""
+    return re.sub(r"_\d+$", "", record["type"]), record["language"]
+
+
+def _guesses(records: Iterable[dict]) -> list[dict]:
+    """Scores of always giving the most common answer to each kind of question in each language: the
+    bar that a model has to clear before it has seen anything."""
     answers = defaultdict(Counter)
     for record in records:
-        answers[record["type"], record["language"]][normalise(record["answer"])] += 1
-    hits = sum(counts.most_common(1)[0][1] for counts in answers.values())
-    return hits / len(records) if records else None
+        answers[_asked_alike(record)][normalise(record["answer"])] += 1
+    guess = {kind: counts.most_common(1)[0][0] for kind, counts in answers.items()}
+    return [
+        {
+            "type": record["type"],
+            "score": normalise(record["answer"]) == guess[_asked_alike(record)],
+        }
+        for record in records
+    ]
 
 
 def summarise(records: Sequence[dict]) -> dict:
@@ -125,6 +136,7 @@ def summarise(records: Sequence[dict]) -> dict:
         for kind, group in by_type.items()
     }
     by_answer = {kind: groups for kind, groups in by_answer.items() if len(groups) <= 24}
+    guesses = _guesses(questions)
 
     def means(groups: dict[str, list[dict]]) -> dict[str, float | None]:
         return {name: _mean_score(group) for name, group in groups.items()}
@@ -137,8 +149,8 @@ def summarise(records: Sequence[dict]) -> dict:
         "by_language": means(by_language),
         "by_answer": {kind: means(groups) for kind, groups in by_answer.items()},
         "majority": {
-            "all": _majority(questions),
-            "by_type": {kind: _majority(group) for kind, group in by_type.items()},
+            "all": _mean_score(guesses),
+            "by_type": means(_grouped(guesses, lambda guess: guess["type"])),
         },
         "counts": {
             "questions": len(questions),

@@ -121,3 +121,14 @@ def test_the_table_has_a_column_for_each_control():
     table = format_table({"normal": summarise(right), "reversed": summarise(wrong)})
     row = next(line for line in table.splitlines() if "order" in line)
     assert row.split() == ["order", "1", "100.0", "100.0", "0.0"]
+
+
+def test_counts_of_three_and_four_share_one_guess():
+    """The type tells the answer here, but not to the one who is asked."""
+    answers = ("three", "three", "four")
+    types = {"three": "count_3", "four": "count_4"}
+    records = [record(types[answer], answer, answer) for answer in answers]
+    assert summarise(records)["majority"] == {
+        "all": 2 / 3,
+        "by_type": {"count_3": 1.0, "count_4": 0.0},
+    }
