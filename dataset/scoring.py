@@ -98,7 +98,7 @@ def _grouped(records: Iterable[dict], key: Callable[[dict], str]) -> dict[str, l
 
 
 def _asked_alike(record: dict) -> tuple[str, str]:
-    """Types that differ in a number only (`count_3`, `count_4`) are one question to who is asked."""
+    """Types that differ in a number only (`count_3`, `count_4`) are asked in the same words."""
     return re.sub(r"_\d+$", "", record["type"]), record["language"]
 
 
