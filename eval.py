@@ -67,22 +67,22 @@ def controls(answerer: Answerer, seed: int) -> dict[str, Callable[[Tensor], Tens
     size = answerer.transform.image_size
     grey = np.full((1, size, size, 3), 127, np.uint8)
     grey = answerer.see(answerer.transform(grey))
+    dice = torch.Generator().manual_seed(seed)
     return {
         "normal": lambda frames: frames,
         "reversed": lambda frames: frames.flip(0),
-        "shuffled": lambda frames: frames[shuffled_order(len(frames), seed)],
+        "shuffled": lambda frames: frames[shuffled_order(len(frames), dice)],
         "first frame": lambda frames: frames[:1].expand_as(frames),
         "no video": lambda frames: grey.expand_as(frames),
     }
 
 
-def shuffled_order(num_frames: int, seed: int) -> list[int]:
-    """A fixed permutation that is neither the order nor its reverse; fewer than three frames have
-    none and stay as they are."""
+def shuffled_order(num_frames: int, dice: torch.Generator) -> list[int]:
+    """A permutation that is neither the order nor its reverse; fewer than three frames have none
+    and stay as they are. One for all clips would keep some order, the same for each of them."""
     order = shuffled = list(range(num_frames))
-    generator = torch.Generator().manual_seed(seed)
     while num_frames > 2 and shuffled in (order, order[::-1]):
-        shuffled = torch.randperm(num_frames, generator=generator).tolist()
+        shuffled = torch.randperm(num_frames, generator=dice).tolist()
     return shuffled
 
 
