@@ -21,26 +21,6 @@ ROOT = Path(__file__).resolve().parents[1]
 FAST = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
-@pytest.fixture(scope="module")
-def tower_directory(tmp_path_factory):
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    directory = tmp_path_factory.mktemp("tower")
-    torch.manual_seed(0)
-    config = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=16,
-    )
-    CLIPVisionModel(config).save_pretrained(directory)
-    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32).save_pretrained(directory)
-    return directory
-
-
 @pytest.fixture
 def data(tmp_path):
     """Three clips of 12, 5 and 30 frames, an image, and a file that is no video."""
@@ -67,53 +47,53 @@ def data(tmp_path):
 DATA = ("--data_path", "data.jsonl")
 
 
-def flags(tower_directory, *more) -> list[str]:
-    where = ("--images_path", ".", "--features_path", "features", "--vision_path", tower_directory)
+def flags(tiny_tower, *more) -> list[str]:
+    where = ("--images_path", ".", "--features_path", "features", "--vision_path", tiny_tower)
     return [str(flag) for flag in (*where, *more)]
 
 
 @pytest.fixture
-def extract(data, tower_directory, monkeypatch, capfd):
+def extract(data, tiny_tower, monkeypatch, capfd):
     """Run the script's main, whose start-up the tests needn't pay each time; what it printed."""
     monkeypatch.chdir(data)
 
     def run(*more) -> str:
-        assert extract_features.main(flags(tower_directory, *more)) == 0
+        assert extract_features.main(flags(tiny_tower, *more)) == 0
         return capfd.readouterr().out
 
     return run
 
 
-def check_features(data, tower_directory, tolerance=2e-3) -> None:
+def check_features(data, tiny_tower, tolerance=2e-3) -> None:
     """What is stored is tower(transform(frames)), to half precision."""
     store = FeatureStore(data / "features")
-    tower = VisionTower.from_pretrained(tower_directory)
-    transform = FrameTransform.from_pretrained(tower_directory)
+    tower = VisionTower.from_pretrained(tiny_tower)
+    transform = FrameTransform.from_pretrained(tiny_tower)
     for name, num_frames in (("a.mp4", 8), ("b.mp4", 5), ("c.mkv", 8), ("d.png", 1)):
         expected = tower(transform(read_frames(data / "clips" / name, 8).frames))
         stored = store.read(f"clips/{name}")
-        assert stored.shape == (num_frames, 5, 32)
+        assert stored.shape == (num_frames, 50, 32)
         torch.testing.assert_close(stored.float(), expected, atol=tolerance, rtol=tolerance)
 
 
-def test_features_manifest_and_resuming(data, tower_directory, extract):
+def test_features_manifest_and_resuming(data, tiny_tower, extract):
     # The first time as a user runs it. 7 frames a batch: no clip begins where a batch does.
     script = [sys.executable, str(ROOT / "extract_features.py")]
-    command = script + flags(tower_directory, *DATA, "--batch_size", 7)
+    command = script + flags(tiny_tower, *DATA, "--batch_size", 7)
     done = subprocess.run(command, cwd=data, env=FAST, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = done.stdout
     assert "6 visuals, 6 to do" in said and "2 failed" in said
     assert "clips/e.mp4: unreadable" in said and "clips/gone.mp4: missing" in said
-    check_features(data, tower_directory)
+    check_features(data, tiny_tower)
 
     manifest = FeatureStore(data / "features").manifest
     assert set(manifest["sources"]) == {
         f"clips/{name}" for name in ("a.mp4", "b.mp4", "c.mkv", "d.png")
     }
     assert manifest["failures"]["clips/e.mp4"]["reason"] == "unreadable"
-    assert manifest["tower"] == VisionTower.from_pretrained(tower_directory).fingerprint()
-    assert (manifest["num_frames"], manifest["tokens_per_frame"]) == (8, 5)
+    assert manifest["tower"] == VisionTower.from_pretrained(tiny_tower).fingerprint()
+    assert (manifest["num_frames"], manifest["tokens_per_frame"]) == (8, 50)
 
     # Again: only what failed is tried. A file that was lost and a clip that changed are redone.
     def state():
@@ -152,7 +132,7 @@ def test_features_manifest_and_resuming(data, tower_directory, extract):
         extract(*DATA, "--num_frames", 4)
 
 
-def test_killed_runs_and_shards_end_in_the_same_store(data, tower_directory, extract):
+def test_killed_runs_and_shards_end_in_the_same_store(data, tiny_tower, extract):
     (data / "clips" / "e.mp4").unlink()
     more = ("--videos", "clips", "--dtype", "bfloat16", "--num_workers", 1)
     for shard in ("0/2", "1/2"):
@@ -162,7 +142,7 @@ def test_killed_runs_and_shards_end_in_the_same_store(data, tower_directory, ext
     said = extract(*more)
     assert "4 to do" in said and " 0 frames" in said
     assert len(FeatureStore(data / "features").manifest["sources"]) == 4
-    check_features(data, tower_directory, tolerance=0.05)
+    check_features(data, tiny_tower, tolerance=0.05)
 
 
 @pytest.mark.parametrize(
