@@ -41,7 +41,7 @@ class VideoError(ValueError):
     """A visual that can't be read: `.path`, `.reason` (a short code), `.detail` (a sentence).
 
     Reasons: missing, unreadable (no known container, or a broken one), no_video, no_frames,
-    too_large, corrupt.
+    too_large, too_long, corrupt.
     """
 
     def __init__(self, path, reason: str, detail: str):
@@ -62,13 +62,21 @@ class Frames:
 
 
 def read_frames(
-    path, num_frames: int = 8, sampling: str = "uniform", fps: float | None = None, backend="pyav"
+    path,
+    num_frames: int = 8,
+    sampling: str = "uniform",
+    fps: float | None = None,
+    backend: str = "pyav",
+    max_pixels: int = MAX_PIXELS,
+    max_seconds: float = math.inf,
 ) -> Frames:
     """Read at most `num_frames` frames of a video, or the one frame of an image.
 
     sampling="uniform" takes the middles of `num_frames` equal parts of the clip; "fps" one frame
     each 1/fps seconds, and falls back to uniform when those are more than `num_frames` (the rule
-    of MiniCPM-V 2.6). A clip with fewer frames gives all of them. A GIF is a clip.
+    of MiniCPM-V 2.6). A clip with fewer frames gives all of them. A GIF is a clip. Frames above
+    max_pixels are refused before one is decoded, clips that last longer than max_seconds once
+    their packets are listed: whoever reads strangers' files sets both.
 
     backend="decord" is kept because the project's card names it. Known faults of decord 0.6:
     wrong frames on clips cut by stream copy (it ignores edit lists) and on some DivX files, no
@@ -83,22 +91,30 @@ def read_frames(
         raise ValueError(f"sampling='fps' needs fps above 0, not {fps}")
     if backend not in ("pyav", "decord"):
         raise ValueError(f"backend {backend!r} isn't known; choose 'pyav' or 'decord'")
+    if backend == "decord" and max_pixels != MAX_PIXELS:
+        raise ValueError("decord knows a frame's size only when it is decoded: max_pixels needs pyav")
+            "decord tells a frame's size only after decoding it: max_pixels needs pyav"
+        )
 
     # An absolute name can't be taken for a protocol ("concat:…"), and a pipe or device never ends.
     path = Path(os.path.abspath(path))
     if not path.is_file():
         raise VideoError(path, "missing", "there is no such file")
     if _is_image(path):
-        return _read_image(path)
+        return _read_image(path, max_pixels)
 
     def choose(timestamps: np.ndarray) -> np.ndarray:
+        if (lasts := timestamps[-1] - timestamps[0]) > max_seconds:
+            raise VideoError(path, "too_long", f"{lasts:.0f} s are above {max_seconds:g} s")
         if sampling == "fps":
             indices = fps_indices(timestamps, fps)
             if len(indices) <= num_frames:
                 return indices
         return uniform_indices(len(timestamps), num_frames)
 
-    return (_read_decord if backend == "decord" else _read_pyav)(path, choose)
+    if backend == "decord":
+        return _read_decord(path, choose)
+    return _read_pyav(path, choose, max_pixels)
 
 
 def uniform_indices(total: int, num_frames: int) -> np.ndarray:
@@ -127,12 +143,12 @@ class _UntrustedIndex(Exception):
     """The packets' timestamps don't tell which frames will come out."""
 
 
-def _read_pyav(path: Path, choose: Choose) -> Frames:
+def _read_pyav(path: Path, choose: Choose, max_pixels: int) -> Frames:
     try:
         try:
-            return _read_by_index(path, choose)
+            return _read_by_index(path, choose, max_pixels)
         except (_UntrustedIndex, av.FFmpegError):  # some codecs can't start at every keyframe
-            return _read_in_order(path, choose)
+            return _read_in_order(path, choose, max_pixels)
     except VideoError:
         raise
     except MemoryError as error:
@@ -141,13 +157,13 @@ def _read_pyav(path: Path, choose: Choose) -> Frames:
         raise VideoError(path, "corrupt", f"decoding failed: {error}") from error
 
 
-def _open(path: Path):
+def _open(path: Path, max_pixels: int):
     """Open the container and its best moving picture: (container, stream)."""
     # max_pixels holds for the probing decoder too, which would swallow a bomb before our check.
     options = {
         "format_whitelist": CONTAINERS,
         "protocol_whitelist": "file",
-        "max_pixels": str(MAX_PIXELS),
+        "max_pixels": str(max_pixels),
     }
     try:
         container = av.open(str(path), options=options, metadata_errors="replace")
@@ -163,15 +179,15 @@ def _open(path: Path):
         container.close()
         raise VideoError(path, "no_video", "the file has no video stream")
     stream = max(streams, key=lambda stream: stream.width * stream.height)
-    if stream.width * stream.height > MAX_PIXELS:
+    if stream.width * stream.height > max_pixels:
         container.close()
-        detail = f"frames of {stream.width}×{stream.height} pixels are above {MAX_PIXELS} pixels"
+        detail = f"frames of {stream.width}×{stream.height} pixels are above {max_pixels} pixels"
         raise VideoError(path, "too_large", detail)
     context = stream.codec_context
     # One thread: workers run side by side anyway, and starting threads costs more than decoding a
     # short clip. "explode" makes damage an error instead of a concealed, invented picture.
     context.thread_count, context.thread_type = 1, "SLICE"
-    context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
+    context.options = {"err_detect": "explode", "max_pixels": str(max_pixels)}
     return container, stream
 
 
@@ -230,9 +246,9 @@ class _Run:
                 yield from packet.decode()
 
 
-def _read_by_index(path: Path, choose: Choose) -> Frames:
+def _read_by_index(path: Path, choose: Choose, max_pixels: int) -> Frames:
     """Choose by the packets' timestamps, decode from the nearest keyframes, check each frame."""
-    container, stream = _open(path)
+    container, stream = _open(path, max_pixels)
     with container:
         packets = _Packets(container, stream)
         pts = packets.pts
@@ -267,30 +283,32 @@ def _read_by_index(path: Path, choose: Choose) -> Frames:
         return Frames(_stack(path, images), seconds[indices], len(visible))
 
 
-def _read_in_order(path: Path, choose: Choose) -> Frames:
+def _read_in_order(path: Path, choose: Choose, max_pixels: int) -> Frames:
     """Decode everything from the start, keeping only what was chosen.
 
     How many frames will come isn't known beforehand, so a first pass lists their times and a
     second one picks: twice the work, for the few files without a usable index.
     """
     times = []
-    for frame, time_base in _decode_all(path):
+    for frame, time_base in _decode_all(path, max_pixels):
         if frame.is_corrupt:
             raise VideoError(path, "corrupt", f"frame {len(times)} is damaged")
         times.append(None if frame.pts is None else float(frame.pts * time_base))
     if not times:
         raise VideoError(path, "no_frames", "no frame of the video stream can be decoded")
     if None in times or any(b <= a for a, b in pairwise(times)):
-        times = [number / _frame_rate(path) for number in range(len(times))]
+        rate = _frame_rate(path, max_pixels)
+        times = [number / rate for number in range(len(times))]
     seconds = np.array(times) - times[0]
     indices, to_rgb = choose(seconds), _ToRGB()
     chosen = set(indices.tolist())
-    images = [to_rgb(f) for number, (f, _) in enumerate(_decode_all(path)) if number in chosen]
+    frames = (frame for frame, _ in _decode_all(path, max_pixels))
+    images = [to_rgb(frame) for number, frame in enumerate(frames) if number in chosen]
     return Frames(_stack(path, images), seconds[indices], len(times))
 
 
-def _decode_all(path: Path) -> Iterator:
-    container, stream = _open(path)
+def _decode_all(path: Path, max_pixels: int) -> Iterator:
+    container, stream = _open(path, max_pixels)
     with container:
         # A recording cut without care may begin between keyframes: nothing is right before one.
         packets = dropwhile(lambda packet: not packet.is_keyframe, container.demux(stream))
@@ -299,8 +317,8 @@ def _decode_all(path: Path) -> Iterator:
                 yield frame, stream.time_base
 
 
-def _frame_rate(path: Path) -> float:
-    container, stream = _open(path)
+def _frame_rate(path: Path, max_pixels: int) -> float:
+    container, stream = _open(path, max_pixels)
     with container:
         return float(stream.average_rate or stream.guessed_rate or 25)
 
@@ -361,11 +379,11 @@ def _is_image(path: Path) -> bool:
     return head.startswith(starts) or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
 
 
-def _read_image(path: Path) -> Frames:
+def _read_image(path: Path, max_pixels: int) -> Frames:
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                detail = f"{image.width}×{image.height} pixels are above {MAX_PIXELS}"
+            if image.width * image.height > max_pixels:
+                detail = f"{image.width}×{image.height} pixels are above {max_pixels}"
                 raise VideoError(path, "too_large", detail)
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16 bits a sample; PIL would clip, not scale

@@ -169,6 +169,7 @@ def test_arguments_that_make_no_sense(tmp_path):
         {"sampling": "random"},
         {"sampling": "fps"},
         {"backend": "cv2"},
+        {"backend": "decord", "max_pixels": 10},
     ):
         with pytest.raises(ValueError, match="|".join(arguments)):
             read_frames(tmp_path / "a.mp4", **arguments)
@@ -188,13 +189,20 @@ def test_an_error_names_file_and_reason_and_survives_pickling(tmp_path):
             read_frames(tmp_path / name)
 
 
-def test_too_many_pixels_are_refused_before_decoding(tmp_path, monkeypatch):
+def test_too_many_pixels_are_refused_before_decoding(tmp_path):
     make_clip(tmp_path / "clip.mp4", 3)
     Image.new("RGB", (128, 64)).save(tmp_path / "image.png")
-    monkeypatch.setattr(video, "MAX_PIXELS", 128 * 64 - 1)
     for name in ("clip.mp4", "image.png"):
         with pytest.raises(VideoError, match="128×64 pixels"):
-            read_frames(tmp_path / name)
+            read_frames(tmp_path / name, max_pixels=128 * 64 - 1)
+        assert len(read_frames(tmp_path / name, max_pixels=128 * 64).frames)
+
+
+def test_too_long_a_clip_is_refused(tmp_path):
+    make_clip(tmp_path / "clip.mp4", 31)  # at 10 frames a second, the last begins after 3 s
+    with pytest.raises(VideoError, match="too_long: 3 s are above 2.5 s"):
+        read_frames(tmp_path / "clip.mp4", max_seconds=2.5)
+    assert len(read_frames(tmp_path / "clip.mp4", max_seconds=3).frames) == 8
 
 
 # -------------------------------------------------------------------------- the shared clips
