@@ -92,9 +92,7 @@ def read_frames(
     if backend not in ("pyav", "decord"):
         raise ValueError(f"backend {backend!r} isn't known; choose 'pyav' or 'decord'")
     if backend == "decord" and max_pixels != MAX_PIXELS:
-        raise ValueError("decord knows a frame's size only when it is decoded: max_pixels needs pyav")
-            "decord tells a frame's size only after decoding it: max_pixels needs pyav"
-        )
+        raise ValueError("decord can't check max_pixels before it decodes: use pyav")
 
     # An absolute name can't be taken for a protocol ("concat:…"), and a pipe or device never ends.
     path = Path(os.path.abspath(path))
