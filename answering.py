@@ -20,6 +20,7 @@ from dataset.video import FrameTransform, VideoError, read_frames
 from model.checkpoint import load_video_language_model
 from model.cinego import Cinego
 from model.generate import generate, stream
+from trainer.device import choose_device
 
 # Clips in memory as pixels at a time; their features stay, a hundredth of the size.
 CLIPS_AT_ONCE = 32
@@ -52,9 +53,8 @@ class Answerer:
                 f"no tokenizer in {tokenizer_path}: name a directory with tokenizer.json and "
                 "tokenizer_config.json (--tokenizer_path)"
             )
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_video_language_model(checkpoint, vision_path).to(device)
+        chosen = choose_device(device)
+        model = load_video_language_model(checkpoint, vision_path).to(chosen)
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
         known = model.config.language_model.vocab_size
         if len(tokenizer) > known:
@@ -73,7 +73,7 @@ class Answerer:
             )
         num_frames = num_frames or trained.get("training", {}).get("num_frames", 8)
         transform = FrameTransform.from_pretrained(vision_path)
-        return cls(checkpoint, model, tokenizer, transform, num_frames, torch.device(device))
+        return cls(checkpoint, model, tokenizer, transform, num_frames, chosen)
 
     # ---- what is seen
 

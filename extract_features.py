@@ -26,6 +26,7 @@ from dataset.feature_store import FeatureStore
 from dataset.video import FrameTransform, VideoError, read_frames
 from dataset.video_dataset import read_samples, resolve_under
 from model.vision_tower import VisionTower
+from trainer.device import choose_device, choose_dtype
 
 VIDEO_SUFFIXES = ".mp4 .m4v .mov .mkv .webm .avi .ts .mpg .mpeg .flv .wmv .3gp .ogv .gif"
 IMAGE_SUFFIXES = ".jpg .jpeg .png .webp .bmp .tif .tiff"
@@ -49,7 +50,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--video_backend", choices=["pyav", "decord"], default="pyav")
     add("--batch_size", type=int, default=128, help="frames in one call of the tower")
     add("--num_workers", type=int, default=2, help="decoding processes")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    add(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="autocast of the tower; auto: what the device is fastest in",
+    )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
     add("--shard", default="0/1", help="i/n: only each n-th visual from the i-th on")
     return parser.parse_args(arguments)
@@ -58,9 +64,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     shard, num_shards = parse_shard(args.shard)
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
     root, store = Path(args.images_path), FeatureStore(args.features_path)
     rel_paths = list_visuals(args.data_path, args.videos, root)
     transform = FrameTransform.from_pretrained(args.vision_path)
@@ -72,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
             "tokens_per_frame": tower.tokens_per_frame,
             "hidden_size": tower.hidden_size,
             "dtype": "float16",
-            "compute_dtype": args.dtype,
+            "compute_dtype": dtype,
             "transform": transform.describe(),
             "num_frames": args.num_frames,
             "sampling": args.sampling,
@@ -86,7 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(
         f"{len(rel_paths)} visuals, {len(work)} to do"
         + (f" in shard {args.shard}" if num_shards > 1 else "")
-        + f"; tower {args.vision_path}, {tower.tokens_per_frame} × {tower.hidden_size} a frame"
+        + f"; tower {args.vision_path}, {tower.tokens_per_frame} × {tower.hidden_size} a frame, "
+        f"on {device} in {dtype}"
     )
 
     read = partial(
@@ -106,9 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def run_tower(frames):  # (N, S, S, 3) uint8 → (N, P, D)
         pixel_values = transform.normalize(frames.to(device))
-        with torch.autocast(
-            torch.device(device).type, getattr(torch, args.dtype), enabled=args.dtype != "float32"
-        ):
+        with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
             return tower(pixel_values)
 
     started, num_frames, failed = time.perf_counter(), 0, []

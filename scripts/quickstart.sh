@@ -32,8 +32,8 @@ stage data-val "held-out clips to watch training by" $out/data/val -- \
 stage data-test "clips of combinations that training never shows" $out/data/test -- \
     $python -m dataset.demo_world --split test --seed 0 --clips 620 --out $out/data/test
 
-# One worker decodes while the tower computes; bfloat16 halves the tower's time on a recent CPU.
-extraction="--num_frames 8 --num_workers 1 --dtype bfloat16"
+# One worker decodes while the tower computes.
+extraction="--num_frames 8 --num_workers 1"
 stage features-train "run the frozen vision tower once a clip, not once an epoch" \
     $out/features/train -- \
     $python extract_features.py --data_path $out/data/train/{captions,questions}.jsonl \

@@ -37,7 +37,9 @@ class TrainConfig:
     warmup_iters: int = flag(0, "updates over which the rates rise to their peak")
     weight_decay: float = flag(0.01, "decoupled decay of tensors of two or more dimensions")
     grad_clip: float = flag(1.0, "largest gradient norm; 0: no clipping")
-    dtype: Literal["float32", "bfloat16", "float16"] = flag("bfloat16", "autocast of the forward")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto", "autocast of the forward; auto: what the device is fastest in"
+    )
     device: str = side_flag("auto", "auto, cpu, cuda, cuda:1, ...")
     num_workers: int = side_flag(1, "processes that load data; 0: load in the training process")
     seed: int = flag(42, "of weights, data order and dropout")

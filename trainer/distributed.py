@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from trainer.device import choose_device
+
 
 @dataclass(frozen=True)
 class World:
@@ -79,18 +81,15 @@ class World:
 
 def setup(device: str = "auto") -> World:
     """Joins the processes that torchrun started, as its environment variables say; or is alone."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: this torch sees no CUDA device; use --device cpu")
+    chosen = choose_device(device)
     # Every batch has a new shape, and on a CPU oneDNN keeps the code that it made for 1024 of them:
     # gigabytes, which are never used again.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        return World(torch.device(device))
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return World(torch.device(device), dist.get_rank(), size)
+        return World(chosen)
+    if chosen == torch.device("cuda"):
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return World(chosen, dist.get_rank(), size)

@@ -17,6 +17,7 @@ from torch import nn
 
 from trainer.checkpoint import find_state, save_state
 from trainer.config import TrainConfig
+from trainer.device import choose_dtype
 from trainer.distributed import World
 from trainer.journal import Journal, losses_of
 from trainer.optim import Optimizers, rate_factor
@@ -50,6 +51,7 @@ def train(
     state found belongs to another run.
     """
     device, run = world.device, config.run_name
+    config.dtype = choose_dtype(config.dtype, device)
     weights_path = Path(config.out_dir) / f"{run}.pth"
     state_path = Path(config.out_dir) / run / "state.pt"
     steps_an_epoch = math.ceil(len(train_loader) / config.accumulation_steps)
@@ -79,7 +81,8 @@ def train(
         scaler.load_state_dict(state["scaler"])
         step = state["step"]
         samples_seen, samples_bad = state["samples_seen"], state["samples_bad"]
-    world.say(f"{run}: {optimizers.description}; updates {step} to {total_steps}")
+    world.say(f"{run}: {optimizers.description}; on {device} in {config.dtype}")
+    world.say(f"{run}: updates {step} to {total_steps}")
 
     journal = Journal(config, world.is_main, step, total_steps)
     batches = None
