@@ -59,8 +59,8 @@ class StageConfig(TrainConfig):
     load_from: str | None = side_flag(None, "weights to start from (default: by stage and --dim)")
     from_scratch: bool = flag(False, "start from random weights instead")
     freeze_llm: Literal[0, 1] = flag(0, "1: train projector and summary only")
-    dim: int = flag(512, "width of the language model")
-    n_layers: int = flag(8, "its layers")
+    dim: int = flag(512, "width of the language model", also="hidden_size")
+    n_layers: int = flag(8, "its layers", also="num_hidden_layers")
     n_heads: int = flag(8, "its attention heads")
     n_kv_heads: int = flag(2, "its key/value heads")
     use_moe: bool = flag(False, "a mixture of 4 experts in each layer; a token takes one")
@@ -72,6 +72,11 @@ class StageConfig(TrainConfig):
         found = super().problems()
         if not self.data_path:
             found.append("--data_path is missing: give one or more jsonl files")
+        if 0 < self.tokens_per_batch < self.max_seq_len:
+            found.append(
+                f"--tokens_per_batch {self.tokens_per_batch} can't hold a row of --max_seq_len "
+                f"{self.max_seq_len}"
+            )
         if self.from_scratch and self.freeze_llm:
             found.append("--from_scratch with --freeze_llm 1 would keep a random language model")
         for name in ("num_frames", "max_seq_len", "dim", "n_layers", "n_heads", "n_kv_heads"):
@@ -253,7 +258,13 @@ def make_loader(
         share_prefix=config.share_prefix,
     )
     batches = LengthGroupedBatchSampler(
-        dataset.lengths, config.batch_size, config.seed, world.rank, world.size, shuffle=training
+        dataset.lengths,
+        config.batch_size,
+        config.seed,
+        world.rank,
+        world.size,
+        shuffle=training,
+        tokens_per_batch=config.tokens_per_batch,
     )
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return DataLoader(

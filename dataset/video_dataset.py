@@ -364,7 +364,10 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
 
     All ranks get equally many batches, and at one step rows of like length. The order depends on
     seed and epoch alone, so that a resumed run skips exactly what it has seen. `len` counts the
-    whole epoch, skipped batches too.
+    whole epoch, skipped batches too, and is that of every epoch.
+
+    tokens_per_batch: a batch holds about so many tokens a rank, many short rows or few long ones,
+    in place of `batch_size` rows: memory and time of a step then hardly depend on the lengths.
     """
 
     def __init__(
@@ -375,6 +378,7 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         shuffle: bool = True,
+        tokens_per_batch: int = 0,
     ):
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"batch_size {batch_size} and rank {rank} of {world_size} don't work")
@@ -382,7 +386,7 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
             raise ValueError(f"{len(lengths)} rows are too few for {world_size} processes")
         self.lengths = np.asarray(lengths)
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.tokens_per_batch = rank, world_size, tokens_per_batch
         self.epoch = self.skipped = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -394,6 +398,10 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         # Where rows don't go up evenly, a batch holds one more rather than a rank having none.
+        if self.tokens_per_batch:
+            total, most = int(self.lengths.sum()), self.world_size * int(self.lengths.max())
+            wanted = -(-total // (self.tokens_per_batch * self.world_size))
+            return max(1, min(wanted, total // most))
         wanted = -(-len(self.lengths) // (self.batch_size * self.world_size))
         return min(wanted, len(self.lengths) // self.world_size)
 
@@ -406,17 +414,28 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
         """All ranks' rows, step by step, in near-equal parts: no last batch of a few rows."""
         if not self.shuffle:
             order = np.argsort(self.lengths, kind="stable")[::-1]  # out of memory shows at once
-            return np.array_split(order, len(self))
+            return self._cut(order)
         rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(len(self.lengths))
         # Sorted within windows only: the same rows must not meet in a batch every epoch. Every
         # other window falls, so that a batch across two of them has like lengths as well.
-        window = min(self.batch_size * self.world_size * 32, -(-len(order) // 4))
+        rows = self.batch_size * self.world_size
+        if self.tokens_per_batch:
+            rows = -(-len(order) // len(self))
+        window = min(rows * 32, -(-len(order) // 4))
         parts = [order[i : i + window] for i in range(0, len(order), window)]
         parts = [part[np.argsort(self.lengths[part])] for part in parts]
         order = np.concatenate([part[:: (-1) ** i] for i, part in enumerate(parts)])
-        batches = np.array_split(order, len(self))
+        batches = self._cut(order)
         return [batches[i] for i in rng.permutation(len(batches))]
+
+    def _cut(self, order: np.ndarray) -> list[np.ndarray]:
+        """`len(self)` parts of about as many rows, or of about as many tokens."""
+        if not self.tokens_per_batch:
+            return np.array_split(order, len(self))
+        ends = self.lengths[order].cumsum()
+        shares = ends[-1] * np.arange(1, len(self)) / len(self)
+        return np.split(order, np.searchsorted(ends, shares, side="right"))
 
 
 def collate(rows: list[list[Row]], pad_id: int) -> dict:

@@ -413,3 +413,24 @@ def test_skip_resumes_in_the_middle_of_one_epoch():
 def test_too_few_rows_for_the_processes():
     with pytest.raises(ValueError, match="2 rows are too few for 3 processes"):
         LengthGroupedBatchSampler([1, 2], 8, 0, 0, 3)
+
+
+@pytest.mark.parametrize(("rows", "budget", "world"), [(203, 400, 1), (203, 130, 3), (4, 900, 4)])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_budget_of_tokens_gives_batches_of_like_cost(rows, budget, world, shuffle):
+    lengths = [length + 30 for length in LENGTHS[:rows]]
+    ranks = [
+        LengthGroupedBatchSampler(
+            lengths, 1, 0, rank, world, shuffle=shuffle, tokens_per_batch=budget
+        )
+        for rank in range(world)
+    ]
+    batches = [list(sampler) for sampler in ranks]
+    assert {len(own) for own in batches} == {len(ranks[0])}
+    assert sorted(row for own in batches for batch in own for row in batch) == list(range(rows))
+    costs = [sum(lengths[row] for row in batch) for own in batches for batch in own]
+    assert min(costs) > 0 and max(costs) < budget + 131  # the longest row is 130
+    if rows > 100:
+        sizes = [len(batch) for own in batches for batch in own]
+        assert max(sizes) > 2 * min(sizes)  # many short rows or few long ones
+        assert len(ranks[0]) == pytest.approx(sum(lengths) / (budget * world), abs=1)

@@ -16,6 +16,20 @@ ADAM_BETAS = (0.9, 0.95)
 # experts (`mlp.gate`, whose outputs are scores) aren't such maps.
 HIDDEN = {"layers", "video_summary"}
 
+Named = list[tuple[str, nn.Parameter]]
+
+
+def by_rate(named: Named, config: TrainConfig) -> list[tuple[Named, float]]:
+    """The parameters of the language model and those in front of it, each with its peak rate of
+    AdamW; one list where the rates are the same. A part that has none is left out."""
+    rate = config.learning_rate
+    other = config.projector_learning_rate or rate
+    groups: dict[float, Named] = {}
+    for name, parameter in named:
+        own = rate if name.startswith("language_model.") else other
+        groups.setdefault(own, []).append((name, parameter))
+    return [(group, rate) for rate, group in groups.items()]
+
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
     parts = name.split(".")
@@ -46,17 +60,20 @@ class Optimizers:
         assert named, "no parameter is trainable"
         muon = [p for n, p in named if config.optimizer == "muon" and is_hidden_matrix(n, p)]
         chosen = {id(p) for p in muon}
-        decayed = [p for _, p in named if id(p) not in chosen and p.ndim >= 2]
-        plain = [p for _, p in named if p.ndim < 2]  # norms and biases: decay would only hurt
-        groups = [(decayed, config.weight_decay), (plain, 0.0)]
+        decayed = [(n, p) for n, p in named if id(p) not in chosen and p.ndim >= 2]
+        plain = [(n, p) for n, p in named if p.ndim < 2]  # norms, biases: decay would only hurt
+        groups = [
+            {"params": [p for _, p in group], "weight_decay": decay, "lr": rate}
+            for whole, decay in ((decayed, config.weight_decay), (plain, 0.0))
+            for group, rate in by_rate(whole, config)
+        ]
 
         self.parameters = [p for _, p in named]
         self.members: list[torch.optim.Optimizer] = []
-        if decayed or plain:
+        if groups:
             self.members.append(
                 torch.optim.AdamW(
-                    [{"params": group, "weight_decay": wd} for group, wd in groups if group],
-                    lr=config.learning_rate,
+                    groups,
                     betas=ADAM_BETAS,
                     fused=True,  # one kernel for all tensors: the loop over them costs on a CPU
                 )
@@ -72,8 +89,8 @@ class Optimizers:
             f"{label} {sum(p.numel() for p in group):,} parameters in {len(group)} tensors"
             for label, group in (
                 ("Muon", muon),
-                ("AdamW with decay", decayed),
-                ("AdamW without", plain),
+                ("AdamW with decay", [p for _, p in decayed]),
+                ("AdamW without", [p for _, p in plain]),
             )
             if group
         )
