@@ -32,6 +32,7 @@ from dataset.video_dataset import (
 from model.checkpoint import save_model
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
+from model.lora import add_adapters
 from model.vision_tower import VisionTower
 from trainer.config import TrainConfig, flag, parse, side_flag
 from trainer.distributed import World, setup
@@ -58,7 +59,11 @@ class StageConfig(TrainConfig):
     share_prefix: bool = flag(True, "all samples of one visual share a row, the visual comes once")
     load_from: str | None = side_flag(None, "weights to start from (default: by stage and --dim)")
     from_scratch: bool = flag(False, "start from random weights instead")
-    freeze_llm: Literal[0, 1] = flag(0, "1: train projector and summary only")
+    freeze_llm: Literal[0, 1, 2] = flag(
+        0, "of the language model, 0: all learns, 1: its first and last layer, 2: nothing"
+    )
+    lora_rank: int = flag(0, "low-rank adapters learn in its place; 0: none")
+    lora_alpha: float = flag(0.0, "they are scaled by alpha / rank; 0: twice the rank")
     dim: int = flag(512, "width of the language model", also="hidden_size")
     n_layers: int = flag(8, "its layers", also="num_hidden_layers")
     n_heads: int = flag(8, "its attention heads")
@@ -66,6 +71,9 @@ class StageConfig(TrainConfig):
     use_moe: bool = flag(False, "a mixture of 4 experts in each layer; a token takes one")
     embedding_std: float = flag(0.02, "spread of its random embeddings, for --from_scratch")
     summary: Literal["ours", "gpt4video", "mean", "concat"] = flag("ours", "how frames condense")
+    gradient_checkpointing: bool = side_flag(
+        False, "keep less for the backward pass and compute it again: memory for time"
+    )
     compile: bool = side_flag(False, "torch.compile the language model; the first updates are slow")
 
     def problems(self) -> list[str]:
@@ -78,7 +86,15 @@ class StageConfig(TrainConfig):
                 f"{self.max_seq_len}"
             )
         if self.from_scratch and self.freeze_llm:
-            found.append("--from_scratch with --freeze_llm 1 would keep a random language model")
+            found.append(
+                f"--from_scratch with --freeze_llm {self.freeze_llm} would keep a random language "
+                "model"
+            )
+        if self.lora_rank < 0 or self.lora_alpha < 0:
+            found.append("--lora_rank and --lora_alpha must be 0 or more")
+        if self.lora_rank and (self.from_scratch or self.freeze_llm == 1):
+            found.append("--lora_rank: adapters stand beside a trained, frozen language model; ")
+            found[-1] += "leave --from_scratch and --freeze_llm 1 out"
         for name in ("num_frames", "max_seq_len", "dim", "n_layers", "n_heads", "n_kv_heads"):
             if getattr(self, name) < 1:
                 found.append(f"--{name} is {getattr(self, name)}: give 1 or more")
@@ -233,7 +249,12 @@ def build_model(
     misfits = [f"  {key}: {a} in the file, {b} given" for key, (a, b) in pairs.items() if a != b]
     if misfits:
         raise ValueError(f"{start} doesn't fit the settings:\n" + "\n".join(misfits))
-    model.set_trainable(freeze_llm=bool(config.freeze_llm))
+    model.set_trainable(config.freeze_llm)
+    if config.lora_rank:
+        add_adapters(
+            model.language_model, config.lora_rank, config.lora_alpha or 2 * config.lora_rank
+        )
+    model.language_model.gradient_checkpointing = config.gradient_checkpointing
     if config.compile:
         model.language_model.compile(dynamic=True)  # in place: the weights keep their names
     return model

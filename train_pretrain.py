@@ -1,7 +1,7 @@
 """Stage 1, pretraining: a language model learns to read what the vision tower sees.
 
 It starts from a language model (`out/lm_512.pth`) that knows no picture, and from a random video
-summary and projector. With `--freeze_llm 1`, the default, only these two learn, from captions: the
+summary and projector. With `--freeze_llm 2`, the default, only these two learn, from captions: the
 language model keeps its language. `--from_scratch` starts a small language model from random
 weights instead and trains it along, as the quickstart does.
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> dict:
         start_weights="lm_{dim}.pth",
         load=load,
         argv=argv,
-        freeze_llm=1,
+        freeze_llm=2,
         learning_rate=1e-3,  # few parameters, and random ones: they bear a high rate
     )
 

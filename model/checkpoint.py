@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
 from model.convert import LLM, SUMMARY, Recognised, pair_halves, recognise
+from model.lora import merged_state
 from model.minimind import MiniMind
 from model.video_summary import VideoSummary
 from model.vision_tower import VisionTower
@@ -72,7 +73,7 @@ def save_model(path: str | Path, model: Cinego | MiniMind, meta: dict) -> None:
     """Writes `path` (.pth) and its .json: the model's config and `meta`. Whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {name: weight.detach().cpu() for name, weight in model.state_dict().items()}
+    state = {name: weight.detach().cpu() for name, weight in merged_state(model).items()}
     about = {"model": type(model).__name__, "model_config": model.config.to_dict(), **meta}
     text = json.dumps(about, indent=2, ensure_ascii=False, sort_keys=True)
     # The .pth last: where it stands, its description stands too.

@@ -126,10 +126,15 @@ class Cinego(nn.Module):
                 f"{len(tokens)} visuals have {ends[-1]} tokens"
             )
 
-    def set_trainable(self, freeze_llm: bool) -> None:
-        """Summary and projector always learn; the language model unless it is frozen."""
+    def set_trainable(self, freeze_llm: int) -> None:
+        """Summary and projector always learn; of the language model, by MiniMind-V's numbers:
+        0, all of it; 1, its first and last layer; 2, nothing."""
         self.requires_grad_(True)
-        self.language_model.requires_grad_(not freeze_llm)
+        self.language_model.requires_grad_(freeze_llm == 0)
+        if freeze_llm == 1:
+            layers = self.language_model.model.layers
+            layers[0].requires_grad_(True)
+            layers[-1].requires_grad_(True)
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters of each part, and `trainable` over all. A tower that isn't loaded counts 0."""

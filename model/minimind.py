@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.config import LanguageModelConfig
 from model.moe import MixtureOfExperts
@@ -196,6 +197,8 @@ class MiniMind(nn.Module):
     def __init__(self, config: LanguageModelConfig):
         super().__init__()
         self.config = config.validate()
+        # Training keeps a layer's input only and runs the layer again for the gradients.
+        self.gradient_checkpointing = False
         self.model = Decoder(config)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -247,7 +250,11 @@ class MiniMind(nn.Module):
         balance = [] if self.config.num_experts and self.training and labels is not None else None
         for i, block in enumerate(self.model.layers):
             needed = wanted if i == last else None
-            x = block(x, tables, pattern, past_key_values, i, needed, balance)
+            given = (x, tables, pattern, past_key_values, i, needed, balance)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, *given, use_reentrant=False)
+            else:
+                x = block(*given)
         x = self.model.norm(x)
 
         if labels is None:

@@ -147,12 +147,12 @@ def test_a_misfit_names_the_row_and_both_numbers():
 def test_freezing_the_language_model_leaves_summary_and_projector():
     model = make()
     inputs = batch(sample(model, 2, [3], 4))
-    model.set_trainable(freeze_llm=True)
+    model.set_trainable(freeze_llm=2)
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     learned = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
     assert learned == {"video_summary", "vision_proj"}
     counts = model.parameter_counts()
     assert counts["trainable"] == counts["video_summary"] + counts["vision_proj"]
 
-    model.set_trainable(freeze_llm=False)
+    model.set_trainable(freeze_llm=0)
     assert model.parameter_counts()["trainable"] == sum(p.numel() for p in model.parameters())

@@ -134,7 +134,7 @@ def test_it_learns_and_the_balance_loss_spreads_the_tokens(settings):
 
 
 def test_a_frozen_router_does_not_bend_what_it_reads():
-    """Under --freeze_llm 1 the balance loss could only push the visuals about."""
+    """Under --freeze_llm 2 the balance loss could only push the visuals about."""
     model = make(**FRESH).train().requires_grad_(False)
     embeds, labels = torch.randn(1, 9, 32, requires_grad=True), torch.randint(0, 64, (1, 9))
     output = model(inputs_embeds=embeds, labels=labels)

@@ -235,7 +235,7 @@ def test_a_batch_without_any_good_sample_leaves_the_weights_alone(workplace):
 
 def test_text_under_a_frozen_language_model_teaches_nothing(workplace):
     model = make_model()
-    model.set_trainable(freeze_llm=True)
+    model.set_trainable(freeze_llm=2)
     run(model, make_loader(["a", "text1", "text2", "b"], 1), epochs=2)
     fresh = make_model()
     assert largest_difference(model.language_model, fresh.language_model) == 0

@@ -1,14 +1,19 @@
 """Flags of training: each has an effect that is seen from the command line, or in the weights."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_trainer_stage import command, workplace, write_language_model  # noqa: F401
+import torch
+from test_trainer_stage import SIZE, command, workplace  # noqa: F401
 
 import train_pretrain
 import train_sft
 from model.checkpoint import load_video_language_model
+from model.config import LanguageModelConfig
+from model.lora import add_adapters, merged_state
+from model.minimind import MiniMind
 from stage import StageConfig
 from trainer.config import TrainConfig, parse
 from trainer.optim import Optimizers
@@ -104,3 +109,103 @@ def test_a_rate_of_its_own_for_projector_and_summary():
     rates = {id(p): group["lr"] for group in adamw.param_groups for p in group["params"]}
     for name, parameter in before.named_parameters():
         assert rates[id(parameter)] == (0.25 if name.startswith("language_model") else 0.5)
+
+
+def changed(before, after):
+    """Names of the parameters that aren't what they were."""
+    old, new = (load_video_language_model(f"out/{run}.pth").state_dict() for run in (before, after))
+    assert old.keys() == new.keys()
+    return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+THREE_LAYERS = SIZE.replace("layers 2", "layers 3")
+
+
+@pytest.mark.parametrize(
+    ("flags", "learning"),
+    [
+        ("--freeze_llm 0", {"embed_tokens", "norm", "layers.0", "layers.1", "layers.2"}),
+        ("--freeze_llm 1", {"layers.0", "layers.2"}),
+        ("--freeze_llm 2", set()),
+        ("--lora_rank 4", {"layers.0", "layers.1", "layers.2"}),
+    ],
+)
+def test_what_learns_of_the_language_model(flags, learning):
+    command(train_pretrain, f"{RANDOM} --run_name start", THREE_LAYERS)
+    tuning = "--load_from out/start.pth --dtype float32 --learning_rate 1e-2 --run_name tuned"
+    command(train_sft, f"{tuning} {flags}", THREE_LAYERS)
+    names = changed("start", "tuned")
+    assert any(name.startswith("vision_proj") for name in names)
+    parts = {name.removeprefix("language_model.model.") for name in names if "language" in name}
+    parts = {".".join(name.split(".")[: 2 if "layers" in name else 1]) for name in parts}
+    assert parts == learning
+    if "lora" in flags:  # the matrices of the layers, not their norms
+        assert not any("norm" in name for name in names)
+        layer = "language_model.model.layers.1.mlp.up_proj.weight"
+        tuned, start = (
+            load_video_language_model(f"out/{run}.pth").state_dict()[layer]
+            for run in ("tuned", "start")
+        )
+        moved = tuned - start
+        assert torch.linalg.matrix_rank(moved, rtol=1e-4) == 4
+
+
+def test_adapters_begin_as_nothing_and_learn():
+    command(train_pretrain, f"{RANDOM} --run_name start")
+    tuning = "--load_from out/start.pth --dtype float32 --learning_rate 1e-2 --log_interval 1"
+    command(train_sft, f"{tuning} --run_name whole")
+    command(train_sft, f"{tuning} --run_name adapters --lora_rank 2 --lora_alpha 8 --epochs 2")
+    assert metrics("adapters")[0]["loss"] == pytest.approx(metrics("whole")[0]["loss"], rel=1e-6)
+    losses = [row["loss"] for row in metrics("adapters")]
+    assert losses[2] < losses[0]
+
+    model = load_video_language_model("out/start.pth")
+    plain = model.state_dict()
+    add_adapters(model.language_model, rank=2, alpha=8)
+    merged = merged_state(model)
+    assert merged.keys() == plain.keys()
+    assert all(torch.equal(merged[name], plain[name]) for name in plain)
+
+
+def test_flags_of_freezing_that_contradict(capsys):
+    said = refused(capsys, "--data_path", "x", "--lora_rank", "4", "--freeze_llm", "1")
+    assert "leave --from_scratch and --freeze_llm 1 out" in said
+
+
+@pytest.mark.parametrize("experts", [{}, {"num_experts": 4, "num_experts_per_tok": 2}])
+def test_gradient_checkpointing_keeps_less_and_changes_nothing(experts):
+    torch.manual_seed(0)
+    config = LanguageModelConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, dropout=0.1
+    )
+    model = MiniMind(replace(config, **experts)).train()
+    ids = torch.randint(0, 99, (2, 40))
+    kept, grads = [], []
+    for model.gradient_checkpointing in (False, True):
+        sizes = {}
+
+        def keep(tensor, sizes=sizes):
+            sizes[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(ids, labels=ids).loss
+            kept.append(sum(sizes.values()))
+            loss.backward()
+        grads.append([loss, *(p.grad.clone() for p in model.parameters())])
+        model.zero_grad()
+    assert kept[1] < 0.5 * kept[0]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
+
+
+def test_gradient_checkpointing_is_passed_on(monkeypatch):
+    seen = []
+    forward = MiniMind.forward
+    monkeypatch.setattr(
+        MiniMind,
+        "forward",
+        lambda self, *a, **k: seen.append(self.gradient_checkpointing) or forward(self, *a, **k),
+    )
+    command(train_pretrain, f"{RANDOM} --gradient_checkpointing")
+    assert set(seen) == {True}

@@ -13,7 +13,8 @@ ADAM_BETAS = (0.9, 0.95)
 
 # Muon orthogonalises a matrix's update, which makes sense for a map between hidden states. The
 # embedding, the projector (the input layer of the visuals), tables of queries and the router of
-# experts (`mlp.gate`, whose outputs are scores) aren't such maps.
+# experts (`mlp.gate`, whose outputs are scores) aren't such maps, nor are the factors of a low-rank
+# adapter (`lora_A`, `lora_B`): their product is.
 HIDDEN = {"layers", "video_summary"}
 
 Named = list[tuple[str, nn.Parameter]]
@@ -37,6 +38,7 @@ def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
         parameter.ndim == 2
         and parts[-1] == "weight"
         and parts[-2] != "gate"
+        and "lora_" not in name
         and bool(HIDDEN & set(parts))
     )
 

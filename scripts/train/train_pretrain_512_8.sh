@@ -14,5 +14,5 @@ exec "$python" -m torch.distributed.run --standalone --nproc_per_node "${N:-1}" 
     --dim 512 --n_layers 8 --n_heads 8 --n_kv_heads 2 \
     --load_from "${LOAD_FROM:-out/lm_512.pth}" \
     --vision_path "${VISION_PATH:-model/vision_model/clip-vit-base-patch32}" \
-    --freeze_llm 1 --epochs 1 \
+    --freeze_llm 2 --epochs 1 \
     --batch_size 32 --accumulation_steps 1 --warmup_iters 100 --save_interval 500 "$@"

@@ -14,5 +14,5 @@ exec "$python" -m torch.distributed.run --standalone --nproc_per_node "${N:-1}" 
     --dim 768 --n_layers 16 --n_heads 8 --n_kv_heads 2 \
     --load_from "${LOAD_FROM:-out/lm_768.pth}" \
     --vision_path "${VISION_PATH:-model/vision_model/clip-vit-base-patch32}" \
-    --freeze_llm 1 --epochs 1 \
+    --freeze_llm 2 --epochs 1 \
     --batch_size 16 --accumulation_steps 2 --warmup_iters 100 --save_interval 500 "$@"
