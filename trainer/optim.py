@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from trainer.config import TrainConfig
+from trainer.muon import Muon
 
 # The second beta follows language-model practice: with 0.999 the noisy first gradients would
 # govern the step size for a thousand updates, which is the whole run of a small model.
@@ -82,9 +83,7 @@ class Optimizers:
             )
         if muon:
             self.members.append(
-                torch.optim.Muon(
-                    muon, lr=config.muon_learning_rate, weight_decay=config.weight_decay
-                )
+                Muon(muon, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
             )
         self.peaks = [[group["lr"] for group in member.param_groups] for member in self.members]
         self.description = ", ".join(
