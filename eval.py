@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -23,10 +24,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from answering import Answerer
+from answering import Answerer, Question, Visual
 from dataset.conversation import ConversationError
 from dataset.scoring import fact_vocabulary, format_table, score_turn, summarise
+from dataset.video import VideoError
 from dataset.video_dataset import Sample, read_samples
+from model.generate import Sampling
 
 STAGES = {0: "pretrain", 1: "sft"}
 SUFFIXES = {
@@ -77,6 +80,16 @@ def controls(answerer: Answerer, seed: int) -> dict[str, Callable[[Tensor], Tens
     }
 
 
+def changed(visual: Visual, reverse: bool, change: Callable, made: dict[tuple, Visual]) -> Visual:
+    """The visual under a control; the same one for all questions about it, so that what they share
+    is read once."""
+    key = (visual, reverse)
+    if key not in made:
+        frames = visual.features.flip(0) if reverse else visual.features
+        made[key] = replace(visual, features=change(frames))
+    return made[key]
+
+
 def shuffled_order(num_frames: int, dice: torch.Generator) -> list[int]:
     """A permutation that is neither the order nor its reverse; fewer than three frames have none
     and stay as they are. One for all clips would keep some order, the same for each of them."""
@@ -106,33 +119,31 @@ def asked(sample: Sample, answers: list[str]) -> list[dict]:
 def answer_all(
     answerer: Answerer,
     samples: list[Sample],
-    visuals: list[list[Tensor]],
+    visuals: list[list[Visual]],
     args: argparse.Namespace,
     label: str,
 ) -> list[list[str]]:
     """Greedy answers to every turn of every sample. A later turn is asked with the model's own
     earlier answers before it, as in use; the true ones would help."""
-    turns = [true_answers(sample) for sample in samples]
+    turns, sampling = [true_answers(sample) for sample in samples], Sampling(args.max_new_tokens)
     answers: list[list[str]] = [[] for _ in samples]
+    clips: dict[tuple, int] = {}
     with tqdm(total=sum(map(len, turns)), desc=label, unit="answer") as bar:
         for turn in range(max(map(len, turns))):
             rows = [row for row in range(len(samples)) if turn < len(turns[row])]
-            prompts = {}
+            questions = {}
             for row in rows:
+                messages = asked(samples[row], answers[row])
+                questions[row] = Question(messages, visuals[row], sampling)
                 try:
-                    messages = asked(samples[row], answers[row])
-                    prompts[row] = answerer.prompt(messages, visuals[row])
+                    answerer.encode(messages, visuals[row])
                 except ConversationError as error:
                     raise ValueError(f"{samples[row].where}: {error}") from None
-            # Prompts of like length need no padding; answers of like length end together.
-            rows.sort(key=lambda row: (len(turns[row][turn]) // 8, len(prompts[row].input_ids)))
+            # Questions about one clip come together: the batch reads what they share once.
+            rows.sort(key=lambda row: clips.setdefault(tuple(visuals[row]), len(clips)))
             for start in range(0, len(rows), args.batch_size):
                 batch = rows[start : start + args.batch_size]
-                texts = answerer.answer(
-                    [prompts[row] for row in batch],
-                    [visuals[row] for row in batch],
-                    args.max_new_tokens,
-                )
+                texts = answerer.answer([questions[row] for row in batch])
                 for row, text in zip(batch, texts, strict=True):
                     answers[row].append(text)
                 bar.update(len(batch))
@@ -164,7 +175,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     samples = samples[: args.limit or None]
     paths = [sample.files(args.images_path) for sample in samples]
     answerer = load(args)
-    features, failures = answerer.look(list(dict.fromkeys(chain(*paths))))
+    seen, failures = answerer.look(list(dict.fromkeys(chain(*paths))))
     for reason in failures.values():
         print(f"left out: {reason}", file=sys.stderr)
     read = [row for row, files in enumerate(paths) if not failures.keys() & set(files)]
@@ -177,8 +188,12 @@ def evaluate(args: argparse.Namespace) -> dict:
     for name, change in controls(answerer, args.seed).items():
         if name != "normal" and not args.controls:
             continue
+        made: dict[tuple, Visual] = {}
         visuals = [
-            [change(features[path].flip(0) if sample.reverse else features[path]) for path in files]
+            [
+                changed(seen[path], sample.reverse, change, {} if name == "shuffled" else made)
+                for path in files
+            ]
             for sample, files in zip(samples, paths, strict=True)
         ]
         records[name] = score(samples, answer_all(answerer, samples, visuals, args, name))
@@ -192,7 +207,7 @@ def evaluate(args: argparse.Namespace) -> dict:
         "data_path": args.data_path,
         "images_path": args.images_path,
         "samples": len(samples),
-        "clips": len(features),
+        "clips": len(seen),
         "left_out": {str(path): reason for path, reason in failures.items()},
         "num_frames": answerer.num_frames,
         "parameters": answerer.model.parameter_counts(),
@@ -233,26 +248,26 @@ def chat(args: argparse.Namespace) -> None:
     """A conversation about each file in turn; one that can't be read is named and passed over."""
     files = files_to_show(args)
     answerer = load(args)
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+    sampling = Sampling(args.max_new_tokens, args.temperature, top_p=args.top_p, seed=args.seed)
     unread = 0
     for file in files:
-        features, failures = answerer.look([file])
-        print(f"\n{failures.get(file, file)}")
-        unread += len(failures)
-        visuals, messages = list(features.values()), []
-        for question in questions(args) if visuals else ():
-            messages.append({"role": "user", "content": question})
-            answer = ""
+        try:
+            visual = answerer.read(file)
+        except VideoError as error:
+            print(f"\n{error}")
+            unread += 1
+            continue
+        print(f"\n{file}")
+        talk = answerer.chat()
+        talk.show(visual)
+        for question in questions(args):
             try:
                 print("A: ", end="", flush=True)
-                for piece in answerer.stream(messages, visuals, args.max_new_tokens, **sampling):
+                for piece in talk.ask(question, sampling):
                     print(piece, end="", flush=True)
-                    answer += piece
                 print()
-                messages.append({"role": "assistant", "content": answer.strip() or "-"})
             except ConversationError as error:  # the question holds a tag of a second visual, say
                 print(error)
-                messages.pop()
     if unread == len(files):
         raise ValueError("none of the files can be read")
 

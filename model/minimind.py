@@ -35,28 +35,65 @@ class CausalLMOutput:
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, one pair (B, H, T, E) a layer."""
+    """Keys and values of the tokens read so far, one tensor (2, B, H, room, E) a layer.
 
-    def __init__(self):
-        self.layers: list[tuple[Tensor, Tensor]] = []
+    There is room for tokens to come: a new one is written into its place, and nothing is copied
+    around it until the room is used up and grows by half.
+    """
+
+    def __init__(self, layers: list[Tensor] | None = None, length: int = 0):
+        self.layers, self.length = layers or [], length
 
     def __len__(self) -> int:
-        return self.layers[0][0].shape[2] if self.layers else 0
+        return self.length
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds (B, H, L, E) of one layer, whose layers come in order; returns all T of it."""
+        if layer == 0:
+            self.length += keys.shape[2]
+        start, end = self.length - keys.shape[2], self.length
         if layer == len(self.layers):
-            self.layers.append((keys, values))
-        else:
-            past_keys, past_values = self.layers[layer]
-            self.layers[layer] = (
-                torch.cat([past_keys, keys], 2),
-                torch.cat([past_values, values], 2),
-            )
-        return self.layers[layer]
+            self.layers.append(keys.new_empty(2, *keys.shape[:2], _room(end), keys.shape[3]))
+        elif self.layers[layer].shape[3] < end:
+            old = self.layers[layer][:, :, :, :start]
+            self.layers[layer] = old.new_empty(*old.shape[:3], _room(end), old.shape[4])
+            self.layers[layer][:, :, :, :start] = old
+        both = self.layers[layer][:, :, :, :end]
+        both[0, :, :, start:], both[1, :, :, start:] = keys, values
+        return both[0], both[1]
+
+    def crop(self, length: int) -> None:
+        """Forgets all tokens after the first `length`."""
+        self.length = min(self.length, length)
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Forgets every row of the batch but these: finished answers cost nothing more."""
-        self.layers = [(keys[rows], values[rows]) for keys, values in self.layers]
+        """Forgets every row of the batch but these (ids, which may repeat)."""
+        self.layers = [both[:, rows] for both in self.layers]
+
+    def row(self, i: int) -> "KVCache":
+        """A batch of one, with memory of its own."""
+        return KVCache([both[:, i : i + 1].clone() for both in self.layers], self.length)
+
+    def select(self, columns: Tensor) -> "KVCache":
+        """Only the tokens where `columns` (T) is True."""
+        layers = [both[:, :, :, : self.length][:, :, :, columns] for both in self.layers]
+        return KVCache(layers, int(columns.sum()))
+
+    def join(self, below: "KVCache") -> "KVCache":
+        """Both batches as one; the shorter gets zeros on its left, which attention must not see."""
+        length = max(self.length, below.length)
+        layers = []
+        for parts in zip(self.layers, below.layers, strict=True):
+            parts = [
+                F.pad(both[:, :, :, :old], (0, 0, length - old, _room(length) - length))
+                for both, old in zip(parts, (self.length, below.length), strict=True)
+            ]
+            layers.append(torch.cat(parts, dim=1))
+        return KVCache(layers, length)
+
+
+def _room(length: int) -> int:
+    return length + max(length // 2, 64)
 
 
 def rotary_tables(position_ids: Tensor, config: LanguageModelConfig) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
-from model.generate import generate, stream
+from model.generate import Generation, Row, Sampling, choose, generate
 
 P, D, EOS, NEVER = 4, 16, 2, 10_000
 
@@ -90,16 +90,6 @@ def test_finished_rows_cost_nothing_more(model):
     assert batches == [5, 5 - [answer[0] for answer in first].count(first[0][0])]
 
 
-def test_a_stream_gives_the_same_ids_one_at_a_time(model):
-    inputs = left_padded(prompt(2, 8, 5))
-    tokens = stream(model, inputs, 12, NEVER)
-    first = next(tokens)
-    assert not torch.is_inference_mode_enabled()  # the caller's own code runs between two tokens
-    assert [first, *tokens] == generate(model, inputs, 12, NEVER)[0]
-    with pytest.raises(ValueError, match="one prompt, not 2"):
-        next(stream(model, left_padded(prompt(1, 0, 1), prompt(1, 0, 1)), 3, NEVER))
-
-
 def test_a_seed_repeats_a_draw_and_a_small_top_p_is_greedy(model):
     inputs = left_padded(prompt(2, 8, 5), prompt(3, 0, 1))
 
@@ -111,14 +101,108 @@ def test_a_seed_repeats_a_draw_and_a_small_top_p_is_greedy(model):
     assert draw(temperature=2.0, top_p=1e-6, seed=1) == draw()
 
 
-def test_top_p_draws_only_from_the_most_likely():
-    from model.generate import _choose
+LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(2000, -1)
-    generator = torch.Generator().manual_seed(0)
-    drawn = _choose(logits, 1.0, 0.7, generator).bincount(minlength=4)
-    assert drawn[2:].sum() == 0
-    assert drawn[0] / 2000 == pytest.approx(0.5 / 0.8, abs=0.04)
+
+def shares(**how) -> list[float]:
+    """How often each of LOGITS is drawn."""
+    row = Row(Sampling(temperature=1.0, seed=0, **how))
+    drawn = torch.tensor([choose(LOGITS[None], [row])[0] for _ in range(1000)])
+    return (drawn.bincount(minlength=4) / 1000).tolist()
+
+
+@pytest.mark.parametrize(
+    "how, kept",
+    [
+        ({"top_p": 0.7}, 2),  # the token that crosses it stays
+        ({"top_p": 0.5}, 1),
+        ({"top_k": 3}, 3),
+        ({"top_k": 9}, 4),
+        ({"min_p": 0.31}, 2),  # 0.15 is 0.3 of the first
+        ({"min_p": 0.29}, 3),
+        ({"top_k": 2, "top_p": 0.6}, 1),  # 0.5 of 0.8 crosses it already
+        ({}, 4),
+    ],
+)
+def test_only_the_likeliest_are_drawn_as_often_as_is_due(how, kept):
+    due = LOGITS.exp()[:kept] / LOGITS.exp()[:kept].sum()
+    assert shares(**how) == pytest.approx([*due.tolist(), *[0.0] * (4 - kept)], abs=0.06)
+
+
+def test_a_repetition_penalty_is_that_of_transformers():
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits, seen = torch.randn(1, 50), [3, 7, 7, 11]
+    theirs = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([seen]), logits.clone())
+    row = Row(Sampling(repetition_penalty=1.7), prompt_ids=[3, 7], ids=[7, 11])
+    assert choose(logits, [row]) == theirs.argmax(-1).tolist()
+    (best,) = logits.argmax(-1).tolist()
+    row = Row(Sampling(repetition_penalty=100.0), ids=[best])
+    assert choose(logits.abs(), [row]) != [best]
+
+
+def test_rows_join_and_leave_between_steps_and_answer_as_alone(model):
+    """A server's batch: nobody waits for the others' answers, and nobody changes them."""
+    prompts = [prompt(*sizes) for sizes in PROMPTS]
+    how = [
+        Sampling(12),
+        Sampling(9, temperature=1.5, seed=5),
+        Sampling(12),
+        Sampling(7, temperature=0.8, top_p=0.9, seed=6),
+        Sampling(12, repetition_penalty=1.5),
+    ]
+    alone = []
+    for one, sampling in zip(prompts, how, strict=True):
+        generation = Generation(model, NEVER)
+        (row,) = generation.add(left_padded(one), [Row(sampling, one[0].tolist())])
+        while generation.rows:
+            generation.step()
+        alone.append(row.ids)
+
+    generation = Generation(model, NEVER)
+    rows = [Row(s, one[0].tolist()) for one, s in zip(prompts, how, strict=True)]
+    generation.add(left_padded(*prompts[:2]), rows[:2])
+    for joining, one in zip(rows[2:], prompts[2:], strict=True):
+        generation.step()
+        generation.step()
+        generation.add(left_padded(one), [joining])
+    for _ in range(3):
+        generation.step()
+    generation.remove(rows[2])
+    assert rows[2].finish_reason == "cancelled" and len(rows[2].ids) < 12
+    while generation.rows:
+        generation.step()
+    assert [row.ids for row in rows[:2] + rows[3:]] == alone[:2] + alone[3:]
+    assert rows[2].ids == alone[2][: len(rows[2].ids)]
+
+
+def test_a_row_hands_over_what_it_read(model):
+    """Two turns of a chat with the cache kept are one text."""
+    first, more = prompt(2, 8, 5), torch.randint(5, 50, (1, 4))
+    other = prompt(9, 0, 3)
+    generation = Generation(model, NEVER)
+    row, neighbour = Row(Sampling(6), keep_cache=True), Row(Sampling(20))
+    generation.add(left_padded(first, other), [row, neighbour])
+    while row.finish_reason is None:
+        generation.step()
+    assert len(row.cache) == len(first[0]) + 5  # the last id was chosen, never read
+
+    rest = torch.cat([torch.tensor([row.ids[-1:]]), more], dim=1)
+    (again,) = Generation(model, NEVER).add({"input_ids": rest}, [Row(Sampling(1))], row.cache)
+
+    whole = torch.cat([first[0], torch.tensor(row.ids), more[0]])
+    mask = F.pad(first[1], (0, len(whole) - len(first[1])))
+    assert again.ids == plain_greedy(model, (whole, mask, first[2]), 1)
+
+
+def test_a_long_batch_forgets_columns_that_nobody_needs(model):
+    long, short = prompt(40, 0, 1), prompt(2, 0, 1)
+    generation = Generation(model, NEVER)
+    generation.add(left_padded(long, short), [Row(Sampling(3)), Row(Sampling(30))])
+    assert len(generation.cache) == 41
+    while len(generation.rows) > 1:
+        generation.step()
+    assert len(generation.cache) == 3 + 2 and generation.mask is None
 
 
 def test_right_padding_and_wrong_settings_are_refused(model):
@@ -126,8 +210,8 @@ def test_right_padding_and_wrong_settings_are_refused(model):
     inputs["attention_mask"] = inputs["attention_mask"].flip(1)
     with pytest.raises(ValueError, match="padded on the left"):
         generate(model, inputs, 3, EOS)
-    with pytest.raises(ValueError, match="top_p 0"):
-        generate(model, left_padded(prompt(2, 0, 5)), 3, EOS, temperature=1.0, top_p=0)
+    with pytest.raises(ValueError, match="top_p is 0, must be in .*; seed is -1"):
+        Sampling(temperature=1.0, top_p=0, seed=-1)
 
 
 def test_training_mode_comes_back(model):
