@@ -10,6 +10,7 @@ ever returns a frame that it isn't sure of: what can't be read raises `VideoErro
     pixel_values = FrameTransform.from_pretrained(vision_path)(clip.frames)   # (F, 3, S, S)
 """
 
+import io
 import json
 import math
 import os
@@ -25,6 +26,8 @@ import torch
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 
+from dataset import parquet
+
 av.logging.set_level(None)  # FFmpeg's own lines on stderr; what matters is raised
 
 # Only containers that hold their own samples: a playlist disguised as mp4 would make FFmpeg open
@@ -34,7 +37,7 @@ CONTAINERS = (
 )
 MAX_PIXELS = 8192 * 4352  # 8K; a 400 kB file can announce frames of gigabytes
 HELD_BYTES = 16 << 20  # packets up to this size stay in memory: no second read, no seek
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "MPO")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # an MPO opens as a JPEG
 
 
 class VideoError(ValueError):
@@ -96,6 +99,8 @@ def read_frames(
 
     # An absolute name can't be taken for a protocol ("concat:…"), and a pipe or device never ends.
     path = Path(os.path.abspath(path))
+    if parquet.is_image(path):
+        return _read_image(path, max_pixels, _row_bytes(path))
     if not path.is_file():
         raise VideoError(path, "missing", "there is no such file")
     if _is_image(path):
@@ -377,9 +382,16 @@ def _is_image(path: Path) -> bool:
     return head.startswith(starts) or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
 
 
-def _read_image(path: Path, max_pixels: int) -> Frames:
+def _row_bytes(path: Path) -> io.BytesIO:
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        return io.BytesIO(parquet.read_image(path))
+    except ValueError as error:
+        raise VideoError(path, "missing", str(error)) from error
+
+
+def _read_image(path: Path, max_pixels: int, data: io.BytesIO | None = None) -> Frames:
+    try:
+        with Image.open(data or path, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > max_pixels:
                 detail = f"{image.width}×{image.height} pixels are above {max_pixels}"
                 raise VideoError(path, "too_large", detail)

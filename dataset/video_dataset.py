@@ -1,4 +1,4 @@
-"""From a jsonl to ragged batches: samples, rows, the order they come in, and padding.
+"""From a jsonl or a parquet to ragged batches: samples, rows, the order they come in, and padding.
 
     samples = read_samples("train.jsonl")
     dataset = VideoDataset(samples, tokenizer, FeatureSource(store), num_tokens=lambda frames: 50)
@@ -10,7 +10,6 @@ about one visual share one row: its tokens are computed once, each conversation 
 itself only (`segment_ids`), and its positions go on where the shared part ends.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +33,8 @@ from dataset.conversation import (
     normalise_messages,
     truncate,
 )
+from dataset.parquet import RowImage
+from dataset.records import read_records
 from dataset.video import read_frames
 
 # ------------------------------------------------------------------------------------- samples
@@ -63,16 +64,17 @@ class Sample:
 
 
 def read_samples(path) -> list[Sample]:
-    """Read a jsonl, or a JSON array, of conversations; ValueError names file, line and mend.
+    """Read a jsonl, a JSON array or a parquet of conversations; ValueError names file, line, mend.
 
     Fields: `conversations`; `video` or `image` (a path, a list, or paths separated by commas;
-    none is text only); optional `id`, `reverse`, `scoring`, `language`. Others are left alone.
+    none is text only); optional `id`, `reverse`, `scoring`, `language`. Others are left alone. The
+    pictures in a parquet (dataset/parquet.py) stay there until they are needed.
     """
     path = os.fspath(path)
     samples = []
-    for line, record in _records(path):
+    for line, record in read_records(path):
         try:
-            samples.append(_sample(record, line, path))
+            samples.append(parse_sample(record, line, path))
         except ValueError as error:
             raise ValueError(f"{path}:{line}: {error}") from error
     if not samples:
@@ -80,34 +82,17 @@ def read_samples(path) -> list[Sample]:
     return samples
 
 
-def _records(path: str) -> Iterator[tuple[int, object]]:
-    """(line number, parsed object); of a JSON array, the number of the item."""
-    try:
-        raw = Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: can't be read ({error.strerror}); mend the path") from error
-    raw = raw.removeprefix(b"\xef\xbb\xbf")
-    if raw.lstrip()[:1] == b"[":
-        try:
-            yield from enumerate(json.loads(raw), 1)
-        except ValueError as error:
-            raise ValueError(f"{path}: the JSON array is broken: {error}") from error
-        return
-    for line, text in enumerate(raw.split(b"\n"), 1):
-        if text.strip():
-            try:
-                record = json.loads(text)
-            except ValueError as error:
-                reason = f"not JSON in UTF-8 ({error}); write one object a line"
-                raise ValueError(f"{path}:{line}: {reason}") from error
-            yield line, record
-
-
-def _sample(record: object, line: int, path: str) -> Sample:
+def parse_sample(record: object, line: int, path: str) -> Sample:
+    """One record as a sample; ValueError says what is wrong with it."""
+    if isinstance(record, ValueError):
+        raise record
     if not isinstance(record, dict):
         raise ValueError(f"a sample must be a JSON object, not {type(record).__name__}")
     if "conversations" not in record:
         raise ValueError("the key 'conversations' is missing")
+    for plural in ("videos", "images"):  # others' name: its visuals would be dropped silently
+        if record.get(plural):
+            raise ValueError(f"the key is {plural[:-1]!r}, not {plural!r}, for a list of paths too")
     if record.get("video") and record.get("image"):
         raise ValueError("both 'video' and 'image'; put all paths into one, in order of the tags")
     visuals = record.get("video") or record.get("image") or []
@@ -119,11 +104,10 @@ def _sample(record: object, line: int, path: str) -> Sample:
         check_relative(visual)
 
     messages = normalise_messages(record["conversations"])
-    "".join(message["content"] for message in messages).encode()  # no half of a surrogate pair
     mark_visuals(messages, len(visuals))
     answers = sum(message["role"] == "assistant" for message in messages)
     reverse, scoring = record.get("reverse", False), record.get("scoring")
-    language = record.get("language")
+    language, sample_id = record.get("language"), record.get("id")
     if not isinstance(reverse, bool):
         raise ValueError(f"'reverse' must be true or false, not {reverse!r}")
     if scoring is not None and not (
@@ -136,8 +120,13 @@ def _sample(record: object, line: int, path: str) -> Sample:
         )
     if language is not None and not isinstance(language, str):
         raise ValueError(f"'language' must be a string, not {language!r}")
-    sample_id = str(record.get("id", f"{Path(path).stem}-{line}"))
-    return Sample(sample_id, visuals, messages, reverse, scoring, language, line, path)
+    if sample_id is None:
+        sample_id = f"{Path(path).stem}-{line}"
+    elif isinstance(sample_id, bool) or not isinstance(sample_id, str | int):  # a NaN, say
+        raise ValueError(f"'id' must be a string or a whole number, not {sample_id!r}")
+    texts = [message["content"] for message in messages] + visuals + [str(sample_id)]
+    "".join(texts).encode()  # ValueError for half of a surrogate pair
+    return Sample(str(sample_id), visuals, messages, reverse, scoring, language, line, path)
 
 
 @lru_cache(maxsize=4096)
@@ -152,6 +141,8 @@ def check_relative(relative: str) -> None:
 
 def resolve_under(root, relative: str) -> Path:
     """The file `relative` under `root`; ValueError if it leaves the root, by a link too."""
+    if isinstance(relative, RowImage):  # it lies in the data file that the user named
+        return relative.locate()
     check_relative(relative)
     root = os.path.realpath(root)
     path = os.path.realpath(os.path.join(root, relative))
