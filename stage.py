@@ -34,7 +34,7 @@ from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
 from model.lora import add_adapters
 from model.vision_tower import VisionTower
-from trainer.config import TrainConfig, flag, parse, side_flag
+from trainer.config import TrainConfig, flag, local_flag, parse, side_flag
 from trainer.distributed import World, setup
 from trainer.engine import train
 
@@ -43,21 +43,21 @@ from trainer.engine import train
 class StageConfig(TrainConfig):
     """The engine's settings and those of model and data."""
 
-    data_path: list[str] = side_flag(None, "training samples, one or more jsonl files")
-    val_path: list[str] | None = side_flag(None, "held-out samples, for the validation loss")
-    images_path: str = side_flag("dataset/videos", "folder that the samples' paths start from")
+    data_path: list[str] = local_flag(None, "training samples, one or more jsonl files")
+    val_path: list[str] | None = local_flag(None, "held-out samples, for the validation loss")
+    images_path: str = local_flag("dataset/videos", "folder that the samples' paths start from")
     use_feature: bool = flag(False, "read features that extract_features.py wrote, not videos")
-    features_path: str = side_flag("dataset/features", "their folder")
-    val_features_path: str | None = side_flag(None, "another folder for the held-out samples")
-    vision_path: str = side_flag(
+    features_path: str = local_flag("dataset/features", "their folder")
+    val_features_path: str | None = local_flag(None, "another folder for the held-out samples")
+    vision_path: str = local_flag(
         "model/vision_model/clip-vit-base-patch32", "the frozen vision tower, for reading videos"
     )
-    tokenizer_path: str = side_flag("model/text_tokenizer", "folder of the tokenizer")
+    tokenizer_path: str = local_flag("model/text_tokenizer", "folder of the tokenizer")
     video_backend: Literal["pyav", "decord"] = flag("pyav", "reader of video files")
     num_frames: int = flag(8, "frames taken from a video")
     max_seq_len: int = flag(1024, "longest row, in tokens; visual tokens count")
     share_prefix: bool = flag(True, "all samples of one visual share a row, the visual comes once")
-    load_from: str | None = side_flag(None, "weights to start from (default: by stage and --dim)")
+    load_from: str | None = local_flag(None, "weights to start from (default: by stage and --dim)")
     from_scratch: bool = flag(False, "start from random weights instead")
     freeze_llm: Literal[0, 1, 2] = flag(
         0, "of the language model, 0: all learns, 1: its first and last layer, 2: nothing"
@@ -137,7 +137,12 @@ def run(
     start = Path(config.load_from or Path(config.out_dir, start_weights.format(dim=size)))
     if not Path(config.tokenizer_path).is_dir():  # a name would be looked up on the net
         raise ValueError(f"--tokenizer_path {config.tokenizer_path}: no such folder")
-    world = setup(config.device)
+    with setup(config.device, config.timeout) as world:
+        return train_stage(config, start, load, world)
+
+
+def train_stage(config: StageConfig, start: Path, load: Load, world: World) -> dict[str, Any]:
+    """What a process of the stage does once it has met the others."""
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_path)
     visuals = open_visuals(config)
     model = build_model(config, tokenizer, visuals, start, load)
@@ -154,7 +159,7 @@ def run(
         "start": "random" if config.from_scratch else fingerprint([start]),
         "vision_tower": visuals.tower_fingerprint,
     }
-    metrics = train(
+    return train(
         model,
         loader(config.data_path, visuals.train, True),
         loader(config.val_path, visuals.val, False),
@@ -163,8 +168,6 @@ def run(
         save,
         lineage,
     )
-    world.close()
-    return metrics
 
 
 def launch(main: Callable[[], Any]) -> None:

@@ -379,6 +379,16 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
         self.rank, self.world_size, self.tokens_per_batch = rank, world_size, tokens_per_batch
         self.epoch = self.skipped = 0
+        self.planned = world_size
+
+    def plan_for(self, processes: int) -> int:
+        """Give the batches of that many processes, on however many there are now.
+
+        Returns how many of this rank's batches make one of the plan: what two processes were to
+        take at once, one process takes in two.
+        """
+        self.planned = processes
+        return -(-processes // self.world_size)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch, self.skipped = epoch, 0
@@ -388,18 +398,25 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
         self.skipped = num_batches
 
     def __len__(self) -> int:
+        return self._steps() * self.plan_for(self.planned)
+
+    def _steps(self) -> int:
+        """Batches of all ranks together, in an epoch."""
         # Where rows don't go up evenly, a batch holds one more rather than a rank having none.
         if self.tokens_per_batch:
-            total, most = int(self.lengths.sum()), self.world_size * int(self.lengths.max())
-            wanted = -(-total // (self.tokens_per_batch * self.world_size))
+            total, most = int(self.lengths.sum()), self.planned * int(self.lengths.max())
+            wanted = -(-total // (self.tokens_per_batch * self.planned))
             return max(1, min(wanted, total // most))
-        wanted = -(-len(self.lengths) // (self.batch_size * self.world_size))
-        return min(wanted, len(self.lengths) // self.world_size)
+        wanted = -(-len(self.lengths) // (self.batch_size * self.planned))
+        return min(wanted, len(self.lengths) // self.planned)
 
     def __iter__(self) -> Iterator[list[int]]:
         start, self.skipped = self.skipped, 0
-        for batch in self._global_batches()[start:]:
-            yield batch[self.rank :: self.world_size].tolist()
+        parts = self.plan_for(self.planned)
+        for batch in self._global_batches()[start // parts :]:
+            # More processes than planned: some may have no row, which is a batch of none.
+            for part in np.array_split(batch[self.rank :: self.world_size], parts):
+                yield part.tolist()
 
     def _global_batches(self) -> list[np.ndarray]:
         """All ranks' rows, step by step, in near-equal parts: no last batch of a few rows."""
@@ -410,9 +427,9 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
         order = rng.permutation(len(self.lengths))
         # Sorted within windows only: the same rows must not meet in a batch every epoch. Every
         # other window falls, so that a batch across two of them has like lengths as well.
-        rows = self.batch_size * self.world_size
+        rows = self.batch_size * self.planned
         if self.tokens_per_batch:
-            rows = -(-len(order) // len(self))
+            rows = -(-len(order) // self._steps())
         window = min(rows * 32, -(-len(order) // 4))
         parts = [order[i : i + window] for i in range(0, len(order), window)]
         parts = [part[np.argsort(self.lengths[part])] for part in parts]
@@ -421,11 +438,12 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def _cut(self, order: np.ndarray) -> list[np.ndarray]:
-        """`len(self)` parts of about as many rows, or of about as many tokens."""
+        """Parts of about as many rows, or of about as many tokens."""
+        steps = self._steps()
         if not self.tokens_per_batch:
-            return np.array_split(order, len(self))
+            return np.array_split(order, steps)
         ends = self.lengths[order].cumsum()
-        shares = ends[-1] * np.arange(1, len(self)) / len(self)
+        shares = ends[-1] * np.arange(1, steps) / steps
         return np.split(order, np.searchsorted(ends, shares, side="right"))
 
 

@@ -20,6 +20,7 @@ from matplotlib import font_manager
 
 from dataset.scoring import format_table
 from dataset.video import read_frames
+from trainer.curves import draw_curves, read_rows
 
 PACKAGES = ("torch", "transformers", "tokenizers", "av", "numpy")
 CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Zen Hei", "PingFang SC", "SimHei")
@@ -34,24 +35,7 @@ def read_json(path: Path, maker: str):
 def read_curves(folder: Path) -> dict[str, list[dict]]:
     """Lines of metrics.jsonl by run, in the order in which the runs were made."""
     files = sorted(folder.glob("*/metrics.jsonl"), key=lambda file: file.stat().st_mtime)
-    return {
-        file.parent.name: [json.loads(line) for line in file.read_text().splitlines()]
-        for file in files
-    }
-
-
-def draw_curves(curves: dict[str, list[dict]], path: Path) -> None:
-    size = (5.5 * len(curves), 3.6)
-    figure, axes = plt.subplots(1, len(curves), figsize=size, squeeze=False, layout="constrained")
-    for axis, (run, rows) in zip(axes[0], curves.items(), strict=True):
-        for key, style in (("loss", {"linewidth": 1}), ("val_loss", {"marker": "o"})):
-            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=key, **style)
-        axis.set(title=run, xlabel="update", ylabel="loss a token")
-        axis.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return {file.parent.name: read_rows(file) for file in files}
 
 
 def choose_answers(answers: list[dict], count: int) -> list[dict]:

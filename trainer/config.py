@@ -27,6 +27,11 @@ def side_flag(default: Any, help: str, **about: Any) -> Any:
     return flag(default, help, side=True, **about)
 
 
+def local_flag(default: Any, help: str) -> Any:
+    """A side flag that may differ from process to process, as each machine has its own folders."""
+    return side_flag(default, help, local=True)
+
+
 @dataclass
 class TrainConfig:
     """What the engine needs to know. What is trained on what stands in the stage's own config."""
@@ -49,23 +54,31 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
         "auto", "autocast of the forward; auto: what the device is fastest in"
     )
-    device: str = side_flag("auto", "auto, cpu, cuda, cuda:1, ...")
-    num_workers: int = side_flag(1, "processes that load data; 0: load in the training process")
+    device: str = local_flag("auto", "auto, cpu, cuda, cuda:1, ...")
+    num_workers: int = local_flag(1, "processes that load data; 0: load in the training process")
+    timeout: int = side_flag(900, "seconds that a process waits for another before it gives up")
     seed: int = flag(42, "of weights, data order and dropout")
     log_interval: int = side_flag(10, "updates between lines of metrics.jsonl")
     eval_interval: int = side_flag(0, "updates between validations; 0: at the end only")
-    save_interval: int = side_flag(0, "updates between checkpoints; 0: at the end only")
+    save_interval: int = side_flag(500, "updates between checkpoints; 0: at the end only")
+    keep_last: int = side_flag(2, "states kept, the newest; a damaged one falls back to another")
     max_bad: float = side_flag(0.05, "stop when a larger share of the samples can't be decoded")
-    use_wandb: bool = side_flag(False, "log to Weights & Biases too (WANDB_MODE=offline works)")
-    wandb_project: str = side_flag("Cinego", "its project name")
-    resume: str = side_flag("auto", "auto: go on from the run's state.pt; never; or a state file")
+    tracker: Literal["none", "wandb", "swanlab", "trackio", "tensorboard"] = side_flag(
+        "none", "log there too"
+    )
+    use_wandb: bool = side_flag(False, "the same as --tracker wandb")
+    tracker_offline: bool = side_flag(False, "keep its log on this machine, without an account")
+    wandb_project: str = side_flag("Cinego", "the tracker's name of the project")
+    curves_interval: int = side_flag(60, "seconds between drawings of curves.png; 0: never")
+    resume: str = side_flag("auto", "auto: go on from the run's last state; never; or a state file")
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the values, one sentence each."""
         at_least = {
-            1: ("epochs", "batch_size", "accumulation_steps", "log_interval"),
+            1: ("epochs", "batch_size", "accumulation_steps", "log_interval", "timeout")
+            + ("keep_last",),
             0: ("max_steps", "warmup_iters", "weight_decay", "grad_clip", "num_workers", "seed")
-            + ("eval_interval", "save_interval", "max_bad", "tokens_per_batch"),
+            + ("eval_interval", "save_interval", "max_bad", "tokens_per_batch", "curves_interval"),
         }
         found = [
             f"--{name} is {getattr(self, name)}: give {low} or more"
@@ -79,6 +92,8 @@ class TrainConfig:
                 found.append(f"--{name} is {getattr(self, name)}: give a positive number")
         if not self.run_name or "/" in self.run_name or self.run_name in (".", ".."):
             found.append(f"--run_name is {self.run_name!r}: give a plain file name")
+        if self.use_wandb and self.tracker not in ("none", "wandb"):
+            found.append(f"--use_wandb and --tracker {self.tracker}: give one of them")
         return found
 
     def validate(self) -> None:
@@ -88,7 +103,14 @@ class TrainConfig:
 
     def identity(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the run it continues."""
-        fields = [f for f in dataclasses.fields(self) if not f.metadata.get("side")]
+        return self._without("side")
+
+    def shared(self) -> dict[str, Any]:
+        """The settings that all processes of a run must share."""
+        return self._without("local")
+
+    def _without(self, mark: str) -> dict[str, Any]:
+        fields = [f for f in dataclasses.fields(self) if not f.metadata.get(mark)]
         return {f.name: getattr(self, f.name) for f in fields}
 
 

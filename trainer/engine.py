@@ -7,18 +7,20 @@ stands what happens once in a while: an epoch begins, a validation, a line of me
 
 import itertools
 import math
+import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from trainer.checkpoint import find_state, save_state
+from trainer.checkpoint import find_state, forget_after, list_states, save_state
 from trainer.config import TrainConfig
 from trainer.device import choose_dtype
-from trainer.distributed import World
+from trainer.distributed import World, code_fingerprint, restarted
+from trainer.interrupt import StopRequest
 from trainer.journal import Journal, losses_of
 from trainer.optim import Optimizers, rate_factor
 
@@ -29,7 +31,12 @@ SAMPLES_TO_JUDGE = 200
 
 
 class TrainingStopped(ValueError):
-    """Training can't go on: a loss that isn't a number, or too much data that can't be read."""
+    """Training can't go on: a loss that isn't a number, too much data that can't be read, or a
+    checkpoint that can't be written."""
+
+
+class StoppedBySignal(SystemExit):
+    """Somebody asked the run to end and it has saved; the code is the shell's for that signal."""
 
 
 def train(
@@ -44,30 +51,45 @@ def train(
     """Trains `model` in place and returns the last line of metrics.
 
     `model(**batch["inputs"]).loss` is the *sum* of the cross-entropy over the batch's supervised
-    tokens. `train_loader.batch_sampler` has `set_epoch(epoch)` and `skip(batches)`.
-    `save_weights(path, meta)` writes a checkpoint; `lineage` (what the data and the first weights
-    are) goes into it and into the state, so that a resumed run is the same run.
-    Raises TrainingStopped as that class says, ValueError if there is nothing to train on or the
-    state found belongs to another run.
+    tokens. `train_loader.batch_sampler` has `plan_for(processes)`, `set_epoch(epoch)` and
+    `skip(batches)`. `save_weights(path, meta)` writes a checkpoint; `lineage` (what the data and
+    the first weights are) goes into it and into the state, so that a resumed run is the same run.
+    Raises TrainingStopped and StoppedBySignal as these classes say, ValueError if there is nothing
+    to train on, the processes differ, or the state found belongs to another run.
     """
     device, run = world.device, config.run_name
     config.dtype = choose_dtype(config.dtype, device)
     weights_path = Path(config.out_dir) / f"{run}.pth"
-    state_path = Path(config.out_dir) / run / "state.pt"
-    steps_an_epoch = math.ceil(len(train_loader) / config.accumulation_steps)
+    folder = Path(config.out_dir) / run
+    identity = {**config.identity(), **lineage}
+    world.agree(
+        {**config.shared(), **lineage, "validation": val_loader is not None}
+        | {"code": code_fingerprint(), "torch": torch.__version__}
+    )
+    # The main process alone reads: the others may be on machines that don't see its disk, and all
+    # must begin at the same update.
+    state = None
+    if world.is_main:
+        # A process that torchrun started anew goes on, whatever the first one was told.
+        resume = "auto" if restarted() and list_states(folder) else config.resume
+        state = find_state(folder, resume, identity)
+    state = world.from_main(state)
+
+    # What an update is follows from the number of processes that the run began with. Others that
+    # take it up cut the same batches in another way.
+    processes = state["processes"] if state else world.size
+    accumulation_steps = config.accumulation_steps * train_loader.batch_sampler.plan_for(processes)
+    steps_an_epoch = math.ceil(len(train_loader) / accumulation_steps)
     total_steps = min(config.epochs * steps_an_epoch, config.max_steps or math.inf)
     if total_steps == 0:
         raise ValueError("the training data gives no batch; lower --batch_size or add samples")
-    identity = {**config.identity(), "processes": world.size, **lineage}
-    state = find_state(config, identity)
     if state and state["step"] == total_steps:
-        if weights_path.is_file():
+        if world.from_main(weights_path.is_file()):
             world.say(f"{run}: already finished, {weights_path} stands; nothing to do")
             return state["metrics"]
         state = None  # its weights were taken away: somebody wants them made again
 
     model.to(device).train()
-    world.broadcast(model.state_dict().values())
     optimizers = Optimizers(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
 
@@ -81,98 +103,149 @@ def train(
         scaler.load_state_dict(state["scaler"])
         step = state["step"]
         samples_seen, samples_bad = state["samples_seen"], state["samples_bad"]
+    world.broadcast(model.state_dict().values())
+    if world.is_main:
+        forget_after(folder, step)
     world.say(f"{run}: {optimizers.description}; on {device} in {config.dtype}")
     world.say(f"{run}: updates {step} to {total_steps}")
 
-    journal = Journal(config, world.is_main, step, total_steps)
+    journal = Journal(config, world.is_main, step, total_steps, state and state["journal"])
     batches = None
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Any] = state["metrics"] if state else {}
 
-    while step < total_steps:
-        # ---- once an epoch: a new order (or, resumed in its middle, the rest of the old one)
-        epoch, step_in_epoch = divmod(step, steps_an_epoch)
-        if batches is None or step_in_epoch == 0:
-            train_loader.batch_sampler.set_epoch(epoch)
-            train_loader.batch_sampler.skip(step_in_epoch * config.accumulation_steps)
-            batches = iter(train_loader)
-
-        # ---- one update
-        waiting = time.perf_counter()
-        micro_batches = list(itertools.islice(batches, config.accumulation_steps))
-        waited = time.perf_counter() - waiting
-        tokens, real, padded, seen, bad = world.sum(*count(micro_batches))
-        samples_seen, samples_bad = samples_seen + seen, samples_bad + bad
-        if bad:
-            journal.quarantine(world.gather([b for batch in micro_batches for b in batch["bad"]]))
-        judge = samples_seen >= SAMPLES_TO_JUDGE or step_in_epoch + 1 == steps_an_epoch
-        if judge and samples_bad > config.max_bad * samples_seen:
-            raise TrainingStopped(
-                f"{samples_bad:.0f} of {samples_seen:.0f} samples can't be decoded, more than "
-                f"--max_bad {config.max_bad}; they are named in {journal.folder}/quarantine.jsonl"
-            )
-
-        loss = grad_norm = 0.0
-        rate = rate_factor(step, total_steps, config.warmup_iters, config.schedule)
-        filled = [batch for batch in micro_batches if batch["inputs"]]
-        if tokens:  # else every sample of every process was bad: an update without a step
-            torch.manual_seed(config.seed + step * world.size + world.rank)
-            optimizers.set_rates(rate)
-            losses = []
-            for batch in filled:
-                loss_sum = loss_of(model, batch, config, device)
-                # Each token weighs the same, in whichever micro-batch or process it stands.
-                if loss_sum.requires_grad:  # text under a frozen language model teaches nothing
-                    scaler.scale(loss_sum / tokens).backward()
-                losses.append(loss_sum.detach())
-            world.sum_gradients(optimizers.parameters)
-            grad_norm = optimizers.unscale_and_clip(scaler, config.grad_clip).item()
-            (loss,) = world.sum(float(sum(losses)) / tokens)
-            # float16 overflows now and then by design: the scaler skips such a step by itself.
-            if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
-                raise TrainingStopped(blame(filled, losses, loss, grad_norm, step, world))
-            optimizers.step(scaler)
-            optimizers.zero_grad()
-        step += 1
-        journal.count(
-            loss=loss * tokens, supervised=tokens, real=real, padded=padded, waited=waited
-        )
-
-        # ---- once in a while: validate, log, save
-        last = step == total_steps
-        evaluating, saving, logging = (
-            last or (interval > 0 and step % interval == 0)
-            for interval in (config.eval_interval, config.save_interval, config.log_interval)
-        )
-        if evaluating or saving or logging:
-            metrics = {
-                "step": step,
-                "epoch": round(step / steps_an_epoch, 4),
-                **journal.figures(),
-                "lr": config.learning_rate * rate,
-                "grad_norm": grad_norm,
-                "bad_samples": int(samples_bad),
+    def save(last: bool) -> None:
+        """Weights, then the state that makes them part of the run."""
+        if not world.is_main:
+            return
+        state = {"step": step, "identity": identity, "processes": processes, "metrics": metrics}
+        if not last:  # a finished run needs no more than the mark that it is finished
+            state |= {
+                "model": model.state_dict(),
+                "optimizers": optimizers.state_dict(),
+                "scaler": scaler.state_dict(),
+                "samples_seen": samples_seen,
+                "samples_bad": samples_bad,
+                "journal": journal.state(),
             }
-            if evaluating and val_loader is not None:
-                metrics |= evaluate(model, val_loader, config, world, journal)
-            metrics = journal.log(metrics)
-        if saving and world.is_main:
+        try:
+            journal.sync()
             save_weights(weights_path, {"step": step, "metrics": metrics, "lineage": lineage})
-            state = {"step": step, "identity": identity, "metrics": metrics}
-            if not last:  # a finished run needs no more than the mark that it is finished
-                state |= {
-                    "model": model.state_dict(),
-                    "optimizers": optimizers.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "samples_seen": samples_seen,
-                    "samples_bad": samples_bad,
+            save_state(folder, state, keep=1 if last else config.keep_last)
+        except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by the latter
+            good = list_states(folder)
+            raise TrainingStopped(
+                f"the checkpoint of update {step} can't be written: {error}\n"
+                f"The last good one is {good[0] if good else 'none yet'}. Free space or mend the "
+                "folder's permissions; the same command then goes on from there."
+            ) from error
+
+    with StopRequest(loud=world.is_main) as stop:
+        while step < total_steps:
+            # ---- once an epoch: a new order (or, resumed in its middle, the rest of the old one)
+            epoch, step_in_epoch = divmod(step, steps_an_epoch)
+            if batches is None or step_in_epoch == 0:
+                train_loader.batch_sampler.set_epoch(epoch)
+                train_loader.batch_sampler.skip(step_in_epoch * accumulation_steps)
+                batches = iter(train_loader)
+
+            # ---- one update
+            waiting = time.perf_counter()
+            micro_batches = take(batches, accumulation_steps, stop)
+            waited = time.perf_counter() - waiting
+            *sums, stopping = world.sum(*count(micro_batches), stop.came())
+            if stopping:
+                leave(step, total_steps, save, stop, world)
+            tokens, real, padded, seen, bad = sums
+            samples_seen, samples_bad = samples_seen + seen, samples_bad + bad
+            if bad:
+                journal.quarantine(world.gather([b for part in micro_batches for b in part["bad"]]))
+            judge = samples_seen >= SAMPLES_TO_JUDGE or step_in_epoch + 1 == steps_an_epoch
+            if judge and samples_bad > config.max_bad * samples_seen:
+                raise TrainingStopped(
+                    f"{samples_bad:.0f} of {samples_seen:.0f} samples can't be decoded, more than "
+                    f"--max_bad {config.max_bad}; they are named in {journal.quarantine_path}"
+                )
+
+            loss = grad_norm = 0.0
+            rate = rate_factor(step, total_steps, config.warmup_iters, config.schedule)
+            filled = [batch for batch in micro_batches if batch["inputs"]]
+            if tokens:  # else every sample of every process was bad: an update without a step
+                torch.manual_seed(config.seed + step * world.size + world.rank)
+                optimizers.set_rates(rate)
+                losses = []
+                for batch in filled:
+                    loss_sum = loss_of(model, batch, config, device)
+                    # Each token weighs the same, in whichever micro-batch or process it stands.
+                    if loss_sum.requires_grad:  # text under a frozen model teaches nothing
+                        scaler.scale(loss_sum / tokens).backward()
+                    losses.append(loss_sum.detach())
+                world.sum_gradients(optimizers.parameters)
+                grad_norm = optimizers.unscale_and_clip(scaler, config.grad_clip).item()
+                (loss,) = world.sum(float(sum(losses)) / tokens)
+                # float16 overflows now and then by design: the scaler skips such a step by itself.
+                if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
+                    raise TrainingStopped(blame(filled, losses, loss, grad_norm, step, world))
+                optimizers.step(scaler)
+                optimizers.zero_grad()
+            step += 1
+            journal.count(
+                loss=loss * tokens, supervised=tokens, real=real, padded=padded, waited=waited
+            )
+            if tokens and (usual := journal.usual_loss(loss)) is not None:
+                journal.spike(step, loss, usual, suspects(filled, losses, loss, world))
+
+            # ---- once in a while: validate, log, save
+            last = step == total_steps
+            evaluating, saving, logging = (
+                last or (interval > 0 and step % interval == 0)
+                for interval in (config.eval_interval, config.save_interval, config.log_interval)
+            )
+            if evaluating or saving or logging:
+                metrics = {
+                    "step": step,
+                    "epoch": round(step / steps_an_epoch, 4),
+                    **journal.figures(),
+                    "lr": config.learning_rate * rate,
+                    "grad_norm": grad_norm,
+                    "bad_samples": int(samples_bad),
                 }
-            save_state(state_path, state)
-        if evaluating or saving or logging:
-            journal.open_window()
+                if evaluating and val_loader is not None:
+                    metrics |= evaluate(model, val_loader, config, world, journal)
+                metrics = journal.log(metrics)
+                if saving:
+                    save(last)
+                journal.draw(last)
+                journal.open_window()
 
     journal.close()
     world.say(f"{run}: {losses_of(metrics)}; weights in {weights_path}")
     return metrics
+
+
+def take(batches: Iterator[Batch], number: int, stop: StopRequest) -> list[Batch]:
+    """The next micro-batches, fewer at an epoch's end."""
+    try:
+        return list(itertools.islice(batches, number))
+    except RuntimeError:
+        # Slurm signals every process of a job: the loader's workers are gone before we have heard.
+        if not stop.came(within=1.0):
+            raise
+        return []
+
+
+def leave(
+    step: int, total_steps: int, save: Callable[[bool], None], stop: StopRequest, world: World
+) -> None:
+    """Ends a run that somebody wants ended; the state holds all updates done so far."""
+    name = signal.Signals(stop.signum).name if stop.signum else "a signal to another process"
+    if step:
+        save(False)
+        world.say(
+            f"{name}: saved update {step} of {total_steps}; the same command goes on from there"
+        )
+    else:
+        world.say(f"{name}: left before the first update, nothing to save")
+    raise StoppedBySignal(128 + (stop.signum or signal.SIGTERM))
 
 
 def count(batches: list[Batch]) -> tuple[int, ...]:
@@ -221,9 +294,21 @@ def blame(
     """Names the samples of the micro-batches whose own loss isn't finite; of all of them where only
     the gradient isn't."""
     sick = [b for b, part in zip(batches, losses, strict=True) if not math.isfinite(float(part))]
-    suspects = batches if math.isfinite(loss) else sick
-    ids = world.gather([name for batch in suspects for name in batch["sample_ids"]])
+    ids = names_of(batches if math.isfinite(loss) else sick, world)
     return (
         f"update {step + 1}: loss {loss}, gradient norm {grad_norm}; nothing was updated. Samples: "
         f"{', '.join(ids)}. Look at them, lower the learning rate or try --dtype float32"
     )
+
+
+def suspects(batches: list[Batch], losses: list, loss: float, world: World) -> list[str]:
+    """Names the samples of the micro-batches, on all processes, that drew an update's loss up."""
+    means = [
+        float(part) / max(1, batch["supervised_tokens"])
+        for batch, part in zip(batches, losses, strict=True)
+    ]
+    return names_of([b for b, mean in zip(batches, means, strict=True) if mean >= loss], world)
+
+
+def names_of(batches: list[Batch], world: World) -> list[str]:
+    return world.gather([name for batch in batches for name in batch["sample_ids"]])

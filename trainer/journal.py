@@ -1,26 +1,70 @@
-"""What a run tells: progress bar, metrics.jsonl, quarantine.jsonl and, if asked, wandb."""
+"""What a run tells: progress bar, metrics.jsonl, quarantine.jsonl, spikes.jsonl, curves.png and, if
+asked, a tracker."""
 
 import dataclasses
 import json
 import math
 import os
+import statistics
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from trainer.config import TrainConfig
+from trainer.curves import draw_curves, read_rows
+from trainer.trackers import open_tracker
+
+# A loss is a spike where it stands further from the median of the last updates than this many times
+# their median deviation (6 standard deviations of a normal noise), and well above it.
+LOSSES_TO_COMPARE, DEVIATIONS, LEAST_RISE = 64, 9.0, 1.2
 
 
 class Journal:
-    """Counts on every process (the sums it is given are global), but only the main one writes."""
+    """Counts on every process (the sums it is given are global), but only the main one writes.
 
-    def __init__(self, config: TrainConfig, active: bool, first_step: int, total_steps: int):
-        self.active = active
+    before: the `state()` of the run that goes on here; None for one that begins.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        active: bool,
+        first_step: int,
+        total_steps: int,
+        before: dict[str, Any] | None = None,
+    ):
+        self.config, self.active = config, active
         self.folder = Path(config.out_dir) / config.run_name
         self.metrics_path = self.folder / "metrics.jsonl"
         self.quarantine_path = self.folder / "quarantine.jsonl"
+        self.spikes_path = self.folder / "spikes.jsonl"
+        self.sums = dict.fromkeys(("loss", "supervised", "real", "padded", "waited"), 0.0)
+        self.window_before = self.seconds_before = self.cpu_before = 0.0
+        self.losses: list[float] = []  # of the last updates
+        if before:
+            self.sums, self.losses = before["sums"], before["losses"]
+            self.window_before = before["window_seconds"]
+            self.seconds_before, self.cpu_before = before["seconds"], before["cpu_seconds"]
+        self.quarantined: set[tuple] = set()
+        self.tracker = None
+        if active:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            told = self._take_up(first_step)
+            name = "wandb" if config.use_wandb else config.tracker
+            if name != "none":
+                self.tracker = open_tracker(
+                    name,
+                    self.folder,
+                    config.run_name,
+                    config.wandb_project,
+                    dataclasses.asdict(config),
+                    config.tracker_offline,
+                    first_step,
+                    told,
+                )
         self.bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -28,38 +72,48 @@ class Journal:
             disable=not active,
             mininterval=1,
         )
-        self.wandb = None
-        self.quarantined: set[tuple] = set()
-        self.seconds_before = self.cpu_before = 0.0
-        if active:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._take_up(first_step)
-            if config.use_wandb:
-                self.wandb = _start_wandb(config, self.folder)
         self.started, self.cpu_started = time.perf_counter(), cpu_seconds()
+        self.drawn = self.started
         self.open_window()
 
-    def _take_up(self, first_step: int) -> None:
-        """Keeps what the updates before `first_step` wrote.
+    def _take_up(self, first_step: int) -> int:
+        """Keeps what the updates before `first_step` wrote; returns the last update that any line
+        was about, 0 if the run begins.
 
         An interrupted run may have logged more updates than its last checkpoint holds; those are
         trained again, so their lines go.
         """
-        rows = [row for row in _rows(self.metrics_path) if row["step"] <= first_step]
-        rows = rows if first_step else []
-        self.metrics_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        if rows:
-            self.seconds_before, self.cpu_before = rows[-1]["seconds"], rows[-1]["cpu_seconds"]
-        if first_step:
-            self.quarantined = {_key(record) for record in _rows(self.quarantine_path)}
-        else:
-            self.quarantine_path.unlink(missing_ok=True)
+        told = 0
+        for path in (self.metrics_path, self.spikes_path, self.quarantine_path):
+            rows = read_rows(path)
+            told = max([told, *(row.get("step", 0) for row in rows)])
+            # An undecodable file is met again where it was met first: its line may stand.
+            kept = [row for row in rows if first_step and row.get("step", 0) <= first_step]
+            _rewrite(path, kept)
+            if path == self.quarantine_path:
+                self.quarantined = {_key(record) for record in kept}
+        return told if first_step else 0
 
     def open_window(self) -> None:
-        """A line of metrics covers the updates of its window; it starts anew after each line, so
-        that the time of a validation or a save isn't taken for training time."""
+        """The time of a validation or a save isn't taken for training time."""
         self.window_began = time.perf_counter()
-        self.sums = dict.fromkeys(("loss", "supervised", "real", "padded", "waited"), 0.0)
+
+    def state(self) -> dict[str, Any]:
+        """What the journal of a resumed run has to know, in the middle of a window too."""
+        return {
+            "sums": dict(self.sums),
+            "losses": list(self.losses),
+            "window_seconds": self._window_seconds() if any(self.sums.values()) else 0.0,
+            "seconds": self._seconds(),
+            "cpu_seconds": self._cpu_seconds(),
+        }
+
+    def sync(self) -> None:
+        """Has the lines on the disk before a state that relies on them."""
+        for path in (self.metrics_path, self.spikes_path, self.quarantine_path):
+            if self.active and path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
 
     def count(self, **values: float) -> None:
         """One update's sums of loss, tokens (supervised, real, with padding), seconds waited."""
@@ -67,9 +121,30 @@ class Journal:
             self.sums[name] += value
         self.bar.update()
 
+    def usual_loss(self, loss: float) -> float | None:
+        """The median of the last updates' losses if `loss` is a spike over them, else None."""
+        usual = None
+        if len(self.losses) >= LOSSES_TO_COMPARE // 4:
+            median = statistics.median(self.losses)
+            deviation = statistics.median(abs(other - median) for other in self.losses)
+            if loss > max(median + DEVIATIONS * deviation, LEAST_RISE * median):
+                usual = median
+        self.losses = [*self.losses, loss][-LOSSES_TO_COMPARE:]
+        return usual
+
+    def spike(self, step: int, loss: float, usual: float, samples: list[str]) -> None:
+        """A line about an update whose loss stood out, with the samples that it was made of."""
+        if self.active:
+            row = {"step": step, "loss": loss, "usual": usual, "samples": samples}
+            _append(self.spikes_path, [row])
+            self.bar.write(
+                f"update {step}: loss {loss:.3f}, usually {usual:.3f}; its samples stand in "
+                f"{self.spikes_path}"
+            )
+
     def figures(self) -> dict[str, float]:
-        """Means over the window."""
-        seconds, sums = time.perf_counter() - self.window_began, self.sums
+        """Means over the window: the updates since the last line."""
+        seconds, sums = self._window_seconds(), self.sums
         return {
             "loss": sums["loss"] / max(1, sums["supervised"]),
             "tokens_per_second": sums["real"] / seconds,
@@ -78,35 +153,48 @@ class Journal:
         }
 
     def log(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Writes the row with the run's time so far (resumed: in all), and returns it."""
-        row = {
-            **row,
-            "seconds": self.seconds_before + time.perf_counter() - self.started,
-            "cpu_seconds": self.cpu_before + cpu_seconds() - self.cpu_started,
-        }
+        """Writes the row with the run's time so far (resumed: in all), and returns it. A new
+        window begins."""
+        row = {**row, "seconds": self._seconds(), "cpu_seconds": self._cpu_seconds()}
         # JSON has no NaN, and float16's scaler meets infinite gradients by design.
         row = {name: value if math.isfinite(value) else None for name, value in row.items()}
         if self.active:
-            with self.metrics_path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        if self.wandb:
-            self.wandb.log(row, step=row["step"])
+            _append(self.metrics_path, [row])
+        if self.tracker:
+            self.tracker.log(row)
         self.bar.set_postfix_str(losses_of(row), refresh=False)
+        self.sums = dict.fromkeys(self.sums, 0.0)
+        self.window_before = 0.0
         return row
+
+    def draw(self, last: bool) -> None:
+        """Draws the curves again, if it is time."""
+        interval = self.config.curves_interval
+        if self.active and interval and (last or time.perf_counter() - self.drawn > interval):
+            rows = read_rows(self.metrics_path)
+            draw_curves({self.config.run_name: rows}, self.folder / "curves.png")
+            self.drawn = time.perf_counter()
 
     def quarantine(self, bad: list[dict[str, Any]]) -> None:
         """Names each undecodable sample once, however many epochs meet it."""
         fresh = {_key(record): record for record in bad if _key(record) not in self.quarantined}
         if self.active and fresh:
-            with self.quarantine_path.open("a", encoding="utf-8") as file:
-                for record in fresh.values():
-                    file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            self.quarantined.update(fresh)
+            _append(self.quarantine_path, fresh.values())
+        self.quarantined.update(fresh)
 
     def close(self) -> None:
         self.bar.close()
-        if self.wandb:
-            self.wandb.finish()
+        if self.tracker:
+            self.tracker.finish()
+
+    def _window_seconds(self) -> float:
+        return self.window_before + time.perf_counter() - self.window_began
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def _cpu_seconds(self) -> float:
+        return self.cpu_before + cpu_seconds() - self.cpu_started
 
 
 def losses_of(row: dict[str, Any]) -> str:
@@ -119,19 +207,24 @@ def cpu_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def _start_wandb(config: TrainConfig, folder: Path):
-    import wandb  # slow to import, and optional
+def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """One write: a kill leaves all of the lines or a cut one, which the next start removes."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:  # a full disk doesn't say for which file
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
-    settings = dataclasses.asdict(config)
-    return wandb.init(
-        project=config.wandb_project, name=config.run_name, config=settings, dir=folder
-    )
 
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
+    temporary = path.with_name(f".{path.name}")
+    temporary.unlink(missing_ok=True)
+    _append(temporary, rows)
+    os.replace(temporary, path)
 
 
 def _key(record: dict[str, Any]) -> tuple:

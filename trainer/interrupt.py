@@ -1,0 +1,52 @@
+"""A wish to stop: SIGTERM (Slurm's preemption), Ctrl-C or a lost terminal, between updates."""
+
+import os
+import signal
+import threading
+import time
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+# torchrun passes Ctrl-C on to processes that may have had it from the terminal already: what comes
+# within these seconds is the same wish, what comes later is impatience.
+SECONDS_OF_ONE_WISH = 3.0
+
+
+class StopRequest:
+    """As a context, turns the signals into `signum`, which the training loop looks at."""
+
+    def __init__(self, loud: bool):
+        self.loud, self.pid = loud, os.getpid()
+        self.signum: int | None = None
+        self.since = 0.0
+        self.before: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for signum in SIGNALS:
+                # nohup has the process ignore SIGHUP: leave it so.
+                if signal.getsignal(signum) is not signal.SIG_IGN:
+                    self.before[signum] = signal.signal(signum, self._hear)
+        return self
+
+    def __exit__(self, *error) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def came(self, within: float = 0.0) -> bool:
+        """Whether a signal has come, or comes within so many seconds."""
+        deadline = time.monotonic() + within
+        while self.signum is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self.signum is not None
+
+    def _hear(self, signum: int, frame) -> None:
+        if os.getpid() != self.pid:
+            return  # a loader's worker: the training process tells it when to end
+        if self.signum is None:
+            self.signum, self.since = signum, time.monotonic()
+            if self.loud:  # not print: the signal may have come in the middle of one
+                name = signal.Signals(signum).name
+                os.write(2, f"\n{name}: saving after this update, then leaving\n".encode())
+        elif signum == signal.SIGINT and time.monotonic() - self.since > SECONDS_OF_ONE_WISH:
+            raise KeyboardInterrupt
