@@ -6,6 +6,8 @@ are trained, which settings are usual. Everything they share stands here once.
 
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -35,7 +37,9 @@ from model.config import CinegoConfig, LanguageModelConfig
 from model.lora import add_adapters
 from model.vision_tower import VisionTower
 from trainer.config import TrainConfig, flag, local_flag, parse, side_flag
+from trainer.device import choose_device
 from trainer.distributed import World, setup
+from trainer.dry_run import dry_run
 from trainer.engine import train
 
 
@@ -74,12 +78,15 @@ class StageConfig(TrainConfig):
     gradient_checkpointing: bool = side_flag(
         False, "keep less for the backward pass and compute it again: memory for time"
     )
-    compile: bool = side_flag(False, "torch.compile the language model; the first updates are slow")
+    dry_run: bool = side_flag(False, "two updates, and what the whole run will cost; nothing else")
+    compile: bool = side_flag(False, "torch.compile the layers; the first updates are slow")
 
     def problems(self) -> list[str]:
         found = super().problems()
         if not self.data_path:
             found.append("--data_path is missing: give one or more jsonl files")
+        if self.patience and not self.val_path:
+            found.append("--patience watches the validation loss: give --val_path too")
         if 0 < self.tokens_per_batch < self.max_seq_len:
             found.append(
                 f"--tokens_per_batch {self.tokens_per_batch} can't hold a row of --max_seq_len "
@@ -159,15 +166,11 @@ def train_stage(config: StageConfig, start: Path, load: Load, world: World) -> d
         "start": "random" if config.from_scratch else fingerprint([start]),
         "vision_tower": visuals.tower_fingerprint,
     }
-    return train(
-        model,
-        loader(config.data_path, visuals.train, True),
-        loader(config.val_path, visuals.val, False),
-        config,
-        world,
-        save,
-        lineage,
-    )
+    val_loader = loader(config.val_path, visuals.val, False)
+    if config.dry_run:
+        return dry_run(model, loader(config.data_path, visuals.train, False), config, world)
+    train_loader = loader(config.data_path, visuals.train, True)
+    return train(model, train_loader, val_loader, config, world, save, lineage)
 
 
 def launch(main: Callable[[], Any]) -> None:
@@ -259,7 +262,13 @@ def build_model(
         )
     model.language_model.gradient_checkpointing = config.gradient_checkpointing
     if config.compile:
-        model.language_model.compile(dynamic=True)  # in place: the weights keep their names
+        compiler = os.environ.get("CXX", "g++")
+        if choose_device(config.device).type == "cpu" and not shutil.which(compiler):
+            raise ValueError(
+                f"--compile makes code for this CPU with {compiler}, which isn't here: install g++ "
+                "(or name a compiler in CXX), or leave --compile out"
+            )
+        model.language_model.compile_layers()  # in place: the weights keep their names
     return model
 
 

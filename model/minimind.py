@@ -173,6 +173,7 @@ class Attention(nn.Module):
             mixed_BHLE = self._attend(q_BHLE, k_BHTE, v_BHTE.to(k_BHTE.dtype), pattern)
         return self.o_proj(mixed_BHLE.transpose(1, 2).flatten(2).to(x_BLC.dtype))
 
+    @torch.compiler.disable  # its blocks are as many as the rows are long: each would be compiled
     def _attend(self, q_BHLE, k_BHTE, v_BHTE, pattern: list[Span] | None) -> Tensor:
         how = {"dropout_p": self.dropout if self.training else 0.0, "enable_gqa": True}
         attention = F.scaled_dot_product_attention
@@ -244,6 +245,14 @@ class MiniMind(nn.Module):
 
     def embed(self, input_ids: Tensor) -> Tensor:
         return self.model.embed_tokens(input_ids)
+
+    def compile_layers(self) -> None:
+        """torch.compile for the layers, which are one piece of code: made once, for any length.
+
+        Norms, rotations and the gate's product, a pass over memory each, are fused into fewer.
+        """
+        for block in self.model.layers:
+            block.compile(dynamic=True)
 
     def forward(
         self,

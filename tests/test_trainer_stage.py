@@ -215,10 +215,3 @@ def test_wandb_gets_the_settings_and_every_line(monkeypatch):
     assert settings["name"] == "pretrain_videolm_32" and settings["config"]["dim"] == 32
     written = Path("out/pretrain_videolm_32/metrics.jsonl").read_text().splitlines()
     assert logged == [json.loads(line) for line in written] and len(logged) == 2
-
-
-def test_compile_wraps_the_language_model(monkeypatch):
-    compiled = []
-    monkeypatch.setattr(MiniMind, "compile", lambda self, **options: compiled.append(options))
-    command(train_pretrain, "--from_scratch --freeze_llm 0 --compile")
-    assert compiled == [{"dynamic": True}]

@@ -13,8 +13,9 @@ import train_sft
 from model.checkpoint import load_video_language_model
 from model.config import LanguageModelConfig
 from model.lora import add_adapters, merged_state
-from model.minimind import MiniMind
+from model.minimind import Block, MiniMind
 from stage import StageConfig
+from trainer.average import Average
 from trainer.config import TrainConfig, parse
 from trainer.optim import Optimizers
 
@@ -209,3 +210,95 @@ def test_gradient_checkpointing_is_passed_on(monkeypatch):
     )
     command(train_pretrain, f"{RANDOM} --gradient_checkpointing")
     assert set(seen) == {True}
+
+
+def test_a_mean_of_the_weights_is_saved_and_resumed(monkeypatch):
+    flags = f"{RANDOM} --epochs 4 --learning_rate 1e-2 --val_path data.jsonl"
+    command(train_pretrain, f"{flags} --run_name plain")
+    slow = command(train_pretrain, f"{flags} --run_name mean --ema_decay 0.9")
+    assert metrics("mean")[-1]["loss"] == metrics("plain")[-1]["loss"]  # the training is the same
+    assert slow["val_loss"] > metrics("plain")[-1]["val_loss"] + 0.01  # the mean lags behind
+
+    update = Average.update
+    calls = []
+
+    def interrupted(self, step):
+        update(self, step)
+        calls.append(step)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Average, "update", interrupted)
+    resumed = f"{flags} --run_name resumed --ema_decay 0.9 --save_interval 3"
+    with pytest.raises(KeyboardInterrupt):
+        command(train_pretrain, resumed)
+    assert command(train_pretrain, resumed)["val_loss"] == slow["val_loss"]
+    assert changed("mean", "resumed") == set()
+
+
+def test_the_mean_follows_its_formula():
+    weight = torch.nn.Parameter(torch.zeros(3))
+    average = Average([weight], 0.5)
+    expected = 0.0
+    for step in range(20):
+        weight.data += 1
+        average.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * (step + 1)
+    with average.in_place():
+        assert weight.tolist() == pytest.approx([expected] * 3)
+    assert weight.tolist() == [20.0] * 3
+
+
+def test_patience_keeps_the_best_and_stops(capsys):
+    """At such a rate the loss on other answers rises soon."""
+    held_out = Path("data.jsonl").read_text().replace("is the answer", "moves to the left, then up")
+    Path("val.jsonl").write_text(held_out)
+    flags = f"{RANDOM} --epochs 30 --learning_rate 2e-2 --val_path val.jsonl --eval_interval 1"
+    last = command(train_pretrain, f"{flags} --patience 3 --log_interval 100")
+    losses = [row["val_loss"] for row in metrics()]
+    best = losses.index(min(losses)) + 1
+    assert last["step"] == len(losses) == best + 3 < 60
+    assert json.loads(Path("out/pretrain_videolm_32.json").read_text())["step"] == best
+    said = capsys.readouterr().out
+    assert f"3 validations without a val_loss under {min(losses):.4f}" in said
+    assert f"weights of update {best} in" in said
+
+    command(train_pretrain, f"{flags} --patience 3 --log_interval 100")
+    assert "already finished" in capsys.readouterr().out
+    said = refused(capsys, "--data_path", "x", "--patience", "2", "--ema_decay", "1")
+    for part in ("give --eval_interval too", "give --val_path too", "--ema_decay is 1.0"):
+        assert part in said
+
+
+def test_a_dry_run_tells_what_the_run_will_cost_and_writes_nothing(capsys):
+    figures = command(train_pretrain, f"{RANDOM} --dry_run --epochs 10 --val_path data.jsonl")
+    said = capsys.readouterr().out
+    assert not Path("out").exists()
+    assert figures["updates"] == 20 and 0 <= figures["padding"] < 0.5 and figures["seconds"] > 0
+    assert figures["tokens_per_second"] > 0 and figures["memory_mb"] > 100
+    assert f"{figures['trainable']:,} learn" in said and "0 h 1 min, without validation" in said
+    full = command(train_pretrain, f"{RANDOM} --epochs 10")  # it took nothing of the run away
+    assert full["step"] == 20
+
+
+def test_compile_takes_each_layer_once(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(Block, "compile", lambda self, **options: compiled.append(options))
+    command(train_pretrain, f"{RANDOM} --compile")
+    assert compiled == [{"dynamic": True}] * 2
+
+
+def test_compile_without_a_compiler_says_what_to_install(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match="with no-such-compiler, which isn't here: install g.."):
+        command(train_pretrain, f"{RANDOM} --compile --device cpu")
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_as_they_are():
+    flags = f"{RANDOM} --val_path data.jsonl --epochs 2"
+    plain = command(train_pretrain, f"{flags} --run_name plain")
+    compiled = command(train_pretrain, f"{flags} --run_name compiled --compile")
+    for name in ("loss", "val_loss", "grad_norm"):
+        assert compiled[name] == pytest.approx(plain[name], rel=1e-5)

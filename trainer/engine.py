@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer.average import Average
 from trainer.checkpoint import find_state, forget_after, list_states, save_state
 from trainer.config import TrainConfig
 from trainer.device import choose_dtype
@@ -83,7 +84,7 @@ def train(
     total_steps = min(config.epochs * steps_an_epoch, config.max_steps or math.inf)
     if total_steps == 0:
         raise ValueError("the training data gives no batch; lower --batch_size or add samples")
-    if state and state["step"] == total_steps:
+    if state and state["finished"]:
         if world.from_main(weights_path.is_file()):
             world.say(f"{run}: already finished, {weights_path} stands; nothing to do")
             return state["metrics"]
@@ -97,13 +98,19 @@ def train(
     # in it: the data order follows from (seed, epoch), dropout from (seed, step).
     step = 0  # updates done, skipped ones included
     samples_seen, samples_bad = 0, 0
+    # The lowest validation loss, the update that had it, and the validations since.
+    best_loss, best_step, stale = math.inf, 0, 0
     if state:
         model.load_state_dict(state["model"])
         optimizers.load_state_dict(state["optimizers"])
         scaler.load_state_dict(state["scaler"])
         step = state["step"]
         samples_seen, samples_bad = state["samples_seen"], state["samples_bad"]
+        best_loss, best_step, stale = state["validations"]
     world.broadcast(model.state_dict().values())
+    average = Average(optimizers.parameters, config.ema_decay)
+    if state:
+        average.load_state_dict(state["average"])
     if world.is_main:
         forget_after(folder, step)
     world.say(f"{run}: {optimizers.description}; on {device} in {config.dtype}")
@@ -118,6 +125,7 @@ def train(
         if not world.is_main:
             return
         state = {"step": step, "identity": identity, "processes": processes, "metrics": metrics}
+        state["finished"] = last
         if not last:  # a finished run needs no more than the mark that it is finished
             state |= {
                 "model": model.state_dict(),
@@ -125,11 +133,17 @@ def train(
                 "scaler": scaler.state_dict(),
                 "samples_seen": samples_seen,
                 "samples_bad": samples_bad,
+                "validations": (best_loss, best_step, stale),
+                "average": average.state_dict(),
                 "journal": journal.state(),
             }
         try:
             journal.sync()
-            save_weights(weights_path, {"step": step, "metrics": metrics, "lineage": lineage})
+            if not config.patience or best_step in (0, step):  # else the best ones stay
+                with average.in_place():
+                    save_weights(
+                        weights_path, {"step": step, "metrics": metrics, "lineage": lineage}
+                    )
             save_state(folder, state, keep=1 if last else config.keep_last)
         except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by the latter
             good = list_states(folder)
@@ -187,6 +201,7 @@ def train(
                     raise TrainingStopped(blame(filled, losses, loss, grad_norm, step, world))
                 optimizers.step(scaler)
                 optimizers.zero_grad()
+                average.update(step)
             step += 1
             journal.count(
                 loss=loss * tokens, supervised=tokens, real=real, padded=padded, waited=waited
@@ -210,15 +225,27 @@ def train(
                     "bad_samples": int(samples_bad),
                 }
                 if evaluating and val_loader is not None:
-                    metrics |= evaluate(model, val_loader, config, world, journal)
+                    with average.in_place():
+                        metrics |= evaluate(model, val_loader, config, world, journal)
+                    if metrics.get("val_loss", math.inf) < best_loss:
+                        best_loss, best_step, stale = metrics["val_loss"], step, 0
+                    else:
+                        stale += 1
+                    last = last or 0 < config.patience <= stale
+                    saving = saving or last or (config.patience and best_step == step)
                 metrics = journal.log(metrics)
                 if saving:
                     save(last)
                 journal.draw(last)
                 journal.open_window()
+                if last:
+                    break
 
     journal.close()
-    world.say(f"{run}: {losses_of(metrics)}; weights in {weights_path}")
+    if step < total_steps:
+        world.say(f"{run}: stopped, {stale} validations without a val_loss under {best_loss:.4f}")
+    of = f" of update {best_step}" if config.patience and best_step else ""
+    world.say(f"{run}: {losses_of(metrics)}; weights{of} in {weights_path}")
     return metrics
 
 

@@ -162,7 +162,8 @@ class Journal:
             _append(self.metrics_path, [row])
         if self.tracker:
             self.tracker.log(row)
-        self.bar.set_postfix_str(losses_of(row), refresh=False)
+        waiting = f", {row['data_wait']:.0%} waiting for data"
+        self.bar.set_postfix_str(losses_of(row) + waiting, refresh=False)
         self.sums = dict.fromkeys(self.sums, 0.0)
         self.window_before = 0.0
         return row
