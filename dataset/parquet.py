@@ -23,6 +23,7 @@ from dataset.conversation import VISUAL_TAG
 MAGIC = b"PAR1"
 IMAGES = "image_bytes"
 MAX_GROUP_BYTES = 128 << 20  # pictures of one row group: what reading a single one of them takes
+WRITTEN_GROUP_BYTES = 4 << 20  # a picture is read in about 2 ms then
 HELD_BYTES = 64 << 20  # pictures that a process keeps of a file: the groups used last
 
 
@@ -48,7 +49,7 @@ def read_rows(
     schema = file.schema_arrow
     if "conversations" not in schema.names:
         raise ValueError(f"{path}: no column 'conversations', only {schema.names}")
-    is_list = IMAGES in schema.names and "list" in str(schema.field(IMAGES).type)
+    is_list = _is_list(schema)
     if not with_bytes and (largest := _largest_group(file)) > MAX_GROUP_BYTES:
         raise ValueError(
             f"{path}: a row group holds {largest >> 20} MiB of pictures, to be read for each of "
@@ -79,6 +80,60 @@ def read_rows(
         part = size * row // file.metadata.num_rows
         advance(part - told)
         told = part
+
+
+def has_images(path: Path) -> bool:
+    """Whether it is a parquet with a column of pictures."""
+    with path.open("rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            return False
+    return IMAGES in _open(str(path)).schema_arrow.names
+
+
+class Writer:
+    """Rows into a parquet whose row groups are small enough to read one picture at a time.
+
+    like: the parquet whose type of `image_bytes` (bytes, or a list of them) is kept.
+    """
+
+    def __init__(self, file, like: Path):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        kind = _open(str(like)).schema_arrow.field(IMAGES).type
+        fields = {"id": pa.string(), "conversations": pa.string(), IMAGES: kind}
+        self.schema = pa.schema(fields.items())
+        self.is_list, self.rows, self.size = _is_list(self.schema), [], 0
+        # Pictures are compressed already, and their least and greatest bytes tell nothing.
+        self.writer = pq.ParquetWriter(
+            *(file, self.schema),
+            compression={"id": "zstd", "conversations": "zstd", IMAGES: "none"},
+            use_dictionary=False,
+            write_statistics=False,
+        )
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error is None:
+            self._flush()
+        self.writer.close()
+
+    def write(self, sample: dict, images: list[bytes]) -> None:
+        conversations = json.dumps(sample["conversations"], ensure_ascii=False)
+        kept = images if self.is_list else images[0] if images else None
+        self.rows.append({"id": sample["id"], "conversations": conversations, IMAGES: kept})
+        self.size += sum(map(len, images)) + len(conversations)
+        if self.size > WRITTEN_GROUP_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        if self.rows:
+            self.writer.write_table(pa.Table.from_pylist(self.rows, self.schema))
+        self.rows, self.size = [], 0
 
 
 def count_tags(turns: object) -> int:
@@ -141,6 +196,10 @@ def _open(path: str):
         return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
     except pa.ArrowException as error:
         raise ValueError(f"{path}: not a parquet that can be read ({error})") from error
+
+
+def _is_list(schema) -> bool:
+    return IMAGES in schema.names and "list" in str(schema.field(IMAGES).type)
 
 
 def _largest_group(file) -> int:
