@@ -1,0 +1,365 @@
+"""The decoding itself: from a file's bytes to exactly the frames that were asked for.
+
+PyAV reads by default. A demux pass lists every packet's timestamp without decoding, so that the
+frames are chosen on the clip's visible time line (edit lists and discarded packets left out). The
+decoder then jumps only where a keyframe saves work, and every frame that comes out is checked
+against the list: a clip whose list can't be trusted is decoded in order instead. Nothing here
+ever returns a frame that it isn't sure of: what can't be read raises `VideoError`.
+
+`dataset/video.py` is the door to this; there it runs in a process of its own (see
+`dataset/decode_worker.py`), so nothing that a worker doesn't need, torch above all, is imported.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from itertools import compress, pairwise
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+from dataset.clip import ContainerInfo, Frames, Request, VideoError
+from dataset.images import is_image, on_white, read_image
+
+av.logging.set_level(None)  # FFmpeg's own lines on stderr; what matters is raised
+
+# Only containers that hold their own samples: a playlist disguised as mp4 would make FFmpeg open
+# other local files, or fetch from the network.
+CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,gif,"
+    "h264,hevc,m4v,av1,obu,ivf,mjpeg,dv,mxf,rm,nut,yuv4mpegpipe"
+)
+HELD_BYTES = 16 << 20  # packets up to this size stay in memory: no second read, no seek
+
+
+def decode(request: Request, data: bytes | None = None) -> Frames:
+    """Read as `request` says, `data` in place of the file where it is given: then it's a picture.
+
+    Raises VideoError, whatever is wrong with the file.
+    """
+    path = Path(request.path)
+    try:
+        if data is not None or is_image(path):
+            return read_image(request, data)
+        return (_read_decord if request.backend == "decord" else _read_pyav)(request)
+    except VideoError:
+        raise
+    except MemoryError as error:
+        raise VideoError(path, "too_large", "the frames don't fit into memory") from error
+    except ImportError as error:
+        raise ValueError(f"--video_backend {request.backend}: {error}; use pyav") from error
+    except Exception as error:
+        # On random bytes, libraries fail in ways that they don't document (struct.error, KeyError,
+        # RecursionError, …). The reason is told, and no frame is made up.
+        reason = f"decoding failed: {type(error).__name__}: {error}"
+        raise VideoError(path, "corrupt", reason) from error
+
+
+# ---------------------------------------------------------------------------------------- PyAV
+
+
+class _UntrustedIndex(Exception):
+    """The packets' timestamps don't tell which frames will come out."""
+
+
+def _read_pyav(request: Request) -> Frames:
+    try:
+        return _read_by_index(request)
+    except (_UntrustedIndex, av.FFmpegError):  # some codecs can't start at every keyframe
+        return _read_in_order(request)
+
+
+def _open(request: Request):
+    """Open the container and its best moving picture: (container, stream)."""
+    # max_pixels holds for the probing decoder too, which would swallow a bomb before our check.
+    max_pixels = str(request.max_pixels)
+    options = {
+        "format_whitelist": CONTAINERS,
+        "protocol_whitelist": "file",
+        "max_pixels": max_pixels,
+    }
+    path = request.path
+    try:
+        container = av.open(path, options=options, metadata_errors="replace")
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise VideoError(path, "unreadable", f"not a video that can be opened: {error}") from error
+    try:
+        # Cover art of a music file is a video stream too; it isn't a moving picture.
+        streams = [
+            stream
+            for stream in container.streams.video
+            if not stream.disposition & av.stream.Disposition.attached_pic
+        ]
+        if not streams:
+            raise VideoError(path, "no_video", "the file has no video stream")
+        stream = max(streams, key=lambda stream: stream.width * stream.height)
+        request.check_picture(stream.width, stream.height)
+    except BaseException:
+        container.close()
+        raise
+    context = stream.codec_context
+    # One thread: workers run side by side anyway, and starting threads costs more than decoding a
+    # short clip. "explode" makes damage an error instead of a concealed, invented picture.
+    context.thread_count, context.thread_type = 1, "SLICE"
+    context.options = {"err_detect": "explode", "max_pixels": max_pixels}
+    return container, stream
+
+
+def _info(container, stream) -> ContainerInfo:
+    aspect = stream.sample_aspect_ratio
+    length = container.duration
+    return ContainerInfo(
+        format=container.format.name,
+        codec=stream.codec_context.name,
+        width=stream.width,
+        height=stream.height,
+        pixel_format=stream.codec_context.pix_fmt,
+        pixel_aspect=float(aspect) if aspect else 1.0,
+        fps=float(stream.average_rate) if stream.average_rate else None,
+        seconds=None if length is None else length / av.time_base,
+        num_frames=stream.frames or None,
+    )
+
+
+def _demux(container, stream) -> Iterator:
+    """The stream's packets, to the end of the file or to where it was cut."""
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+        except (av.FFmpegError, OSError):  # the next sample lies behind the end of the file
+            return
+        if packet is None or packet.is_corrupt:
+            return
+        if packet.size > 0:
+            yield packet
+
+
+class _Packets:
+    """What the demux pass learned: each packet's time, keyframe flag and visibility."""
+
+    def __init__(self, container, stream):
+        self.container, self.stream = container, stream
+        self.pts, self.dts, self.is_key, self.is_visible = [], [], [], []
+        self.held, held_bytes = [], 0
+        for packet in _demux(container, stream):
+            self.pts.append(packet.pts)
+            self.dts.append(packet.dts)
+            self.is_key.append(packet.is_keyframe)
+            self.is_visible.append(not packet.is_discard)
+            held_bytes += packet.size
+            if held_bytes > HELD_BYTES:
+                self.held = None
+            elif self.held is not None:
+                self.held.append(packet)
+        self._leave_out_what_leans_on_nothing()
+
+    def _leave_out_what_leans_on_nothing(self) -> None:
+        """A recording cut without care begins between keyframes, or with an open group."""
+        first = next((number for number, is_key in enumerate(self.is_key) if is_key), None)
+        if first is None or None in self.pts:
+            return
+        for number, time in enumerate(self.pts):
+            if number < first or time < self.pts[first]:
+                self.is_visible[number] = False
+
+    def since(self, first: int) -> Iterator:
+        """Packets from number `first` (a keyframe) on in file order; None is the flush."""
+        if self.held is not None:
+            yield from self.held[first:]
+            yield None
+            return
+        time = self.pts[first] if self.dts[first] is None else self.dts[first]
+        self.container.seek(time, stream=self.stream)
+        packets = _demux(self.container, self.stream)
+        for packet in packets:  # a seek may land early; if it lands late, the packet never comes
+            if packet.pts == self.pts[first]:
+                yield packet
+                yield from packets
+                yield None
+                return
+        raise _UntrustedIndex
+
+
+class _Run:
+    """Frames decoded from one keyframe on; `fed` is the number of the next packet to decode."""
+
+    def __init__(self, stream, packets: _Packets, first: int):
+        self.context = stream.codec_context
+        self.context.flush_buffers()
+        self.fed, self.starts_at = first, packets.pts[first]
+        self.frames = self._decode(packets.since(first))
+
+    def _decode(self, packets: Iterator) -> Iterator[av.VideoFrame]:
+        for packet in packets:
+            self.fed += 1
+            # In an open group, frames shown before their keyframe lean on the group before it,
+            # which this run hasn't seen.
+            if packet is None or packet.pts >= self.starts_at:
+                yield from self.context.decode(packet)
+
+
+def _read_by_index(request: Request) -> Frames:
+    """Choose by the packets' timestamps, decode from the nearest keyframes, check each frame."""
+    container, stream = _open(request)
+    with container:
+        packets = _Packets(container, stream)
+        pts = packets.pts
+        if not pts:
+            raise VideoError(request.path, "no_frames", "the video stream holds no samples")
+        if None in pts or len(set(pts)) < len(pts) or not any(packets.is_visible):
+            raise _UntrustedIndex
+        visible = sorted(compress(pts, packets.is_visible))
+        seconds = (np.array(visible) - visible[0]) * float(stream.time_base)
+        request.check_length(seconds[-1])
+        number_of = {time: number for number, time in enumerate(pts)}
+        keys = [number for number, is_key in enumerate(packets.is_key) if is_key]
+
+        indices, images, run = request.choose(seconds), _Images(request), None
+        images.expect(len(indices), stream.width, stream.height)
+        for wanted in (visible[index] for index in indices):
+            # Start at the keyframe that precedes the frame in the file *and* on the screen.
+            k = bisect_right(keys, number_of[wanted]) - 1
+            while k >= 0 and pts[keys[k]] > wanted:
+                k -= 1
+            if k < 0:
+                raise _UntrustedIndex
+            if run is None or keys[k] >= run.fed:
+                run = _Run(stream, packets, keys[k])
+                following = iter(visible[bisect_left(visible, run.starts_at) :])
+            for frame in run.frames:
+                if frame.is_corrupt or frame.pts != next(following, None):
+                    raise _UntrustedIndex
+                if frame.pts == wanted:
+                    images.add(frame)
+                    break
+            else:
+                raise _UntrustedIndex
+        return Frames(images.stack(), seconds[indices], len(visible), _info(container, stream))
+
+
+def _read_in_order(request: Request) -> Frames:
+    """Decode everything from the start, keeping only what was chosen.
+
+    How many frames will come isn't known beforehand, so a first pass lists their times and a
+    second one picks: twice the work, for the few files without a usable index.
+    """
+    container, stream = _open(request)
+    with container:
+        info = _info(container, stream)
+        times = [frame.time for frame in _decode_all(request.path, container, stream)]
+        rate = float(stream.average_rate or stream.guessed_rate or 25)
+    if not times:
+        raise VideoError(request.path, "no_frames", "no frame of the video can be decoded")
+    if None in times or any(b <= a for a, b in pairwise(times)):
+        times = [number / rate for number in range(len(times))]
+    seconds = np.array(times) - times[0]
+    request.check_length(seconds[-1])
+
+    indices, images = request.choose(seconds), _Images(request)
+    images.expect(len(indices), info.width, info.height)
+    chosen, last = set(indices.tolist()), indices[-1]
+    container, stream = _open(request)
+    with container:
+        for number, frame in enumerate(_decode_all(request.path, container, stream)):
+            if number in chosen:
+                images.add(frame)
+            if number == last:
+                break
+    return Frames(images.stack(), seconds[indices], len(times), info)
+
+
+def _decode_all(path: str, container, stream) -> Iterator[av.VideoFrame]:
+    """All frames in order. Only the last packet may be broken: a file that was cut ends so."""
+    context, begun, broken = stream.codec_context, False, None
+    for packet in _demux(container, stream):
+        # A recording cut without care may begin between keyframes: nothing is right before one.
+        begun = begun or packet.is_keyframe
+        if not begun:
+            continue
+        if broken:
+            raise VideoError(path, "corrupt", f"decoding failed: {broken}") from broken
+        try:
+            frames = context.decode(packet)
+        except av.FFmpegError as error:
+            broken, broken_pts = error, packet.pts
+            continue
+        yield from _sound(path, frames)
+    frames = context.decode(None)
+    yield from _sound(path, (f for f in frames if not broken or f.pts != broken_pts))
+
+
+def _sound(path: str, frames) -> Iterator[av.VideoFrame]:
+    for frame in frames:
+        if frame.is_corrupt:
+            raise VideoError(path, "corrupt", f"the frame at {frame.time} s is damaged")
+        yield frame
+
+
+class _Images:
+    """Collects decoded frames as (H, W, 3) uint8 RGB, turned as their display matrix says."""
+
+    def __init__(self, request: Request):
+        self.request, self.images = request, []
+        self.reformatter = VideoReformatter()  # keeps its conversion tables from frame to frame
+
+    def expect(self, count: int, width: int, height: int) -> None:
+        self.count = count
+        self.request.check_output(count, width, height)
+
+    def add(self, frame: av.VideoFrame) -> None:
+        if not self.images:  # now the picture's size is sure
+            self.request.check_picture(frame.width, frame.height)
+            self.request.check_output(self.count, frame.width, frame.height)
+        has_alpha = any(component.is_alpha for component in frame.format.components)
+        if has_alpha:
+            image = self.reformatter.reformat(frame, format="rgba", threads=1).to_ndarray()
+            image = on_white(image)
+        else:
+            image = self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        image = _upright(image, frame.side_data.get("DISPLAYMATRIX"))
+        if self.images and image.shape != self.images[0].shape:
+            detail = "the picture changes its size within the clip"
+            raise VideoError(self.request.path, "corrupt", detail)
+        self.images.append(image)
+
+    def stack(self) -> np.ndarray:
+        return np.stack(self.images)
+
+
+def _upright(image: np.ndarray, matrix) -> np.ndarray:
+    if matrix is None:
+        return image
+    # A point (x, y) is shown at (a·x + c·y, b·x + d·y), y pointing down.
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    if abs(b) > abs(a):
+        image, a, d = image.swapaxes(0, 1), c, b
+    return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
+# -------------------------------------------------------------------------------------- decord
+
+
+def _read_decord(request: Request) -> Frames:
+    try:
+        import decord
+    except ImportError as error:
+        raise ImportError("decord isn't installed") from error
+    container, stream = _open(request)  # decord knows neither budgets nor an allow-list
+    with container:
+        info = _info(container, stream)
+    decord.logging.set_level(decord.logging.QUIET)
+    try:
+        reader = decord.VideoReader(request.path, num_threads=1)
+        if len(reader) == 0:
+            raise VideoError(request.path, "no_frames", "the video stream holds no samples")
+        seconds = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0].astype(np.float64)
+        seconds -= seconds[0]
+        request.check_length(seconds[-1])
+        indices = request.choose(seconds)
+        request.check_output(len(indices), info.width, info.height)
+        return Frames(reader.get_batch(indices).asnumpy(), seconds[indices], len(reader), info)
+    except (decord.DECORDError, RuntimeError, IndexError, OSError) as error:
+        detail = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise VideoError(request.path, "unreadable", f"decord can't read it: {detail}") from error
