@@ -95,13 +95,14 @@ def run(convert: Convert, data_path: list[str], images_path: str | None, output:
                         raise ValueError("the same as an earlier record, word for word")
                 except ValueError as error:
                     # Whatever the record held may be half of a surrogate pair: escaped.
-                    name = str(record.get("id")) if isinstance(record, dict) else ""
+                    held = record if isinstance(record, dict) else {}
+                    name = held.get("id", held.get("video_id"))
                     line = {"file": str(path), "line": number, "id": name, "reason": str(error)}
                     dropped_file.write(json.dumps(line).encode() + b"\n")
                     report.dropped.add(str(error), where)
                     continue
                 if (name := seen.unique_name(sample.id)) != sample.id:
-                    report.notes.add("an id came again and got a number (#2, …)", f"{where} {name}")
+                    report.notes.add("an id came again and was numbered", f"{where}: {name}")
                 writer.write({**converted, "id": name}, media.save(sample.visuals))
                 report.written += 1
         if not report.written:

@@ -16,7 +16,7 @@ class Tally:
     count: int = 0
 
     def add(self, sentence: str, where: str) -> None:
-        kind = re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "…", sentence.partition("\n")[0])
+        kind = re.sub(r"'[^']*'|\"[^\"]*\"|\b\d+\b", "…", sentence.partition("\n")[0])
         if len(self.kinds) == MAX_KINDS and kind not in self.kinds:
             kind = "for other reasons"
         entry = self.kinds.setdefault(kind, [0, []])
