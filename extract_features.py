@@ -4,34 +4,46 @@
         --vision_path model/vision_model/clip-vit-base-patch32 --features_path out/features
 
     python extract_features.py --videos clips/ --images_path . …        # files or folders, no jsonl
+    torchrun --nproc_per_node 8 extract_features.py …                   # a process for each GPU
+    python extract_features.py --shard 3/8 …                            # one job of an array of 8
 
 Worker processes decode and resize while the tower runs; frames of many clips fill each of its
-batches. Run it again after an interruption, or with more data: what is there is kept. On a job
-array, run `--shard 0/8` … `--shard 7/8`, then once without --shard to write the manifest.
+batches. The same command again goes on where an earlier one was killed, or takes up what is new.
+Processes share nothing but the store's folder, and the last one to finish writes its manifest. The
+bytes of a clip's features don't depend on which clips came with it: see docs/features.md.
 """
 
 import argparse
 import hashlib
+import os
+import shlex
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
 from tqdm import tqdm
 
-from dataset.feature_store import FeatureStore
+from dataset import parquet
+from dataset.feature_store import FLOAT16, INT8, FeatureStore, relative_error
 from dataset.video import FrameTransform, VideoError, read_frames
 from dataset.video_dataset import read_samples, resolve_under
+from dataset.worker_pool import Lost, in_workers
 from model.vision_tower import VisionTower
+from stage import launch
 from trainer.device import choose_device, choose_dtype
 
 VIDEO_SUFFIXES = ".mp4 .m4v .mov .mkv .webm .avi .ts .mpg .mpeg .flv .wmv .3gp .ogv .gif"
 IMAGE_SUFFIXES = ".jpg .jpeg .png .webp .bmp .tif .tiff"
 MEDIA = {*VIDEO_SUFFIXES.split(), *IMAGE_SUFFIXES.split()}
-CLIPS_PER_MESSAGE = 16  # a worker hands over several small clips at once
+LISTED_FAILURES = 20  # on the terminal; the manifest names all
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -44,55 +56,75 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--images_path", default=".", help="root that the paths of visuals are relative to")
     add("--vision_path", default="model/vision_model/clip-vit-base-patch32")
     add("--features_path", required=True, help="folder of the feature store")
+    add("--features_dtype", choices=[FLOAT16, INT8], default=FLOAT16, help="int8: half the bytes")
     add("--num_frames", type=int, default=8, help="at most so many frames a clip")
     add("--sampling", choices=["uniform", "fps"], default="uniform")
     add("--fps", type=float, help="frames a second with --sampling fps")
     add("--video_backend", choices=["pyav", "decord"], default="pyav")
-    add("--batch_size", type=int, default=128, help="frames in one call of the tower")
-    add("--num_workers", type=int, default=2, help="decoding processes")
+    add("--batch_size", type=int, help="frames in one call of the tower (GPU: 128, CPU: 16)")
+    add(
+        *("--num_workers", "--workers"),
+        type=int,
+        help="decoding processes (default: as many as cores); 0 decodes in the main process",
+    )
+    add("--decode_seconds", type=float, default=120, help="longest time for one clip, in a worker")
     add(
         "--dtype",
         choices=["auto", "float32", "bfloat16", "float16"],
         default="auto",
-        help="autocast of the tower; auto: what the device is fastest in",
+        help="of the tower; auto: what the device is fastest in",
     )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
     add("--shard", default="0/1", help="i/n: only each n-th visual from the i-th on")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    args = parse_arguments(arguments)
+    args = parser.parse_args(arguments)
+    # Under torchrun each process takes a part of its job's share, and none has to speak to another.
     shard, num_shards = parse_shard(args.shard)
-    device = choose_device(args.device)
-    dtype = choose_dtype(args.dtype, device)
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    args.shard = shard * size + rank, num_shards * size
+    if args.num_frames < 1 or (args.batch_size or 1) < 1 or (args.num_workers or 0) < 0:
+        parser.error("--num_frames and --batch_size are 1 or more, --num_workers 0 or more")
+    rank_device = args.device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ
+    args.device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}" if rank_device else args.device)
+    args.dtype = choose_dtype(args.dtype, args.device)
+    args.batch_size = args.batch_size or (128 if args.device.type == "cuda" else 16)
+    if args.num_workers is None:
+        args.num_workers = max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    shard, num_shards = args.shard
     root, store = Path(args.images_path), FeatureStore(args.features_path)
     rel_paths = list_visuals(args.data_path, args.videos, root)
     transform = FrameTransform.from_pretrained(args.vision_path)
-    tower = VisionTower.from_pretrained(args.vision_path).to(device)
+    tower = VisionTower.from_pretrained(args.vision_path)
     sources, failures = store.begin(
         {
             "tower": tower.fingerprint(),
             "tower_name": Path(args.vision_path).resolve().name,
             "tokens_per_frame": tower.tokens_per_frame,
             "hidden_size": tower.hidden_size,
-            "dtype": "float16",
-            "compute_dtype": dtype,
+            "dtype": args.features_dtype,
+            "compute_dtype": args.dtype,
             "transform": transform.describe(),
             "num_frames": args.num_frames,
             "sampling": args.sampling,
             "fps": args.fps,
             "video_backend": args.video_backend,
-        }
+        },
+        visuals=len(rel_paths),
+        command=command_without_shard(sys.argv[1:] if arguments is None else arguments),
     )
-    work = [
+    todo = [
         rel for rel in rel_paths[shard::num_shards] if not is_current(store, sources, root, rel)
     ]
     print(
-        f"{len(rel_paths)} visuals, {len(work)} to do"
-        + (f" in shard {args.shard}" if num_shards > 1 else "")
+        f"{len(rel_paths)} visuals, {len(todo)} to do"
+        + (f" in shard {shard}/{num_shards}" if num_shards > 1 else "")
         + f"; tower {args.vision_path}, {tower.tokens_per_frame} × {tower.hidden_size} a frame, "
-        f"on {device} in {dtype}"
+        f"{args.dtype} on {args.device}",
+        flush=True,
     )
 
     read = partial(
@@ -101,48 +133,91 @@ def main(arguments: list[str] | None = None) -> int:
         sampling=args.sampling,
         fps=args.fps,
         backend=args.video_backend,
+        # A worker can be killed itself: no process within it, and what crosses is resized already.
+        timeout=None if args.num_workers else args.decode_seconds,
     )
-    loader = DataLoader(
-        Decoder(work, root, store, set(sources), read, transform),
-        batch_size=CLIPS_PER_MESSAGE,
-        num_workers=min(args.num_workers, len(work)),  # each decodes in one thread
-        prefetch_factor=4 if args.num_workers and work else None,
-        collate_fn=join_frames,
+    made = {rel: sources[rel] for rel in todo if is_made(store, sources, rel)}
+    decode = Decoder(root, made, read, transform)
+    decoded = in_workers(decode, todo, min(args.num_workers, len(todo)), args.decode_seconds)
+    started, num_frames, failed, squares = time.perf_counter(), 0, {}, [0.0, 0.0]
+    bar = tqdm(
+        total=len(todo),
+        unit=" clips",
+        smoothing=0.1,
+        disable=not todo,
+        desc=f"shard {shard}/{num_shards}" if num_shards > 1 else None,
+        position=int(os.environ.get("LOCAL_RANK", 0)),
+        mininterval=0.2 if sys.stderr.isatty() else 20,  # a job's log keeps every line
     )
-
-    def run_tower(frames):  # (N, S, S, 3) uint8 → (N, P, D)
-        pixel_values = transform.normalize(frames.to(device))
-        with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
-            return tower(pixel_values)
-
-    started, num_frames, failed = time.perf_counter(), 0, []
-    with tqdm(total=len(work), unit=" clips", smoothing=0.1, disable=not work) as bar:
-        for rel, record, features in extract(loader, run_tower, args.batch_size):
-            bar.update()
+    with bar, TowerBatches(tower, transform, args.dtype, args.device, args.batch_size) as batches:
+        for rel, record, features in batches.run(decoded):
             if features is not None and not features.isfinite().all():
                 record = {"reason": "not_finite", "detail": "the tower gave NaN or infinity"}
             if "reason" in record:
-                failed.append(rel)
-                failures[rel] = record
-                if sources.pop(rel, None):  # of what the file was before
+                failed[rel] = record
+                if rel in sources:  # of what the file was before
                     store.path(rel).unlink(missing_ok=True)
-                continue
-            if features is not None:  # None where an interrupted run wrote them
+            elif features is not None:  # None where the file is the same with another date
                 store.write(rel, features)
                 num_frames += len(features)
-            sources[rel] = record
-            failures.pop(rel, None)
+                if args.features_dtype == INT8:
+                    error = relative_error(features, store.read(rel))
+                    squares = [a + b for a, b in zip(squares, error, strict=True)]
+            if failures.get(rel) != record:
+                store.record(rel, record)
+            bar.update()
+            bar.set_postfix_str(
+                f"{num_frames / (time.perf_counter() - started):.1f} frames/s, "
+                f"{len(failed)} failed",
+                refresh=False,
+            )
 
-    seconds = time.perf_counter() - started
-    print(
-        f"{len(work) - len(failed)} visuals, {num_frames} frames in {seconds:.1f} s "
-        f"({num_frames / seconds:.0f} frames/s), {len(failed)} failed"
-    )
-    for rel in failed:
-        print(f"  {rel}: {failures[rel]['reason']}: {failures[rel]['detail']}")
-    if num_shards == 1:
-        store.finish(sources, failures)
-    return 1 if failed and not sources else 0
+    seconds, num_clips = time.perf_counter() - started, len(todo) - len(failed)
+    if todo:
+        print(
+            f"{num_clips} visuals, {num_frames} frames in {seconds:.1f} s "
+            f"({num_clips / seconds:.2f} clips/s, {num_frames / seconds:.1f} frames/s), "
+            f"{len(failed)} failed"
+        )
+    if squares[1]:
+        print(
+            f"int8: relative error {100 * (squares[0] / squares[1]) ** 0.5:.2f} % of the features"
+        )
+    list_failures(failed)
+    finish(store, rel_paths, num_shards)
+
+
+def finish(store: FeatureStore, rel_paths: list[str], num_shards: int) -> None:
+    """Write the manifest if all visuals are done, by this process or others; else say what isn't.
+
+    Two that finish together both see all of it and write the same; none has to wait for another.
+    """
+    if store.is_complete:  # nothing was new
+        return
+    sources, failures = store.recorded()
+    lacking = [i for i, rel in enumerate(rel_paths) if rel not in sources and rel not in failures]
+    if lacking:
+        shards = sorted({i % num_shards for i in lacking})
+        print(
+            f"{store.directory} is incomplete: {len(lacking)} visuals aren't done, of shards "
+            + ", ".join(f"{i}/{num_shards}" for i in shards)
+            + ". The last shard to finish writes the manifest; without --shard, the same command "
+            "does all that is missing"
+        )
+        return
+    if not sources:
+        raise ValueError(f"none of {len(rel_paths)} visuals could be read; mend them and run again")
+    store.finish(sources, failures)
+
+
+def list_failures(failed: dict[str, dict]) -> None:
+    reasons = Counter(record["reason"] for record in failed.values())
+    if reasons:
+        print("failed: " + ", ".join(f"{number} {reason}" for reason, number in reasons.items()))
+    for rel, record in sorted(failed.items())[:LISTED_FAILURES]:
+        print(f"  {rel}: {record['reason']}: {record['detail']}")
+    if len(failed) > LISTED_FAILURES:
+        print(f"  … and {len(failed) - LISTED_FAILURES} more: 'failures' in the manifest")
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -153,6 +228,21 @@ def parse_shard(text: str) -> tuple[int, int]:
     if not 0 <= shard < num_shards:
         raise ValueError(f"--shard {text}: it is i/n with 0 <= i < n, such as 0/4")
     return shard, num_shards
+
+
+def command_without_shard(arguments: list[str]) -> str:
+    """How to make all that is missing, for the store to tell whoever finds it unfinished."""
+    kept, skipped = [], False
+    for argument in map(str, arguments):
+        if not skipped and argument != "--shard" and not argument.startswith("--shard="):
+            kept.append(argument)
+        skipped = argument == "--shard"
+    return shlex.join(["python", "extract_features.py", *kept])
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def list_visuals(data_paths: list[str], videos: list[str], root: Path) -> list[str]:
@@ -182,93 +272,152 @@ def list_visuals(data_paths: list[str], videos: list[str], root: Path) -> list[s
 
 def is_current(store: FeatureStore, sources: dict, root: Path, rel: str) -> bool:
     """Whether features are there and recorded, and the source is the file they were made from."""
-    record = sources.get(rel)
-    if record is None or not store.has(rel):
+    if not is_made(store, sources, rel):
         return False
     try:
         stat = (root / rel).stat()
     except OSError:
         return True  # the clip is gone, its features are still good
-    return (record["size"], record["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
+    return (sources[rel]["size"], sources[rel]["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
 
 
-class Decoder(Dataset):
-    """Decodes and resizes in worker processes; a visual that fails becomes a record of why."""
+def is_made(store: FeatureStore, sources: dict, rel: str) -> bool:
+    return rel in sources and store.has(rel, sources[rel].get("frames", 0))
 
-    def __init__(self, rel_paths, root, store, known, read, transform):
-        self.rel_paths, self.root, self.store, self.known = rel_paths, root, store, known
-        self.read, self.transform = read, transform
 
-    def __len__(self) -> int:
-        return len(self.rel_paths)
+# ----------------------------------------------------------------------- decoding, in the workers
 
-    def __getitem__(self, index: int):
-        """(relative path, record for the manifest, frames (F, S, S, 3) uint8 or None)"""
-        rel, frames = self.rel_paths[index], None
+
+@dataclass
+class Decoder:
+    """A visual's relative path → (record for the manifest, frames (F, S, S, 3) uint8 or None)."""
+
+    root: Path
+    made: dict[str, dict]  # visuals with features, and the record of the file they were made from
+    read: Callable
+    transform: FrameTransform
+
+    def __call__(self, rel: str):
         try:
             path = resolve_under(self.root, rel)
-            if not self.lacks_only_its_record(rel, path):
-                frames = torch.from_numpy(self.transform.resize_frames(self.read(path).frames))
-            stat = path.stat()
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            record = self.describe(path)
+            made = self.made.get(rel)
+            if made and made["sha256"] == record["sha256"]:  # copied or touched, but not changed
+                return {**made, **record}, None
+            frames = self.transform.resize_frames(self.read(path).frames)
         except VideoError as error:
-            return rel, {"reason": error.reason, "detail": error.detail}, None
+            return {"reason": error.reason, "detail": error.detail}, None
         except (ValueError, OSError) as error:
-            return rel, {"reason": "bad_path", "detail": str(error)}, None
-        record = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest}
-        return rel, record, frames
+            return {"reason": "bad_path", "detail": str(error)}, None
+        except Exception as error:  # not even one in a million files may stop the others
+            return {"reason": "unexpected", "detail": f"{type(error).__name__}: {error}"}, None
+        return {**record, "frames": len(frames)}, frames
 
-    def lacks_only_its_record(self, rel: str, path: Path) -> bool:
-        """A run that was killed wrote the features, but no manifest that tells of them."""
-        if rel in self.known or not self.store.has(rel):
-            return False
-        return self.store.path(rel).stat().st_mtime_ns >= path.stat().st_mtime_ns
-
-
-def join_frames(clips):
-    """One tensor for many clips is one hand-over between processes, not many."""
-    arrived = [(rel, record, 0 if frames is None else len(frames)) for rel, record, frames in clips]
-    frames = [frames for *_, frames in clips if frames is not None]
-    return arrived, torch.cat(frames) if frames else None
+    def describe(self, path: Path) -> dict:
+        if parquet.is_image(path):
+            data, stat = parquet.read_image(path), path.parent.stat()
+            return describe_source(len(data), stat.st_mtime_ns, hashlib.sha256(data))
+        if not path.is_file():
+            raise VideoError(path, "missing", "there is no such file")
+        with path.open("rb") as file:
+            stat, digest = path.stat(), hashlib.file_digest(file, "sha256")
+        return describe_source(stat.st_size, stat.st_mtime_ns, digest)
 
 
-def extract(messages, run_tower, batch_size: int):
-    """Yield (relative path, record, features (F, P, D) or None) in order.
+def describe_source(size: int, mtime_ns: int, digest) -> dict:
+    return {"size": size, "mtime_ns": mtime_ns, "sha256": digest.hexdigest()}
 
-    The tower sees `batch_size` frames at a time, wherever one clip ends and the next begins.
+
+# -------------------------------------------------------------------- the tower, in batches
+
+
+@dataclass(eq=False)
+class Clip:
+    """A clip on its way through the batches, which may divide it."""
+
+    rel: str
+    record: dict
+    missing: int  # frames without features so far
+    features: list[Tensor] = field(default_factory=list)
+
+
+class TowerBatches:
+    """Frames of many clips → features, a batch of always the same shape at a time.
+
+    On a CPU each core runs a batch of its own, on one thread: nothing waits for the slowest of a
+    team, so decoding takes no more of the cores than its work. And what is computed for a frame
+    doesn't depend on the number of cores, nor, since every batch has the same shape (the last one
+    is filled up with black), on what else is extracted.
     """
-    waiting, frames, features = deque(), [], []  # clips in order, their frames, their features
 
-    def run(fewest: int) -> None:
-        nonlocal frames, features
-        joined = torch.cat(frames) if frames else []
-        while len(joined) >= fewest:
-            features = [torch.cat([*features, run_tower(joined[:batch_size]).half().cpu()])]
-            joined = joined[batch_size:]
-        frames = [joined] if len(joined) else []
+    def __init__(self, tower, transform, dtype: str, device: torch.device, batch_size: int):
+        self.tower, self.transform = tower.to(device), transform
+        self.device, self.dtype, self.batch_size = device, dtype, batch_size
+        if dtype != "float32":
+            # Where autocast computes in half precision anyway: or it converts them in every call.
+            for module in tower.model.modules():
+                if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+                    module.to(getattr(torch, dtype))
 
-    def completed():
-        while waiting:
-            rel, record, count = waiting[0]
-            if count > sum(map(len, features)):
-                return
-            waiting.popleft()
-            yield rel, record, features[0][:count] if count else None
-            if count:
-                features[0] = features[0][count:]
+    def __enter__(self):
+        # On a GPU, one thread fetches its results while the other's batch is computed.
+        self.num_threads = torch.get_num_threads() if self.device.type == "cpu" else 2
+        self.threads_before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        self.pool = ThreadPoolExecutor(self.num_threads)
+        return self
 
-    for arrived, new_frames in messages:
-        waiting.extend(arrived)
-        if new_frames is not None:
-            frames.append(new_frames)
-            if sum(map(len, frames)) >= batch_size:
-                run(batch_size)
-        yield from completed()
-    run(1)
-    yield from completed()
-    assert not waiting, f"{len(waiting)} clips got no features"
+    def __exit__(self, *_):
+        self.pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self.threads_before)
+
+    def run(self, decoded: Iterable) -> Iterator[tuple[str, dict, Tensor | None]]:
+        """(path, (record, frames or None) or Lost) → (path, record, features (F, P, D) or None)"""
+        shape = (self.batch_size, self.transform.image_size, self.transform.image_size, 3)
+        batch, layout, filled = np.zeros(shape, np.uint8), [], 0
+        running = deque()  # (future of a batch, [(clip, its number of frames in the batch)])
+
+        def collect() -> Iterator:
+            future, layout = running.popleft()
+            features, start = future.result(), 0
+            for clip, number in layout:
+                clip.features.append(features[start : start + number])
+                clip.missing -= number
+                start += number
+                if not clip.missing:
+                    yield clip.rel, clip.record, torch.cat(clip.features)
+
+        for rel, result in decoded:
+            if isinstance(result, Lost):
+                result = {"reason": result.reason, "detail": result.detail}, None
+            record, frames = result
+            if frames is None:
+                yield rel, record, None
+                continue
+            clip = Clip(rel, record, len(frames))
+            while len(frames):
+                part = frames[: self.batch_size - filled]
+                batch[filled : filled + len(part)] = part
+                layout.append((clip, len(part)))
+                filled, frames = filled + len(part), frames[len(part) :]
+                if filled == self.batch_size:
+                    running.append((self.pool.submit(self._features, batch), layout))
+                    batch, layout, filled = np.zeros(shape, np.uint8), [], 0
+            while running and (running[0][0].done() or len(running) > 2 * self.num_threads):
+                yield from collect()
+        if layout:
+            running.append((self.pool.submit(self._features, batch), layout))
+        while running:
+            yield from collect()
+
+    @torch.inference_mode()
+    def _features(self, frames: np.ndarray) -> Tensor:
+        """(N, S, S, 3) uint8 → (N, P, D) float16 on the CPU"""
+        pixel_values = self.transform.normalize(torch.from_numpy(frames).to(self.device))
+        dtype = getattr(torch, self.dtype)
+        with torch.autocast(self.device.type, dtype, enabled=self.dtype != "float32"):
+            return self.tower(pixel_values).half().cpu()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch(main)

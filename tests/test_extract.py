@@ -1,9 +1,14 @@
 """The real script on real files: features, manifest, resuming, failures."""
 
 import json
+import multiprocessing
 import os
+import random
+import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import av
@@ -44,12 +49,13 @@ def data(tmp_path):
     return tmp_path
 
 
+CPU = torch.device("cpu")
 DATA = ("--data_path", "data.jsonl")
 
 
 def flags(tiny_tower, *more) -> list[str]:
     where = ("--images_path", ".", "--features_path", "features", "--vision_path", tiny_tower)
-    return [str(flag) for flag in (*where, *more)]
+    return [str(flag) for flag in (*where, *more)]  # of a flag given twice, the last one counts
 
 
 @pytest.fixture
@@ -58,7 +64,7 @@ def extract(data, tiny_tower, monkeypatch, capfd):
     monkeypatch.chdir(data)
 
     def run(*more) -> str:
-        assert extract_features.main(flags(tiny_tower, *more)) == 0
+        extract_features.main(flags(tiny_tower, *more))
         return capfd.readouterr().out
 
     return run
@@ -132,17 +138,111 @@ def test_features_manifest_and_resuming(data, tiny_tower, extract):
         extract(*DATA, "--num_frames", 4)
 
 
-def test_killed_runs_and_shards_end_in_the_same_store(data, tiny_tower, extract):
+def contents(folder) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if not path.is_dir())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_shards_in_any_order_make_the_store_that_one_process_makes(data, extract):
+    said = extract(*DATA, "--shard", "2/3", "--num_workers", 1)
+    assert "6 visuals, 2 to do in shard 2/3" in said
+    assert "4 visuals aren't done, of shards 0/3, 1/3" in said
+    with pytest.raises(ValueError, match=r"2 of 6 visuals are done.*\n  python extract_f.*--num_w"):
+        FeatureStore(data / "features").check({"num_frames": 8})
+    with pytest.raises(ValueError, match="features of another kind: num_frames is 8, 4 is needed"):
+        extract(*DATA, "--shard", "0/3", "--num_frames", 4)
+    assert "of shards 1/3" in extract(*DATA, "--shard", "0/3", "--num_workers", 1)
+    assert "incomplete" not in extract(*DATA, "--shard", "1/3", "--num_workers", 0)
+    alone = data / "alone"
+    extract(*DATA, "--features_path", alone, "--num_workers", 0)
+    assert contents(alone) == contents(data / "features")
+    assert len(contents(alone)) == 4 + 1  # nothing but features and the manifest is left
+
+    # With nothing to do, a complete store stays as it is, whichever shard is run again.
     (data / "clips" / "e.mp4").unlink()
-    more = ("--videos", "clips", "--dtype", "bfloat16", "--num_workers", 1)
-    for shard in ("0/2", "1/2"):
-        assert f"2 to do in shard {shard}" in extract("--shard", shard, *more)
-    assert not (data / "features" / "manifest.json").exists()
-    # As after a kill: features without a record. They are recorded, not computed again.
-    said = extract(*more)
-    assert "4 to do" in said and " 0 frames" in said
+    (data / "good.jsonl").write_text((data / "data.jsonl").read_text().rsplit("\n", 2)[0])
+    before = (data / "features" / "manifest.json").stat()
+    assert "4 visuals, 0 to do" in extract("--data_path", "good.jsonl", "--shard", "0/1")
+    assert (data / "features" / "manifest.json").stat() == before
+
+
+def test_torchrun_gives_each_process_its_shard(data, extract, monkeypatch):
+    for rank in (1, 0):
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+        assert f"3 to do in shard {rank}/2" in extract(*DATA, "--num_workers", 0)
     assert len(FeatureStore(data / "features").manifest["sources"]) == 4
-    check_features(data, tiny_tower, tolerance=0.05)
+
+
+def test_five_kills_leave_the_bytes_of_an_undisturbed_run(data, tiny_tower, extract):
+    """SIGKILL at random: between clips, within a write, while the manifest is written."""
+    for number in range(24):
+        source = data / "clips" / ("a.mp4", "b.mp4", "c.mkv")[number % 3]
+        shutil.copy(source, data / "clips" / f"{number}{source.suffix}")
+    command = ("--videos", "clips", "--num_workers", 1, "--batch_size", 5)
+    extract(*command, "--features_path", "undisturbed")
+
+    def run():  # the interpreter has imported everything: what is left is the work itself
+        torch.set_num_threads(1)
+        extract_features.main(flags(tiny_tower, *command))
+
+    dice, made = random.Random(), []
+    for _ in range(5):
+        process = multiprocessing.get_context("fork").Process(target=run)
+        process.start()
+        before = len(list((data / "features").rglob("*.npy")))
+        while process.is_alive() and len(list((data / "features").rglob("*.npy"))) < before + 3:
+            time.sleep(0.001)
+        time.sleep(dice.uniform(0, 0.03))
+        process.kill()
+        process.join()
+        made.append(len(list((data / "features").rglob("*.npy"))))
+    assert made[0] < 28, "the first kill came too late to disturb anything"
+    assert "0 failed" not in extract(*command)
+    assert contents(data / "features") == contents(data / "undisturbed")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_clips_features_do_not_depend_on_its_company(tiny_tower, dtype):
+    """Bit for bit: alone, in another order, divided between batches, and after other clips."""
+    rng = np.random.default_rng(0)
+    clips = {f"{n}.mp4": rng.integers(0, 256, (n, 112, 112, 3), np.uint8) for n in (3, 8, 1, 7, 2)}
+    transform = FrameTransform.from_pretrained(tiny_tower)
+
+    def features(names) -> dict:
+        tower = VisionTower.from_pretrained(tiny_tower)
+        decoded = ((name, ({}, clips[name])) for name in names)
+        with extract_features.TowerBatches(tower, transform, dtype, CPU, 4) as batches:
+            return {name: made for name, _, made in batches.run(decoded)}
+
+    together, backwards = features(clips), features(reversed(clips))
+    for name in clips:
+        assert together[name].dtype == torch.float16
+        assert torch.equal(together[name], backwards[name])
+        assert torch.equal(together[name], features([name])[name])
+
+
+def test_a_clip_with_another_date_is_not_decoded_again(data, extract):
+    extract(*DATA, "--num_workers", 0)
+    before = (data / "features" / "clips" / "a.mp4.npy").stat().st_mtime_ns
+    os.utime(data / "clips" / "a.mp4")
+    said = extract(*DATA, "--num_workers", 0)
+    assert "6 visuals, 3 to do" in said and "1 visuals, 0 frames" in said
+    assert (data / "features" / "clips" / "a.mp4.npy").stat().st_mtime_ns == before
+    assert "6 visuals, 2 to do" in extract(*DATA, "--num_workers", 0)
+
+
+def test_int8_is_half_the_bytes_and_says_what_it_loses(data, extract):
+    extract(*DATA, "--num_workers", 0, "--features_path", "whole")
+    said = extract(*DATA, "--num_workers", 0, "--features_path", "half", "--features_dtype", "int8")
+    error = float(re.search(r"int8: relative error (\d+\.\d+) %", said)[1])
+    whole, half = FeatureStore(data / "whole"), FeatureStore(data / "half")
+    assert half.manifest["dtype"] == "int8"
+    name = "clips/c.mkv"
+    assert half.path(name).stat().st_size < 0.55 * whole.path(name).stat().st_size
+    torch.testing.assert_close(half.read(name), whole.read(name), atol=0.02, rtol=0.02)
+    assert torch.equal(half.read(name, [5, 0]), half.read(name)[[5, 0]])
+    assert 0.1 < error < 1.5
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.feature_store import FeatureStore
+from dataset.feature_store import FeatureStore, relative_error
 
 SETTINGS = {"tower": "abc", "num_frames": 8, "mean": (0.5, 0.5)}
+SHAPE = {"dtype": "float16", "tokens_per_frame": 5, "hidden_size": 4}
 
 
 @pytest.fixture
@@ -16,8 +17,10 @@ def store(tmp_path):
 
 def test_written_features_are_read_back_in_half_precision(store):
     features = torch.randn(3, 5, 4)
+    store.begin(SETTINGS | SHAPE)
     store.write("clips/a.mp4", features)
-    assert store.has("clips/a.mp4") and not store.has("clips/a")
+    assert store.has("clips/a.mp4", 3) and not store.has("clips/a", 3)
+    assert not store.has("clips/a.mp4", 4)  # cut short
     assert [path.name for path in (store.directory / "clips").iterdir()] == ["a.mp4.npy"]
     assert torch.equal(store.read("clips/a.mp4"), features.half())
 
@@ -30,7 +33,7 @@ def test_no_path_leaves_the_folder(store, path):
 
 def test_the_manifest_comes_last_and_carries_everything(store):
     store.begin(SETTINGS)
-    with pytest.raises(ValueError, match="unfinished"):
+    with pytest.raises(ValueError, match="absent or unfinished"):
         _ = store.manifest
     store.finish({"a.mp4": {"size": 1}}, {"b.mp4": {"reason": "corrupt", "detail": "cut"}})
     assert store.manifest["sources"] == {"a.mp4": {"size": 1}}
@@ -40,24 +43,66 @@ def test_the_manifest_comes_last_and_carries_everything(store):
         store.read("b.mp4")
 
 
-def test_beginning_again_knows_the_earlier_records_but_is_unfinished(store):
-    assert store.begin(SETTINGS) == ({}, {})
-    recorded = {"a.mp4": {"size": 1}}, {"b.mp4": {"reason": "corrupt", "detail": "cut"}}
-    store.finish(*recorded)
-    assert store.begin(SETTINGS) == recorded  # and is killed
+FAILED = {"reason": "corrupt", "detail": "cut"}
+
+
+def test_records_outlive_a_process_that_is_killed(store):
+    assert store.begin(SETTINGS, visuals=3, command="extract it") == ({}, {})
+    store.record("a.mp4", {"size": 1})
+    store.record("b.mp4", FAILED)
+    journal = next((store.directory / "manifest.parts").iterdir())
+    with journal.open("a") as file:
+        file.write('{"path": "c.mp4", "si')  # as a kill leaves it
+
+    later = FeatureStore(store.directory)
+    assert later.begin(SETTINGS) == ({"a.mp4": {"size": 1}}, {"b.mp4": FAILED})
+    with pytest.raises(ValueError, match="2 of 3 visuals are done.*\n  extract it"):
+        _ = later.manifest
+    later.record("b.mp4", {"size": 2})  # what failed before
+    later.record("a.mp4", FAILED)  # and what was good
+    assert FeatureStore(store.directory).recorded() == ({"b.mp4": {"size": 2}}, {"a.mp4": FAILED})
+    later.finish(*later.recorded())
+    assert [path.name for path in store.directory.iterdir()] == ["manifest.json"]
+
+
+def test_a_complete_store_is_so_until_something_is_added(store):
+    store.begin(SETTINGS)
+    store.finish({"a.mp4": {"size": 1}}, {})
+    again = FeatureStore(store.directory)
+    assert again.begin(SETTINGS) == ({"a.mp4": {"size": 1}}, {})
+    assert again.is_complete
+    again.record("b.mp4", {"size": 2})  # and is killed
     with pytest.raises(ValueError, match="unfinished"):
         _ = FeatureStore(store.directory).manifest
-    assert store.begin(SETTINGS) == recorded
+    again = FeatureStore(store.directory)
+    again.begin(SETTINGS)
+    assert set(again.recorded()[0]) == {"a.mp4", "b.mp4"}
+
+
+def test_two_processes_finish_at_once(store):
+    """One joins and removes all parts while the other still holds records of its own."""
+    first, second = store, FeatureStore(store.directory)
+    first.begin(SETTINGS)
+    second.begin(SETTINGS)
+    first.record("a.mp4", {"size": 1})
+    second.record("b.mp4", {"size": 2})
+    first.finish(*first.recorded())
+    second.finish(*second.recorded())
+    assert set(FeatureStore(store.directory).manifest["sources"]) == {"a.mp4", "b.mp4"}
+    assert [path.name for path in store.directory.iterdir()] == ["manifest.json"]
 
 
 def test_features_of_two_kinds_never_share_a_folder(store):
     store.begin(SETTINGS)
+    store.record("a.mp4", {"size": 1})
+    other = {**SETTINGS, "tower": "xyz", "num_frames": 4}
     with pytest.raises(ValueError, match="tower is 'abc', 'xyz' is needed; num_frames is 8, 4 is"):
-        store.begin({**SETTINGS, "tower": "xyz", "num_frames": 4})
+        FeatureStore(store.directory).begin(other)
 
 
 def test_a_folder_with_files_of_unknown_origin_is_refused(store):
-    store.write("a.mp4", torch.zeros(1, 1, 1))
+    store.directory.mkdir()
+    np.save(store.path("a.mp4"), np.zeros((1, 1, 1), np.float16))
     with pytest.raises(ValueError, match="no manifest"):
         store.begin(SETTINGS)
 
@@ -78,6 +123,25 @@ def test_a_file_that_is_not_features_is_named(store):
     store.path("a.mp4").write_bytes(b"\x93NUMPY cut")
     with pytest.raises(ValueError, match="a.mp4.npy: damaged"):
         store.read("a.mp4")
+    store.path("a.mp4").write_bytes(b"")  # as a power cut leaves it
+    with pytest.raises(ValueError, match="a.mp4.npy: damaged"):
+        store.read("a.mp4")
     np.save(store.path("a.mp4"), np.zeros((2, 3)))
     with pytest.raises(ValueError, match=r"float64 \(2, 3\) where float16"):
         store.read("a.mp4")
+
+
+def test_some_of_the_frames_in_any_order(store):
+    features = torch.randn(6, 5, 4)
+    store.write("a.mp4", features)
+    assert torch.equal(store.read("a.mp4", [4, 0]), features.half()[[4, 0]])
+
+
+def test_int8_keeps_each_channel_of_each_frame_to_a_127th_of_its_largest_value(store):
+    store.begin({**SETTINGS, "dtype": "int8"})
+    features = torch.randn(3, 50, 4) * torch.tensor([0.05, 1.0, 100.0, 0.0])
+    store.write("a.mp4", features)
+    error = (store.read("a.mp4").float() - features).abs()
+    assert (error <= features.abs().amax(1, keepdim=True) / 127 * 0.6).all()
+    squared, norm = relative_error(features, store.read("a.mp4"))
+    assert 0.001 < (squared / norm) ** 0.5 < 0.01
