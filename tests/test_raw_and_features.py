@@ -1,0 +1,118 @@
+"""Training from videos and training from their features see the same batches."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
+
+import extract_features
+from dataset.feature_store import FeatureStore
+from dataset.video import FrameTransform
+from dataset.video_dataset import (
+    FeatureSource,
+    LengthGroupedBatchSampler,
+    VideoDataset,
+    VideoSource,
+    collate,
+    read_samples,
+)
+from model.vision_tower import VisionTower
+from scripts import pack_features
+
+TOKENIZER = Path(__file__).resolve().parents[1] / "model/text_tokenizer"
+# Videos of several lengths, images, both in one sample, text alone, one visual asked about twice,
+# one played backwards, and one that can't be read.
+SAMPLES = [
+    {"video": "long.mp4", "question": "<video>\nWhat happens?"},
+    {"video": "long.mp4", "question": "<video>\nWhat happens?", "reverse": True},
+    {"video": "long.mp4", "question": "<video>\nWho is there?"},
+    {"video": "short.mp4", "question": "What is this?\n<video>"},
+    {"image": "a.png", "question": "<image>\nWhat is it?"},
+    {"image": "a.png, b.png", "question": "<image><image>\nWhich one is larger?"},
+    {"video": ["short.mp4", "b.png"], "question": "<video> and <image>: what do they share?"},
+    {"question": "Who are you?"},
+    {"video": "broken.mp4", "question": "<video>\nWhat happens?"},
+]
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for name, total in (("long.mp4", 20), ("short.mp4", 3)):
+        with av.open(name, "w") as container:
+            stream = container.add_stream("libx264", rate=10)
+            stream.width, stream.height, stream.pix_fmt = 160, 128, "yuv420p"
+            for _ in range(total):
+                picture = rng.integers(0, 256, (16, 20, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+    for name in ("a.png", "b.png"):
+        Image.fromarray(rng.integers(0, 256, (150, 130, 3), np.uint8)).save(name)
+    Path("broken.mp4").write_bytes(b"not a video")
+    lines = []
+    for sample in SAMPLES:
+        turns = [{"role": "user", "content": sample["question"]}]
+        turns += [{"role": "assistant", "content": f"Answer {len(lines)}."}]
+        fields = {key: value for key, value in sample.items() if key != "question"}
+        lines.append(json.dumps({**fields, "id": str(len(lines)), "conversations": turns}))
+    Path("data.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+@pytest.mark.parametrize("share_prefix", [False, True])
+def test_videos_and_features_give_the_same_batches(data, tiny_tower, share_prefix):
+    extract_features.main(
+        ["--data_path", "data.jsonl", "--images_path", ".", "--vision_path", str(tiny_tower)]
+        + ["--features_path", "features", "--num_workers", "0", "--dtype", "float32"]
+    )
+    pack_features.main(["--features_path", "features", "--packed_path", "packed"])
+    transform = FrameTransform.from_pretrained(tiny_tower)
+    sources = {
+        "videos": VideoSource(".", transform),
+        "features": FeatureSource(FeatureStore("features")),
+        "packed": FeatureSource(FeatureStore("packed")),
+    }
+    tower = VisionTower.from_pretrained(tiny_tower)
+
+    def batches(source, batch_size) -> list[dict]:
+        tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+        dataset = VideoDataset(
+            read_samples("data.jsonl"), tokenizer, source, lambda n: 50, share_prefix=share_prefix
+        )
+        sampler = LengthGroupedBatchSampler(dataset.lengths, batch_size, seed=3)
+        return list(
+            DataLoader(dataset, batch_sampler=sampler, collate_fn=partial(collate, pad_id=0))
+        )
+
+    for batch_size in (2, len(SAMPLES)):  # the second: all kinds in one batch
+        raw, *others = [batches(source, batch_size) for source in sources.values()]
+        for made in others:
+            assert len(made) == len(raw)
+            for one, other in zip(raw, made, strict=True):
+                pixels = one["inputs"].get("pixel_values")
+                features = other["inputs"].pop("visual_features", None)
+                assert (pixels is None) == (features is None)
+                if pixels is not None:
+                    seen = tower(pixels).half()
+                    torch.testing.assert_close(seen, features, atol=2e-3, rtol=2e-3)
+                rest = {k: v for k, v in one["inputs"].items() if k != "pixel_values"}
+                assert rest.keys() == other["inputs"].keys()
+                for name, value in rest.items():
+                    assert torch.equal(
+                        torch.as_tensor(value), torch.as_tensor(other["inputs"][name])
+                    )
+                assert [bad["id"] for bad in one["bad"]] == [bad["id"] for bad in other["bad"]]
+                for count in ("sample_ids", "supervised_tokens", "real_tokens", "padded_tokens"):
+                    assert one[count] == other[count]
+    (whole,) = raw
+    assert sorted(whole["sample_ids"]) == [str(i) for i in range(8)]
+    assert [bad["id"] for bad in whole["bad"]] == ["8"]
+    assert set(whole["inputs"]["frames_per_visual"]) == {8, 3, 1}
