@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 
 from dataset.clip import ContainerInfo, Frames, Request, VideoError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "TIFF", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "TIFF")  # an MPO opens as a JPEG
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*")
 # Apple's HEIC is a grid of tiles, of which FFmpeg hands over one as if it were the picture.
 HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")

@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from dataset.convert.report import Tally
-from dataset.video import IMAGE_FORMATS, MAX_PIXELS
+from dataset.images import FORMATS
+from dataset.video import MAX_PIXELS
 from dataset.video_dataset import check_relative, resolve_under
 
 # In order of preference where a name without a suffix fits several files.
@@ -133,7 +134,7 @@ class Media:
 def _size_of(data: bytes) -> tuple[tuple[int, int], str]:
     """((width, height), suffix), from the head alone: training decodes the rest."""
     try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             size, suffix = image.size, image.format.lower()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"its picture can't be read ({len(data)} bytes)") from error
