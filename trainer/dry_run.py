@@ -37,7 +37,7 @@ def dry_run(
     with tempfile.TemporaryDirectory() as folder:
         short = dataclasses.replace(
             config,
-            out_dir=folder,
+            out_dir=world.from_main(folder),
             epochs=UPDATES,  # an epoch has at least one
             max_steps=UPDATES,
             log_interval=1,  # the figures are those of the second update alone
