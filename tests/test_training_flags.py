@@ -1,7 +1,8 @@
 """Flags of training: each has an effect that is seen from the command line, or in the weights."""
 
 import json
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -302,3 +303,43 @@ def test_compiled_layers_train_as_they_are():
     compiled = command(train_pretrain, f"{flags} --run_name compiled --compile")
     for name in ("loss", "val_loss", "grad_norm"):
         assert compiled[name] == pytest.approx(plain[name], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--grad_clip 0.01",
+        "--weight_decay 0.5",
+        "--warmup_iters 3",
+        "--schedule linear",
+        "--seed 1",
+        "--learning_rate 1e-4",
+        "--batch_size 1",
+        "--accumulation_steps 2",
+        "--max_steps 3",
+        "--epochs 1",
+        "--embedding_std 0.4",
+        "--summary mean",
+        "--optimizer muon",
+        "--optimizer muon --muon_learning_rate 0.1",
+        "--no-share_prefix",
+        "--dtype bfloat16",
+        "--max_seq_len 80",  # no room for the second question of a clip
+    ],
+)
+def test_every_flag_of_training_changes_what_comes_out(flags):
+    command(train_pretrain, f"{RANDOM} --epochs 2 --run_name before")
+    if "muon_" in flags:
+        command(
+            train_pretrain, f"{RANDOM} --epochs 2 --optimizer muon --run_name before --resume never"
+        )
+    command(train_pretrain, f"{RANDOM} --epochs 2 --run_name after {flags}")
+    before, after = (torch.load(f"out/{run}.pth") for run in ("before", "after"))
+    names = before.keys() & after.keys()
+    assert not all(torch.equal(before[name], after[name]) for name in names)
+
+
+def test_every_flag_stands_in_the_docs():
+    text = (Path(__file__).parents[1] / "docs/flags.md").read_text()
+    names = [field.name for field in fields(StageConfig)]
+    assert [name for name in names if not re.search(rf"--(no-)?{name}\b", text)] == []
