@@ -250,6 +250,14 @@ def compare(args, dtype: str) -> list[dict]:
     few = {"steps": -(-args.steps // 2), "rows": args.padded_rows}
     ways += [make(f"padded {length}", pad_to=length, **few) for length in (512, 1536)]
     ways = [way for way in ways if way.name in args.ways] if args.ways else ways
+    trained = {way.name: (model, optimizers) for way in ways}
+    if args.compile:
+        compiled = make_model(args.dim, args.n_layers).to(device).train()
+        compiled.language_model.compile_layers()
+        ways.append(Way("compiled", ways[0].batches))
+        trained["compiled"] = (compiled, Optimizers(compiled, config))
+        for batch in ways[0].batches[:2]:  # code is made in the first steps
+            one_step(*trained["compiled"], config, device, ways[-1], batch, timed=False)
 
     hidden = model.config.language_model.intermediate_size
     vocabulary = model.config.language_model.vocab_size
@@ -263,7 +271,7 @@ def compare(args, dtype: str) -> list[dict]:
             peaks[name].append(value)
         for way, batch in zip(ways, turn, strict=True):
             if batch is not None:
-                one_step(model, optimizers, config, device, way, batch)
+                one_step(*trained[way.name], config, device, way, batch)
 
     clockwise = "cpu" if device.type == "cpu" else "wall"
     peak = {name: statistics.median(values) for name, values in peaks.items()}
@@ -391,6 +399,7 @@ def main() -> None:
     parser.add_argument("--padded_rows", type=int, default=2, help="rows of a padded step")
     parser.add_argument("--dtype", nargs="+", default=["float32"])
     parser.add_argument("--ways", nargs="+", help="some of them only, such as shared single")
+    parser.add_argument("--compile", action="store_true", help="the first way with --compile too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)

@@ -213,28 +213,48 @@ def test_gradient_checkpointing_is_passed_on(monkeypatch):
     assert set(seen) == {True}
 
 
-def test_a_mean_of_the_weights_is_saved_and_resumed(monkeypatch):
+def test_a_mean_of_the_weights_is_validated_and_saved():
     flags = f"{RANDOM} --epochs 4 --learning_rate 1e-2 --val_path data.jsonl"
-    command(train_pretrain, f"{flags} --run_name plain")
+    plain = command(train_pretrain, f"{flags} --run_name plain")
     slow = command(train_pretrain, f"{flags} --run_name mean --ema_decay 0.9")
-    assert metrics("mean")[-1]["loss"] == metrics("plain")[-1]["loss"]  # the training is the same
-    assert slow["val_loss"] > metrics("plain")[-1]["val_loss"] + 0.01  # the mean lags behind
+    assert slow["loss"] == plain["loss"]  # the training is the same
+    assert slow["val_loss"] > plain["val_loss"] + 0.01  # the mean lags behind
+    assert changed("plain", "mean")
 
-    update = Average.update
-    calls = []
 
-    def interrupted(self, step):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--ema_decay 0.9",
+        "--lora_rank 2 --optimizer muon",
+        "--patience 2 --eval_interval 1 --val_path data.jsonl",
+        "--tokens_per_batch 140 --max_seq_len 140 --no-share_prefix --projector_learning_rate 1e-2",
+    ],
+)
+def test_an_interrupted_run_goes_on_exactly(monkeypatch, flags):
+    command(train_pretrain, f"{RANDOM} --run_name start")
+    flags = f"--load_from out/start.pth --dtype float32 --epochs 4 --log_interval 1 {flags}"
+    command(train_sft, f"{flags} --run_name whole")
+
+    updates = []
+
+    def interrupted(self, step, update=Average.update):
         update(self, step)
-        calls.append(step)
-        if len(calls) == 6:
+        updates.append(step)
+        if len(updates) == 6:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Average, "update", interrupted)
-    resumed = f"{flags} --run_name resumed --ema_decay 0.9 --save_interval 3"
     with pytest.raises(KeyboardInterrupt):
-        command(train_pretrain, resumed)
-    assert command(train_pretrain, resumed)["val_loss"] == slow["val_loss"]
-    assert changed("mean", "resumed") == set()
+        command(train_sft, f"{flags} --run_name resumed --save_interval 3")
+    command(train_sft, f"{flags} --run_name resumed --save_interval 3")
+    # Each better validation is a state too.
+    assert updates[6] == (5 if "patience" in flags else 3)
+    assert changed("whole", "resumed") == set() != changed("start", "whole")
+    whole, resumed = metrics("whole"), metrics("resumed")
+    assert [row["step"] for row in resumed] == list(range(1, len(whole) + 1))
+    for name in ("loss", "val_loss", "lr"):
+        assert [row.get(name) for row in whole] == [row.get(name) for row in resumed]
 
 
 def test_the_mean_follows_its_formula():
