@@ -37,7 +37,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dataset.conversation import VISUAL_TAG, ConversationError, Encoded, encode, left_pad
-from dataset.video import FrameTransform, VideoError, read_frames
+from dataset.video import Frames, FrameTransform, VideoError, read_frames
 from model.checkpoint import load_video_language_model
 from model.cinego import Cinego
 from model.generate import GREEDY, Generation, Row, Sampling
@@ -161,6 +161,7 @@ class Answerer:
     transform: FrameTransform
     num_frames: int
     device: torch.device
+    fps: float | None = None  # None: frames are taken evenly
 
     @classmethod
     def load(
@@ -170,9 +171,12 @@ class Answerer:
         tokenizer_path: str,
         num_frames: int | None = None,
         device: str = "auto",
+        sampling: str | None = None,
+        fps: float | None = None,
     ) -> "Answerer":
-        """num_frames: None for as many as in training. Raises ValueError, with the mend, where a
-        part is missing or isn't the one that the checkpoint was trained with."""
+        """num_frames, sampling and fps: None for what they were in training. Raises ValueError,
+        with the mend, where a part is missing or isn't the one that the checkpoint was trained
+        with."""
         checkpoint = Path(checkpoint)
         if not Path(tokenizer_path, "tokenizer_config.json").is_file():
             raise ValueError(
@@ -197,9 +201,18 @@ class Answerer:
                 f"{vision_path} isn't the vision tower that {checkpoint} was trained with: its "
                 "weights differ; name that tower (--vision_path)"
             )
-        num_frames = num_frames or trained.get("training", {}).get("num_frames", 8)
-        transform = FrameTransform.from_pretrained(vision_path)
-        return cls(checkpoint, model, tokenizer, transform, num_frames, chosen)
+        training = trained.get("training", {})
+        resize = training.get("resize", "tower")
+        transform = FrameTransform.from_pretrained(
+            vision_path, None if resize == "tower" else resize
+        )
+        num_frames = num_frames or training.get("num_frames", 8)
+        fps = fps or training.get("fps")
+        if (sampling or training.get("sampling")) != "fps":
+            fps = None
+        elif fps is None:
+            raise ValueError("--sampling fps needs --fps: how many frames a second")
+        return cls(checkpoint, model, tokenizer, transform, num_frames, chosen, fps)
 
     # ---- what is seen
 
@@ -208,16 +221,18 @@ class Answerer:
     ) -> Visual:
         """One video or image, decoded and seen. Raises VideoError.
 
-        num_frames: None for as many as in training. fps: frames a second, up to `num_frames`.
+        num_frames and fps (frames a second, up to `num_frames`): None for what `load` got.
         frames: size in pixels of the longer side of the small pictures to keep; 0: none.
         """
-        how = {"num_frames": num_frames or self.num_frames}
-        if fps:
-            how |= {"sampling": "fps", "fps": fps}
-        clip = read_frames(path, **how)
+        clip = self._decode(path, num_frames, fps)
         features = self.see(self.transform(clip.frames))
         pictures = [_thumbnail(frame, frames) for frame in clip.frames] if frames else []
         return Visual(str(path), features, clip.timestamps.tolist(), pictures)
+
+    def _decode(self, path, num_frames: int | None = None, fps: float | None = None) -> Frames:
+        fps = fps or self.fps
+        sampling = "fps" if fps else "uniform"
+        return read_frames(path, num_frames or self.num_frames, sampling, fps)
 
     def look(self, paths: list[Path]) -> tuple[dict[Path, Visual], dict[Path, str]]:
         """Decodes each file once and runs the tower once: visuals by path, and the reasons of the
@@ -225,7 +240,7 @@ class Answerer:
 
         def read(path: Path) -> tuple[Tensor, list[float]] | VideoError:
             try:
-                clip = read_frames(path, num_frames=self.num_frames)
+                clip = self._decode(path)
                 return self.transform(clip.frames), clip.timestamps.tolist()
             except VideoError as error:
                 return error

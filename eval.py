@@ -49,7 +49,13 @@ def load(args: argparse.Namespace) -> Answerer:
             "or name another (--load_from PATH)"
         )
     answerer = Answerer.load(
-        checkpoint, args.vision_path, args.tokenizer_path, args.num_frames, args.device
+        checkpoint,
+        args.vision_path,
+        args.tokenizer_path,
+        args.num_frames,
+        args.device,
+        args.sampling,
+        args.fps,
     )
     has = answerer.model.config.language_model
     for flag, asked, trained in (
@@ -286,6 +292,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vision_path", default="model/vision_model/clip-vit-base-patch32", help="vision tower")
     add("--tokenizer_path", default="model/text_tokenizer", help="tokenizer directory")
     add("--num_frames", type=int, help="frames taken from a video (default: as in training)")
+    add("--sampling", choices=["uniform", "fps"], help="which of them (default: as in training)")
+    add("--fps", type=float, help="frames a second with --sampling fps")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--max_new_tokens", type=int, default=64, help="longest answer")
     add("--seed", type=int, default=0, help="of the shuffled control and of sampled answers")

@@ -60,6 +60,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--num_frames", type=int, default=8, help="at most so many frames a clip")
     add("--sampling", choices=["uniform", "fps"], default="uniform")
     add("--fps", type=float, help="frames a second with --sampling fps")
+    add(
+        "--resize",
+        choices=["tower", "crop", "squash", "pad"],
+        default="tower",
+        help="how a frame becomes square; tower: as its preprocessor_config.json says",
+    )
     add("--video_backend", choices=["pyav", "decord"], default="pyav")
     add("--batch_size", type=int, help="frames in one call of the tower (GPU: 128, CPU: 16)")
     add(
@@ -97,7 +103,9 @@ def main(arguments: list[str] | None = None) -> None:
     shard, num_shards = args.shard
     root, store = Path(args.images_path), FeatureStore(args.features_path)
     rel_paths = list_visuals(args.data_path, args.videos, root)
-    transform = FrameTransform.from_pretrained(args.vision_path)
+    transform = FrameTransform.from_pretrained(
+        args.vision_path, None if args.resize == "tower" else args.resize
+    )
     tower = VisionTower.from_pretrained(args.vision_path)
     sources, failures = store.begin(
         {

@@ -58,7 +58,12 @@ class StageConfig(TrainConfig):
     )
     tokenizer_path: str = local_flag("model/text_tokenizer", "folder of the tokenizer")
     video_backend: Literal["pyav", "decord"] = flag("pyav", "reader of video files")
-    num_frames: int = flag(8, "frames taken from a video")
+    num_frames: int = flag(8, "frames taken from a video, at most")
+    sampling: Literal["uniform", "fps"] = flag("uniform", "which; fps: up to num_frames of them")
+    fps: float | None = flag(None, "frames a second with --sampling fps")
+    resize: Literal["tower", "crop", "squash", "pad"] = flag(
+        "tower", "how a frame becomes square; tower: as its preprocessor_config.json says"
+    )
     max_seq_len: int = flag(1024, "longest row, in tokens; visual tokens count")
     share_prefix: bool = flag(True, "all samples of one visual share a row, the visual comes once")
     load_from: str | None = local_flag(None, "weights to start from (default: by stage and --dim)")
@@ -105,6 +110,9 @@ class StageConfig(TrainConfig):
         for name in ("num_frames", "max_seq_len", "dim", "n_layers", "n_heads", "n_kv_heads"):
             if getattr(self, name) < 1:
                 found.append(f"--{name} is {getattr(self, name)}: give 1 or more")
+        is_fps, fps = self.sampling == "fps", self.fps
+        if is_fps != (fps is not None) or (is_fps and fps <= 0):
+            found.append("--sampling fps and --fps above 0 go together")
         return found
 
 
@@ -187,19 +195,28 @@ def open_visuals(config: StageConfig) -> Visuals:
     """The feature store(s), refused if they don't fit the flags, or the videos and the tower."""
     if config.use_feature:
         store = FeatureStore(config.features_path)
-        store.check({"num_frames": config.num_frames})
+        store.check({name: getattr(config, name) for name in ("num_frames", "sampling", "fps")})
         val = FeatureStore(config.val_features_path) if config.val_features_path else store
         made = store.manifest
+        if config.resize != "tower":
+            store.check({"transform": {**made["transform"], "resize": config.resize}})
+        config.resize = made["transform"].get("resize", "tower")  # told to who asks the model
         alike = ("tower", "tokens_per_frame", "hidden_size", "transform", "num_frames", "sampling")
+        alike += ("fps",)
         val.check({key: made.get(key) for key in alike})
         size = (made["tokens_per_frame"], made["hidden_size"])
         return Visuals(FeatureSource(store), FeatureSource(val), *size, None, made["tower"])
     tower = VisionTower.from_pretrained(config.vision_path)
+    resize = None if config.resize == "tower" else config.resize
+    transform = FrameTransform.from_pretrained(config.vision_path, resize)
+    config.resize = transform.resize
     source = VideoSource(
         config.images_path,
-        FrameTransform.from_pretrained(config.vision_path),
+        transform,
         config.num_frames,
-        backend=config.video_backend,
+        config.sampling,
+        config.fps,
+        config.video_backend,
     )
     size = (tower.tokens_per_frame, tower.hidden_size)
     return Visuals(source, source, *size, tower, tower.fingerprint())

@@ -130,7 +130,7 @@ def _demux(container, stream) -> Iterator:
             packet = next(packets, None)
         except (av.FFmpegError, OSError):  # the next sample lies behind the end of the file
             return
-        if packet is None or packet.is_corrupt:
+        if packet is None:
             return
         if packet.size > 0:
             yield packet
@@ -142,17 +142,22 @@ class _Packets:
     def __init__(self, container, stream):
         self.container, self.stream = container, stream
         self.pts, self.dts, self.is_key, self.is_visible = [], [], [], []
+        self.damaged = set()  # numbers of packets of which the demuxer saw that bytes are missing
         self.held, held_bytes = [], 0
         for packet in _demux(container, stream):
             self.pts.append(packet.pts)
             self.dts.append(packet.dts)
             self.is_key.append(packet.is_keyframe)
             self.is_visible.append(not packet.is_discard)
+            if packet.is_corrupt:
+                self.damaged.add(len(self.pts) - 1)
             held_bytes += packet.size
             if held_bytes > HELD_BYTES:
                 self.held = None
             elif self.held is not None:
                 self.held.append(packet)
+        if len(self.pts) - 1 in self.damaged:  # where the file was cut
+            self.is_visible[-1] = False
         self._leave_out_what_leans_on_nothing()
 
     def _leave_out_what_leans_on_nothing(self) -> None:
@@ -186,13 +191,15 @@ class _Run:
     """Frames decoded from one keyframe on; `fed` is the number of the next packet to decode."""
 
     def __init__(self, stream, packets: _Packets, first: int):
-        self.context = stream.codec_context
+        self.context, self.damaged = stream.codec_context, packets.damaged
         self.context.flush_buffers()
         self.fed, self.starts_at = first, packets.pts[first]
         self.frames = self._decode(packets.since(first))
 
     def _decode(self, packets: Iterator) -> Iterator[av.VideoFrame]:
         for packet in packets:
+            if self.fed in self.damaged:
+                raise _UntrustedIndex
             self.fed += 1
             # In an open group, frames shown before their keyframe lean on the group before it,
             # which this run hasn't seen.
@@ -230,6 +237,10 @@ def _read_by_index(request: Request) -> Frames:
                 following = iter(visible[bisect_left(visible, run.starts_at) :])
             for frame in run.frames:
                 if frame.is_corrupt or frame.pts != next(following, None):
+                    raise _UntrustedIndex
+                # Some files call every frame a keyframe. What comes after a false one is no error
+                # to the decoder: it is garbage.
+                if frame.pts == run.starts_at and not frame.key_frame:
                     raise _UntrustedIndex
                 if frame.pts == wanted:
                     images.add(frame)
@@ -278,16 +289,17 @@ def _decode_all(path: str, container, stream) -> Iterator[av.VideoFrame]:
         begun = begun or packet.is_keyframe
         if not begun:
             continue
-        if broken:
-            raise VideoError(path, "corrupt", f"decoding failed: {broken}") from broken
+        if broken is not None:
+            raise VideoError(path, "corrupt", f"the data of the frame at {broken.pts} is damaged")
         try:
-            frames = context.decode(packet)
-        except av.FFmpegError as error:
-            broken, broken_pts = error, packet.pts
-            continue
-        yield from _sound(path, frames)
+            if packet.is_corrupt:
+                broken = packet
+            else:
+                yield from _sound(path, context.decode(packet))
+        except av.FFmpegError:
+            broken = packet
     frames = context.decode(None)
-    yield from _sound(path, (f for f in frames if not broken or f.pts != broken_pts))
+    yield from _sound(path, (f for f in frames if broken is None or f.pts != broken.pts))
 
 
 def _sound(path: str, frames) -> Iterator[av.VideoFrame]:

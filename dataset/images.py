@@ -23,6 +23,8 @@ def is_image(path: Path) -> bool:
         raise VideoError(path, "unreadable", str(error)) from error
     if head[4:8] == b"ftyp" and head[8:] in HEIC:
         raise VideoError(path, "unreadable", "HEIC pictures aren't read; convert them to JPEG")
+    if path.suffix.lower() in (".mjpeg", ".mjpg"):
+        return False  # one JPEG after another, as some cameras record
     if head[:4] == b"RIFF" and head[8:] == b"WEBP":
         return True
     return head.startswith(MAGIC) or (head[4:8] == b"ftyp" and head[8:] in (b"avif", b"avis"))

@@ -179,12 +179,13 @@ class VideoSource:
     transform: Callable[[np.ndarray], torch.Tensor]
     num_frames: int = 8
     sampling: str = "uniform"
+    fps: float | None = None
     backend: str = "pyav"
     kind = "pixel_values"
 
     def load(self, relative: str) -> torch.Tensor:
         path = resolve_under(self.root, relative)
-        clip = read_frames(path, self.num_frames, self.sampling, backend=self.backend)
+        clip = read_frames(path, self.num_frames, self.sampling, self.fps, self.backend)
         return self.transform(clip.frames)
 
 

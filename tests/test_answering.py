@@ -1,7 +1,9 @@
 """Answering: a batch, a stream and a chat say what each question alone would be told."""
 
 import itertools
+import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +75,26 @@ def test_a_file_becomes_a_visual_with_its_times_and_pictures(answerer, folder):
     assert len(answerer.read(folder / "clip.gif", fps=5).timestamps) == 2
     with pytest.raises(VideoError, match=r"broken\.mp4"):
         answerer.read(folder / "broken.mp4")
+
+
+def test_frames_are_taken_and_shaped_as_in_training(answerer, folder, tiny_tower):
+    record = answerer.checkpoint.with_suffix(".json")
+    about = json.loads(record.read_text())
+    how = {"num_frames": 4, "sampling": "fps", "fps": 5.0, "resize": "pad"}
+    try:
+        record.write_text(json.dumps(about | {"training": how}))
+        load = partial(Answerer.load, answerer.checkpoint, tiny_tower, TOKENIZER, device="cpu")
+        trained = load()
+        assert trained.transform.resize == "pad"
+        assert len(trained.read(folder / "clip.gif").timestamps) == 2
+        assert len(load(fps=10).read(folder / "clip.gif").timestamps) == 4
+        assert (
+            len(load(sampling="uniform").look([folder / "clip.gif"])[0].popitem()[1].features) == 4
+        )
+    finally:
+        record.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="needs --fps"):
+        load(sampling="fps")
 
 
 def test_a_file_that_can_not_be_read_is_named_and_the_rest_is_seen(answerer, folder):

@@ -16,6 +16,7 @@ import train_sft
 from dataset.feature_store import FeatureStore
 from dataset.video import FrameTransform
 from model.checkpoint import load_video_language_model, save_model
+from model.cinego import Cinego
 from model.config import LanguageModelConfig
 from model.minimind import MiniMind
 from model.vision_tower import VisionTower
@@ -141,6 +142,7 @@ def test_raw_images_give_the_loss_of_their_features():
     transform = FrameTransform.from_pretrained("tower")
     store = FeatureStore("image_features")
     settings = {"tower": tower.fingerprint(), "tokens_per_frame": TOKENS, "hidden_size": WIDTH}
+    settings |= {"transform": transform.describe(), "sampling": "uniform"}
     store.begin(settings | {"num_frames": FRAMES})
     for i, name in enumerate("abc"):
         pixels = np.random.default_rng(i).integers(0, 256, (28, 28, 3), dtype=np.uint8)
@@ -159,6 +161,33 @@ def test_raw_images_give_the_loss_of_their_features():
     command(train_sft, f"--data_path images.jsonl {raw.replace('--run_name raw', '')}")
 
 
+def test_frames_a_second_and_the_resize_rule_reach_the_model_and_its_record(monkeypatch):
+    tiny_tower("tower")
+    for name in "abc":
+        shades = [Image.new("RGB", (20, 10), (10 * i, 0, 0)) for i in range(12)]
+        shades[0].save(f"{name}.gif", save_all=True, append_images=shades[1:], duration=500)
+    Path("gifs.jsonl").write_text(Path("data.jsonl").read_text().replace(".mp4", ".gif"))
+    seen, forward = [], Cinego.forward
+
+    def look(self, *arguments, **inputs):
+        seen.append((inputs["pixel_values"], inputs["frames_per_visual"]))
+        return forward(self, *arguments, **inputs)
+
+    monkeypatch.setattr(Cinego, "forward", look)
+    flags = "--from_scratch --freeze_llm 0 --data_path gifs.jsonl --no-use_feature --images_path ."
+    flags += " --vision_path tower --num_workers 0 --num_frames 8"
+    command(train_pretrain, f"{flags} --sampling fps --fps 1 --resize pad --run_name slow")
+    pixels, counts = seen.pop()
+    assert set(counts) == {6}  # 12 frames last 6 seconds
+    top, middle = pixels[:, :, 0].std(), pixels[:, :, pixels.shape[2] // 2].std()
+    assert top < 0.1 < middle  # a bar of one colour above the picture
+    record = json.loads(Path("out/slow.json").read_text())["training"]
+    assert (record["sampling"], record["fps"], record["resize"]) == ("fps", 1, "pad")
+    command(train_pretrain, f"{flags} --run_name even")
+    assert set(seen.pop()[1]) == {8}
+    assert json.loads(Path("out/even.json").read_text())["training"]["resize"] == "crop"
+
+
 @pytest.mark.parametrize(
     ("flags", "size", "said"),
     [
@@ -166,6 +195,8 @@ def test_raw_images_give_the_loss_of_their_features():
         ("--load_from start.pth", SIZE.replace("layers 2", "layers 3"), "--n_layers: 2 .* 3 given"),
         ("--load_from start.pth --summary mean", SIZE, "--summary: ours in the file, mean given"),
         ("--load_from start.pth --num_frames 8", SIZE, "num_frames is 4, 8 is needed"),
+        ("--load_from start.pth --sampling fps --fps 2", SIZE, "sampling is 'uniform', 'fps' is"),
+        ("--load_from start.pth --resize pad", SIZE, "'resize': 'pad'} is needed"),
         ("--load_from start.pth --features_path other", SIZE, "tower: weights: abc .* xyz given"),
         (
             "--load_from start.pth --val_features_path other",
@@ -193,6 +224,10 @@ def test_flags_that_contradict_each_other(capsys):
         command(train_pretrain, "--from_scratch --n_heads 0")
     said = capsys.readouterr().err
     assert "random language model" in said and "--n_heads is 0" in said
+    for flags in ("--sampling fps", "--fps 2", "--sampling fps --fps 0"):
+        with pytest.raises(SystemExit):
+            command(train_pretrain, f"--from_scratch --freeze_llm 0 {flags}")
+        assert "go together" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no such language model.*--from_scratch --freeze_llm 0"):
         command(train_pretrain)
 
