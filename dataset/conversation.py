@@ -7,6 +7,7 @@ around it, and an answer's supervised ids are exactly those that generation has 
 
 import os.path
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -53,6 +54,13 @@ def placeholder_ids(tokenizer, length: int = 50) -> list[int]:
     return [vocabulary["<"]] * half + [vocabulary[">"]] * (length - half)
 
 
+def name_and_text(turn: dict) -> tuple[object, object]:
+    """Who speaks and what, in either style; a parquet fills the other style's keys with None."""
+    name, text = turn.get("role"), turn.get("content")
+    name = turn.get("from") if name is None else name
+    return name, turn.get("value") if text is None else text
+
+
 def normalise_messages(turns: Sequence[dict]) -> list[dict]:
     """Either style of turns (from/value, role/content) as role/content; order and text checked."""
     if not isinstance(turns, list | tuple) or not turns:
@@ -61,13 +69,14 @@ def normalise_messages(turns: Sequence[dict]) -> list[dict]:
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
             raise ConversationError(f"turn {number} must be an object with role and content")
-        name = turn.get("role", turn.get("from"))
-        content = turn.get("content", turn.get("value"))
+        name, content = name_and_text(turn)
         role = ROLES.get(name) if isinstance(name, str) else None
         if role is None:
-            raise ConversationError(f"turn {number}: role {name!r} isn't one of {sorted(ROLES)}")
+            name = reprlib.repr(name)
+            raise ConversationError(f"turn {number}: role {name} isn't one of {sorted(ROLES)}")
         if not isinstance(content, str):
-            raise ConversationError(f"turn {number}: its text must be a string, not {content!r}")
+            content = reprlib.repr(content)
+            raise ConversationError(f"turn {number}: its text must be a string, not {content}")
         if VISUAL_MARK in content or CONTENT_MARK in content:
             raise ConversationError(f"turn {number}: U+FDD0 and U+FDD1 aren't text; remove them")
         if role == "system" and number > 1:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.conversation import VISUAL_TAG
+from dataset.conversation import VISUAL_TAG, name_and_text
 
 MAGIC = b"PAR1"
 IMAGES = "image_bytes"
@@ -140,11 +140,8 @@ def count_tags(turns: object) -> int:
     """Tags of visuals in what the assistant is told."""
     if not isinstance(turns, list):
         return 0
-    told = (
-        turn.get("content", turn.get("value"))
-        for turn in turns
-        if isinstance(turn, dict) and turn.get("role", turn.get("from")) not in ("assistant", "gpt")
-    )
+    said = (name_and_text(turn) for turn in turns if isinstance(turn, dict))
+    told = (text for name, text in said if name not in ("assistant", "gpt"))
     return sum(len(VISUAL_TAG.findall(text)) for text in told if isinstance(text, str))
 
 

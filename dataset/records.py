@@ -69,8 +69,7 @@ def _lines(file: BinaryIO, advance: Advance) -> Iterator[tuple[int, object]]:
                 advance(len(text))
             yield line, ValueError(f"longer than {MAX_RECORD >> 20} MiB; write one object a line")
             continue
-        if line == 1:
-            text = text.removeprefix(b"\xef\xbb\xbf")
+        text = text.removeprefix(b"\xef\xbb\xbf")  # files may have been joined
         if text.strip():
             try:
                 record = json.loads(text.decode())

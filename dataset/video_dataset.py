@@ -24,6 +24,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from dataset.conversation import (
+    CONTENT_MARK,
     IGNORED,
     VISUAL_MARK,
     ConversationError,
@@ -302,7 +303,7 @@ def _prefix_key(sample: Sample) -> tuple | None:
         if message["role"] == "assistant":
             break
         before.append(message["content"])
-    text = "\0".join(before)
+    text = CONTENT_MARK.join(before)  # which no text holds
     if text.count(VISUAL_MARK) != len(sample.visuals):
         return None
     return (*sample.visuals, sample.reverse, text[: text.rindex(VISUAL_MARK)])

@@ -194,3 +194,32 @@ def test_truncation_keeps_visuals_whole_and_an_answer_alive(ours):
     text = encode(ours, talk("What is it about?", "one two"), [])
     with pytest.raises(ConversationError, match="no token of an answer; raise --max_seq_len"):
         truncate(text, 8)
+
+
+def test_turns_with_the_keys_of_both_styles():
+    """As an Arrow table gives them where a file mixes the styles: each has all keys."""
+    mixed = [
+        {"from": "human", "value": "Hi", "role": None, "content": None},
+        {"role": "assistant", "content": "Hello", "from": None, "value": None},
+    ]
+    assert normalise_messages(mixed) == [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("turn", "reason"),
+    [
+        ({"role": "tool", "content": "x"}, "role 'tool' isn't one of"),
+        ({"role": "function_call", "content": "x"}, "role 'function_call' isn't"),
+        ({"role": ["user"] * 999, "content": "x"}, r"role \['user', .*\.\.\.\] isn't"),
+        ({"role": "user", "content": [{"type": "text", "text": "x" * 9999}]}, "must be a string"),
+        ({"role": "user", "content": "x\ufdd0"}, "aren't text"),
+        ({"role": "user", "content": float("nan")}, "must be a string, not nan"),
+    ],
+)
+def test_strange_turns_are_named_in_a_line(turn, reason):
+    with pytest.raises(ConversationError, match=f"turn 1: .*{reason}") as error:
+        normalise_messages([turn])
+    assert len(str(error.value)) < 300

@@ -129,6 +129,7 @@ def test_llava_video(tmp_path, convert):
         ({"video": "out/a.mp4"}, "is a link out of"),
         ({"video": "gone.mp4"}, "there is no file 'gone.mp4' under"),
         ({"video": "x/twice.mp4"}, "2 files end in 'twice.mp4'"),
+        ({"video": "x" * 5000}, "name too long"),
         ({"video": None}, "no video is named"),
         ({"conversations": human("<image><image>", "x")}, "2 visual tags"),
         ({"conversations": human("<image>", "")}, "turn 2: the answer is empty"),

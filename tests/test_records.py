@@ -101,7 +101,8 @@ def test_an_array_is_never_held_whole(tmp_path):
 
 def test_lines_as_other_systems_write_them(tmp_path, monkeypatch):
     path = tmp_path / "data.jsonl"
-    text = '\ufeff{"a": "\u2028\x85 一"}\r\n\r\n  \n{"a": 2}\r\nnot json\n["list"]\n' + "[" * 9999
+    text = '\ufeff{"a": "\u2028\x85 一"}\r\n\r\n  \n'
+    text += '\ufeff{"a": 2}\r\nnot json\n["list"]\n' + "[" * 9999
     path.write_bytes(text.encode())
     read = dict(read_records(path))
     assert list(read) == [1, 4, 5, 6, 7]  # the editor's numbers; U+2028 ends no line

@@ -264,6 +264,14 @@ def test_a_shared_row_never_exceeds_max_length(make):
     assert all(len(row.visuals) == 1 and sum(row.visual_mask) == P for row in rows)
 
 
+def test_texts_that_look_alike_only_when_joined_are_not_shared(make):
+    system = {"from": "system", "value": "a"}
+    one, other = line("b<video>", video="2.mp4"), line("a\0b<video>", video="2.mp4")
+    one["conversations"].insert(0, system)
+    dataset = make(one, other, share_prefix=True)
+    assert dataset.rows == [[0], [1]] and dataset[0] and dataset[1]
+
+
 def test_visuals_after_an_answer_are_not_shared(make):
     turns = [("human", "Hi"), ("gpt", "Hello"), ("human", "<video>?"), ("gpt", "A cat.")]
     late = {"video": "2.mp4", "conversations": [{"from": f, "value": v} for f, v in turns]}

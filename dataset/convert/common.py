@@ -21,6 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dataset import parquet
+from dataset.conversation import name_and_text
 from dataset.convert.media import Media
 from dataset.convert.report import Report
 from dataset.records import read_records
@@ -167,8 +168,8 @@ def turns(record: dict) -> list[dict]:
         raise ValueError("'conversations' must be a list of turns")
     result = []
     for number, turn in enumerate(conversations):
-        name = turn.get("from", turn.get("role")) or ("gpt" if number % 2 else "human")
-        text = turn.get("value", turn.get("content"))
+        name, text = name_and_text(turn)
+        name = name or ("gpt" if number % 2 else "human")
         result.append({"from": NAMES.get(str(name), name), "value": text})
     return result
 

@@ -48,7 +48,7 @@ class Media:
         if self.root is None:
             return paths[0]
         for path in paths:
-            if resolve_under(self.root, path).is_file():
+            if self._is_file(path):
                 return path
         for path in paths:
             named = self._names.get(PurePosixPath(path).name, [])
@@ -72,6 +72,12 @@ class Media:
             raise ValueError(f"there is no video '{stem}' under {self.root}")
         resolve_under(self.root, fitting)
         return fitting
+
+    def _is_file(self, path: str) -> bool:
+        try:
+            return resolve_under(self.root, path).is_file()
+        except OSError as error:  # a name too long for the disk
+            raise ValueError(f"'{path[:80]}': {error.strerror}") from error
 
     @property
     def _names(self) -> dict[str, list[str]]:
