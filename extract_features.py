@@ -36,9 +36,10 @@ from dataset.feature_store import FLOAT16, INT8, FeatureStore, relative_error
 from dataset.video import FrameTransform, VideoError, read_frames
 from dataset.video_dataset import read_samples, resolve_under
 from dataset.worker_pool import Lost, in_workers
+from launch import launch
 from model.vision_tower import VisionTower
-from stage import launch
 from trainer.device import choose_device, choose_dtype
+from trainer.journal import cpu_seconds
 
 VIDEO_SUFFIXES = ".mp4 .m4v .mov .mkv .webm .avi .ts .mpg .mpeg .flv .wmv .3gp .ogv .gif"
 IMAGE_SUFFIXES = ".jpg .jpeg .png .webp .bmp .tif .tiff"
@@ -89,8 +90,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     args.shard = shard * size + rank, num_shards * size
     if args.num_frames < 1 or (args.batch_size or 1) < 1 or (args.num_workers or 0) < 0:
         parser.error("--num_frames and --batch_size are 1 or more, --num_workers 0 or more")
-    rank_device = args.device == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ
-    args.device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}" if rank_device else args.device)
+    if args.device in ("auto", "cuda") and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    args.device = choose_device(args.device)
     args.dtype = choose_dtype(args.dtype, args.device)
     args.batch_size = args.batch_size or (128 if args.device.type == "cuda" else 16)
     if args.num_workers is None:
@@ -147,7 +149,8 @@ def main(arguments: list[str] | None = None) -> None:
     made = {rel: sources[rel] for rel in todo if is_made(store, sources, rel)}
     decode = Decoder(root, made, read, transform)
     decoded = in_workers(decode, todo, min(args.num_workers, len(todo)), args.decode_seconds)
-    started, num_frames, failed, squares = time.perf_counter(), 0, {}, [0.0, 0.0]
+    started, cpu_before = time.perf_counter(), cpu_seconds()
+    num_frames, failed, squares = 0, {}, [0.0, 0.0]
     bar = tqdm(
         total=len(todo),
         unit=" clips",
@@ -184,8 +187,8 @@ def main(arguments: list[str] | None = None) -> None:
     if todo:
         print(
             f"{num_clips} visuals, {num_frames} frames in {seconds:.1f} s "
-            f"({num_clips / seconds:.2f} clips/s, {num_frames / seconds:.1f} frames/s), "
-            f"{len(failed)} failed"
+            f"({num_clips / seconds:.2f} clips/s, {num_frames / seconds:.1f} frames/s; "
+            f"{cpu_seconds() - cpu_before:.1f} CPU-seconds), {len(failed)} failed"
         )
     if squares[1]:
         print(
@@ -339,6 +342,13 @@ def describe_source(size: int, mtime_ns: int, digest) -> dict:
 # -------------------------------------------------------------------- the tower, in batches
 
 
+def convert_matrices(tower: VisionTower, dtype: str) -> None:
+    """Where autocast computes in half precision anyway; or it converts weights in every call."""
+    for module in tower.model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            module.to(getattr(torch, dtype))
+
+
 @dataclass(eq=False)
 class Clip:
     """A clip on its way through the batches, which may divide it."""
@@ -361,11 +371,7 @@ class TowerBatches:
     def __init__(self, tower, transform, dtype: str, device: torch.device, batch_size: int):
         self.tower, self.transform = tower.to(device), transform
         self.device, self.dtype, self.batch_size = device, dtype, batch_size
-        if dtype != "float32":
-            # Where autocast computes in half precision anyway: or it converts them in every call.
-            for module in tower.model.modules():
-                if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
-                    module.to(getattr(torch, dtype))
+        convert_matrices(tower, dtype)
 
     def __enter__(self):
         # On a GPU, one thread fetches its results while the other's batch is computed.

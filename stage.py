@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,6 +30,7 @@ from dataset.video_dataset import (
     collate,
     read_samples,
 )
+from launch import launch as launch  # the stages' scripts call it by this module's name
 from model.checkpoint import save_model
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
@@ -179,16 +179,6 @@ def train_stage(config: StageConfig, start: Path, load: Load, world: World) -> d
         return dry_run(model, loader(config.data_path, visuals.train, False), config, world)
     train_loader = loader(config.data_path, visuals.train, True)
     return train(model, train_loader, val_loader, config, world, save, lineage)
-
-
-def launch(main: Callable[[], Any]) -> None:
-    """Runs a script's `main`; what a user can mend ends it with the message alone."""
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 def open_visuals(config: StageConfig) -> Visuals:

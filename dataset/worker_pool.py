@@ -46,6 +46,7 @@ def in_workers(
     # systems' libraries don't bear it.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     workers: dict[Connection, tuple] = {}  # pipe to a worker → (its process, its item)
+    started = []
 
     def give(pipe: Connection | None, process, item) -> None:
         if pipe is None:
@@ -54,6 +55,7 @@ def in_workers(
                 target=_work, args=(function, theirs, seconds, [*workers, pipe]), daemon=True
             )
             process.start()
+            started.append(process)
             theirs.close()
         workers[pipe] = process, item
         with suppress(OSError):  # it has just died: its pipe tells
@@ -77,7 +79,7 @@ def in_workers(
                     raise RuntimeError(f"while working at {item!r}:\n{result}")
                 yield item, result
     finally:
-        for process, _ in workers.values():
+        for process in started:
             process.kill()
             process.join()
 

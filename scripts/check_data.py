@@ -34,7 +34,7 @@ from dataset.video import VideoError, read_frames
 from dataset.video_dataset import parse_sample, resolve_under
 from dataset.worker_pool import Lost, in_workers
 from extract_features import num_cores
-from stage import launch
+from launch import launch
 
 CHUNK = 256  # records that a worker gets at once
 LISTED = 20  # problems on the terminal
@@ -51,6 +51,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--use_feature", action="store_true", help="look for features, decode nothing")
     add("--features_path", default="dataset/features", help="their folder")
     add("--num_frames", type=int, default=8)
+    add("--sampling", choices=["uniform", "fps"], default="uniform")
+    add("--fps", type=float, help="frames a second with --sampling fps")
     add("--video_backend", choices=["pyav", "decord"], default="pyav")
     add("--tokenizer_path", default="model/text_tokenizer")
     add("--visual_tokens", type=int, default=50, help="placeholder tokens of a visual")
@@ -176,15 +178,14 @@ def _chunks(paths: list[str], advance) -> Iterator[tuple[str, list]]:
 
 def check_visuals(args: argparse.Namespace, visuals) -> dict[str, tuple[str, str]]:
     """The bad ones of `visuals`: path → (reason, detail)."""
+    how = {"num_frames": args.num_frames, "sampling": args.sampling, "fps": args.fps}
     if args.use_feature:
         store = FeatureStore(args.features_path)
-        store.check({"num_frames": args.num_frames})
+        store.check(how)
         look = partial(find_features, store)
     else:
         timeout = None if args.num_workers else args.decode_seconds  # a worker is killed itself
-        read = partial(
-            read_frames, num_frames=args.num_frames, backend=args.video_backend, timeout=timeout
-        )
+        read = partial(read_frames, **how, backend=args.video_backend, timeout=timeout)
         look = partial(decode, read, Path(args.images_path))
     found = in_workers(look, visuals, min(args.num_workers, len(visuals)), args.decode_seconds)
     bad = {}

@@ -28,7 +28,7 @@ from dataset.feature_store import (
     relative_error,
     row_type,
 )
-from stage import launch
+from launch import launch
 
 
 def main(argv: list[str] | None = None) -> None:

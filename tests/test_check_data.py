@@ -93,7 +93,8 @@ def test_every_mistake_is_named_and_the_rest_is_clean(data, capsys):
 
 def test_features_in_place_of_media(data):
     store = FeatureStore("features")
-    store.begin({"num_frames": 8, "dtype": "float16", "tokens_per_frame": 10, "hidden_size": 4})
+    shape = {"dtype": "float16", "tokens_per_frame": 10, "hidden_size": 4}
+    store.begin({"num_frames": 8, "sampling": "uniform", "fps": None, **shape})
     for name in ("a.png", "b.png"):
         store.write(name, torch.zeros(1, 10, 4))
         store.record(name, {"frames": 1})
