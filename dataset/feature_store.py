@@ -99,9 +99,13 @@ class FeatureStore:
         """What these features are; ValueError when the extraction didn't come to its end."""
         path = self.directory / MANIFEST
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return self._parse(path, path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise ValueError(f"{path}: missing, {self._what_is_missing()}") from error
+
+    def _parse(self, path: Path, text: str) -> dict:
+        try:
+            return json.loads(text)
         except ValueError as error:
             raise ValueError(
                 f"{path}: not JSON ({error}); delete the folder and extract again"
@@ -227,7 +231,7 @@ class FeatureStore:
                 except FileNotFoundError:
                     continue
                 if part.suffix == ".json":
-                    header = json.loads(text)
+                    header = self._parse(part, text)
                     records |= header.pop("sources") | header.pop("failures")
                     settings = header
                 else:

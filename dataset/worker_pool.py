@@ -16,8 +16,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 
 import torch
+
+MEMORY = 4 << 30  # bytes that a worker may take beyond what it was started with
 
 
 @dataclass
@@ -98,6 +101,7 @@ def _work(function: Callable, pipe: Connection, seconds: float, others: list[Con
         other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the parent's to handle
     torch.set_num_threads(1)  # the workers share the cores; OpenMP's threads don't survive a fork
+    _limit_memory()
     while True:
         try:
             item = pipe.recv()
@@ -113,6 +117,21 @@ def _work(function: Callable, pipe: Connection, seconds: float, others: list[Con
             pipe.send(result)
         except OSError:
             return
+
+
+def _limit_memory() -> None:
+    """A decoder that wants gigabytes gets an error, before the system ends one of the others."""
+    try:
+        import resource
+
+        used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    except (ImportError, OSError):
+        return  # not on Linux
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    soft = used + MEMORY
+    if hard != resource.RLIM_INFINITY:
+        soft = min(soft, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _set_timer(seconds: float) -> None:

@@ -6,6 +6,7 @@ import re
 import signal
 import time
 
+import numpy as np
 import pytest
 
 from dataset.worker_pool import Lost, in_workers
@@ -17,6 +18,8 @@ def work(item):
         os.kill(os.getpid(), signal.SIGSEGV)
     if item == "hang":  # in native code, holding the interpreter's lock: no thread can end it
         re.match(r"(a+)+$", "a" * 40 + "b")
+    if item == "greed":
+        return len(np.ones(6 << 30, np.uint8))
     if item == "mistake":
         raise KeyError("no such thing")
     return item * 2
@@ -44,6 +47,11 @@ def test_what_hangs_or_crashes_is_lost_alone():
 def test_a_mistake_in_the_program_is_no_bad_file():
     with pytest.raises(RuntimeError, match="'mistake'(.|\n)*KeyError: 'no such thing'"):
         list(in_workers(work, [1, "mistake", 2], 1, seconds=10))
+
+
+def test_memory_has_a_limit():
+    with pytest.raises(RuntimeError, match="Unable to allocate 6.00 GiB"):
+        list(in_workers(work, ["greed"], 1, seconds=10))
 
 
 def test_workers_end_with_the_one_who_asked():
