@@ -1,12 +1,14 @@
 """What hangs or crashes in native code costs its own item, and nothing else."""
 
 import faulthandler
+import multiprocessing
 import os
 import re
 import signal
 import time
 
 import numpy as np
+import psutil
 import pytest
 
 from dataset.worker_pool import Lost, in_workers
@@ -61,3 +63,28 @@ def test_workers_end_with_the_one_who_asked():
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    def parent():
+        for _, pid in in_workers(lambda item: os.getpid(), range(10**9), 3, seconds=10):
+            (tmp_path / str(pid)).touch()
+
+    process = multiprocessing.get_context("fork").Process(target=parent)
+    process.start()
+    while len(list(tmp_path.iterdir())) < 3:
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    workers = [int(path.name) for path in tmp_path.iterdir()]
+    deadline = time.perf_counter() + 20
+    while any(map(is_running, workers)) and time.perf_counter() < deadline:
+        time.sleep(0.01)
+    assert not any(map(is_running, workers))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # none may be left to reap it
+    except psutil.NoSuchProcess:
+        return False
