@@ -10,6 +10,7 @@ ever returns a frame that it isn't sure of: what can't be read raises `VideoErro
 `dataset/decode_worker.py`), so nothing that a worker doesn't need, torch above all, is imported.
 """
 
+import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from itertools import compress, pairwise
@@ -102,7 +103,7 @@ def _open(request: Request):
     # One thread: workers run side by side anyway, and starting threads costs more than decoding a
     # short clip. "explode" makes damage an error instead of a concealed, invented picture.
     context.thread_count, context.thread_type = 1, "SLICE"
-    context.options = {"err_detect": "explode", "max_pixels": max_pixels}
+    context.options = {"err_detect": "crccheck+explode", "max_pixels": max_pixels}
     return container, stream
 
 
@@ -124,16 +125,34 @@ def _info(container, stream) -> ContainerInfo:
 
 def _demux(container, stream) -> Iterator:
     """The stream's packets, to the end of the file or to where it was cut."""
-    packets = container.demux(stream)
+    packets, packet = container.demux(stream), None
     while True:
         try:
-            packet = next(packets, None)
+            following = next(packets, None)
         except (av.FFmpegError, OSError):  # the next sample lies behind the end of the file
-            return
-        if packet is None:
-            return
-        if packet.size > 0:
+            following = None
+        if following is not None and following.size == 0:  # PyAV's flush; we make our own
+            continue
+        is_last = following is None
+        if packet is not None and not (is_last and (packet.is_corrupt or _is_cut(container))):
             yield packet
+        if is_last:
+            return
+        packet = following
+
+
+def _is_cut(container) -> bool:
+    """Whether the last packet is a part of one, for containers whose demuxers don't tell."""
+    size, name = container.size, container.format.name
+    if name == "mpegts":
+        return all(size % packet for packet in (188, 192, 204))
+    if name == "dv":
+        return all(size % frame for frame in (120_000, 144_000))
+    if name == "gif":
+        with open(container.name, "rb") as file:
+            file.seek(-min(size, 64), os.SEEK_END)
+            return not file.read().rstrip(b"\0").endswith(b";")
+    return False
 
 
 class _Packets:
@@ -156,8 +175,6 @@ class _Packets:
                 self.held = None
             elif self.held is not None:
                 self.held.append(packet)
-        if len(self.pts) - 1 in self.damaged:  # where the file was cut
-            self.is_visible[-1] = False
         self._leave_out_what_leans_on_nothing()
 
     def _leave_out_what_leans_on_nothing(self) -> None:
@@ -223,8 +240,8 @@ def _read_by_index(request: Request) -> Frames:
         number_of = {time: number for number, time in enumerate(pts)}
         keys = [number for number, is_key in enumerate(packets.is_key) if is_key]
 
-        indices, images, run = request.choose(seconds), _Images(request), None
-        images.expect(len(indices), stream.width, stream.height)
+        indices, run = request.choose(seconds), None
+        images = _Images(request, len(indices), stream.width, stream.height)
         for wanted in (visible[index] for index in indices):
             # Start at the keyframe that precedes the frame in the file *and* on the screen.
             k = bisect_right(keys, number_of[wanted]) - 1
@@ -247,7 +264,7 @@ def _read_by_index(request: Request) -> Frames:
                     break
             else:
                 raise _UntrustedIndex
-        return Frames(images.stack(), seconds[indices], len(visible), _info(container, stream))
+        return Frames(images.all(), seconds[indices], len(visible), _info(container, stream))
 
 
 def _read_in_order(request: Request) -> Frames:
@@ -268,8 +285,8 @@ def _read_in_order(request: Request) -> Frames:
     seconds = np.array(times) - times[0]
     request.check_length(seconds[-1])
 
-    indices, images = request.choose(seconds), _Images(request)
-    images.expect(len(indices), info.width, info.height)
+    indices = request.choose(seconds)
+    images = _Images(request, len(indices), info.width, info.height)
     chosen, last = set(indices.tolist()), indices[-1]
     container, stream = _open(request)
     with container:
@@ -278,7 +295,7 @@ def _read_in_order(request: Request) -> Frames:
                 images.add(frame)
             if number == last:
                 break
-    return Frames(images.stack(), seconds[indices], len(times), info)
+    return Frames(images.all(), seconds[indices], len(times), info)
 
 
 def _decode_all(path: str, container, stream) -> Iterator[av.VideoFrame]:
@@ -312,32 +329,31 @@ def _sound(path: str, frames) -> Iterator[av.VideoFrame]:
 class _Images:
     """Collects decoded frames as (H, W, 3) uint8 RGB, turned as their display matrix says."""
 
-    def __init__(self, request: Request):
-        self.request, self.images = request, []
+    def __init__(self, request: Request, count: int, width: int, height: int):
+        request.check_output(count, width, height)
+        self.request, self.count, self.added = request, count, 0
         self.reformatter = VideoReformatter()  # keeps its conversion tables from frame to frame
 
-    def expect(self, count: int, width: int, height: int) -> None:
-        self.count = count
-        self.request.check_output(count, width, height)
-
     def add(self, frame: av.VideoFrame) -> None:
-        if not self.images:  # now the picture's size is sure
+        has_alpha = any(component.is_alpha for component in frame.format.components)
+        name = "rgba" if has_alpha else "rgb24"
+        image = self.reformatter.reformat(frame, format=name, threads=1).to_ndarray()
+        if has_alpha:
+            image = on_white(image)
+        image = _upright(image, frame.side_data.get("DISPLAYMATRIX"))
+        if not self.added:  # now the picture's size is sure, whatever the header said
             self.request.check_picture(frame.width, frame.height)
             self.request.check_output(self.count, frame.width, frame.height)
-        has_alpha = any(component.is_alpha for component in frame.format.components)
-        if has_alpha:
-            image = self.reformatter.reformat(frame, format="rgba", threads=1).to_ndarray()
-            image = on_white(image)
-        else:
-            image = self.reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-        image = _upright(image, frame.side_data.get("DISPLAYMATRIX"))
-        if self.images and image.shape != self.images[0].shape:
+            self.images = np.empty((self.count, *image.shape), np.uint8)
+        elif image.shape != self.images.shape[1:]:
             detail = "the picture changes its size within the clip"
             raise VideoError(self.request.path, "corrupt", detail)
-        self.images.append(image)
+        self.images[self.added] = image
+        self.added += 1
 
-    def stack(self) -> np.ndarray:
-        return np.stack(self.images)
+    def all(self) -> np.ndarray:
+        assert self.added == self.count, f"{self.added} frames of {self.count}"
+        return self.images
 
 
 def _upright(image: np.ndarray, matrix) -> np.ndarray:

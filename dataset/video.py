@@ -95,7 +95,7 @@ def read_frames(
         raise ValueError(f"timeout is {timeout}; give seconds above 0, or None")
 
     # An absolute name can't be taken for a protocol ("concat:…"), and a pipe or device never ends.
-    path = os.path.abspath(os.fspath(path))
+    path = os.path.abspath(os.fsdecode(path))
     data = None
     if "\0" not in path and is_in_parquet(Path(path)):
         try:

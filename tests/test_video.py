@@ -3,6 +3,7 @@
 import os
 import pickle
 import signal
+import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -139,6 +140,151 @@ def test_decord_gives_the_same_frames(tmp_path):
     ours, theirs = read_frames(path, 8), read_frames(path, 8, backend="decord")
     assert numbers(theirs) == numbers(ours)
     assert theirs.timestamps == pytest.approx(ours.timestamps, abs=1e-3)
+
+
+# ------------------------------------------------------------------------- files as they come
+
+
+TURNS = [(1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)]
+FLIPS = [(-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)]
+
+
+@pytest.mark.parametrize("a, b, c, d", TURNS + FLIPS)
+def test_every_turn_and_flip_comes_upright(tmp_path, a, b, c, d):
+    path = make_clip(tmp_path / "clip.mp4", 3)
+    lying = read_frames(path, 1).frames[0]
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 44
+    values = [a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30]
+    data[matrix : matrix + 36] = struct.pack(">9i", *values)
+    path.write_bytes(data)
+    clip = read_frames(path, 1)
+    height, width = lying.shape[:2]
+    y, x = np.mgrid[:height, :width]
+    to_x, to_y = a * x + c * y, b * x + d * y
+    upright = np.empty_like(clip.frames[0])
+    upright[to_y - to_y.min(), to_x - to_x.min()] = lying
+    np.testing.assert_array_equal(clip.frames[0], upright)
+    assert (clip.info.height, clip.info.width) == (height, width)  # as stored
+
+
+@pytest.mark.parametrize(
+    "name", ["видео 视频 é.mp4", "100%d, a#b?.mp4", "concat:x|y.mp4", b"\xff.mp4"]
+)
+def test_any_name_will_do(tmp_path, name):
+    path = make_clip(tmp_path / "clip.mp4", 3).rename(tmp_path / os.fsdecode(name))
+    assert numbers(read_frames(path, 3)) == [0, 1, 2]
+    assert numbers(read_frames(os.fsencode(path), 3, timeout=None)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("left", "fewest"), [(0.5, 5), (0.77, 9), (0.97, 20), (-1, 38)])
+@pytest.mark.parametrize(
+    ("suffix", "codec", "pix_fmt"),
+    [
+        ("mp4", "libx264", "yuv420p"),
+        ("mkv", "libx264", "yuv420p"),
+        ("ts", "libx264", "yuv420p"),
+        ("avi", "mpeg4", "yuv420p"),
+        ("mpg", "mpeg2video", "yuv420p"),
+        ("flv", "flv", "yuv420p"),
+        ("webm", "libvpx", "yuv420p"),
+        ("gif", "gif", "rgb8"),
+    ],
+)
+def test_a_cut_file_gives_what_came_before_the_cut(tmp_path, suffix, codec, pix_fmt, left, fewest):
+    path = make_clip(tmp_path / f"clip.{suffix}", 40, codec, pix_fmt=pix_fmt, g="10")
+    if suffix == "mp4":  # with its index at the front
+        path = remux(path, tmp_path / "front.mp4", movflags="faststart")
+    whole = read_frames(path, 40)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * left) if left > 0 else left])
+    try:
+        clip = read_frames(path, 40)
+    except VideoError as error:  # two frames may share a packet, of which the first is whole
+        assert error.reason == "corrupt" and suffix == "mpg"
+        return
+    assert fewest <= clip.num_frames_total <= 40
+    # What is left is right to the last bit.
+    for frame, seconds in zip(clip.frames, clip.timestamps, strict=True):
+        same = np.flatnonzero(np.isclose(whole.timestamps, seconds, atol=1e-3))
+        np.testing.assert_array_equal(frame, whole.frames[same[0]])
+
+
+def remux(source: Path, target: Path, keep=lambda number: True, every_key=False, **options) -> Path:
+    with av.open(str(source)) as old, av.open(str(target), "w", options=options) as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for number, packet in enumerate(old.demux(old.streams.video[0])):
+            if packet.size and keep(number):
+                packet.stream = stream
+                packet.is_keyframe |= every_key
+                new.mux(packet)
+    return target
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+def test_a_recording_that_begins_between_keyframes(tmp_path, suffix):
+    whole = make_clip(tmp_path / "whole.mp4", 40, g="10", bf="0", sc_threshold="0")
+    path = remux(whole, tmp_path / f"late.{suffix}", keep=lambda number: number >= 4)
+    clip = read_frames(path, 40)
+    assert numbers(clip) == list(range(10, 40)) and clip.timestamps[0] == 0
+
+
+def test_false_keyframes_are_not_believed(tmp_path):
+    whole = make_clip(tmp_path / "whole.mp4", 40, "mpeg4", g="40", b="2000k")
+    path = remux(whole, tmp_path / "false.mkv", every_key=True)
+    assert numbers(read_frames(path, 4)) == [5, 15, 25, 35]
+
+
+@pytest.mark.parametrize("matrix", [1, 5, 9], ids=["BT.709", "BT.601", "BT.2020"])
+@pytest.mark.parametrize("full", [False, True], ids=["limited", "full"])
+def test_colours_follow_the_tags_of_the_stream(tmp_path, matrix, full):
+    red, blue = {1: (0.2126, 0.0722), 5: (0.299, 0.114), 9: (0.2627, 0.0593)}[matrix]
+    path, colour = tmp_path / "clip.mkv", np.array([20, 160, 230])
+    r, g, b = colour / 255
+    y = red * r + (1 - red - blue) * g + blue * b
+    u, v = (b - y) / (2 - 2 * blue), (r - y) / (2 - 2 * red)
+    scale = [255 * y, 255 * u + 128, 255 * v + 128]
+    if not full:
+        scale = [16 + 219 * y, 128 + 224 * u, 128 + 224 * v]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv444p"
+        stream.codec_context.colorspace, stream.codec_context.color_range = matrix, 1 + full
+        frame = av.VideoFrame(64, 64, "yuv444p")
+        frame.colorspace, frame.color_range = matrix, 1 + full
+        for plane, value in zip(frame.planes, scale, strict=True):
+            plane.update(bytes([round(value)]) * plane.buffer_size)
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    shown = read_frames(path, 1).frames[0].astype(int)
+    assert abs(shown - colour).max() <= 2
+
+
+def test_what_the_container_says_travels_along(tmp_path):
+    info = read_frames(make_clip(tmp_path / "clip.mp4", 12), 2).info
+    assert (info.codec, info.width, info.height, info.pixel_format) == ("h264", 128, 64, "yuv420p")
+    assert (info.fps, info.num_frames, info.pixel_aspect) == (10, 12, 1)
+    assert info.seconds == pytest.approx(1.2, abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["clip.webp", "clip.png", "clip.gif"])
+def test_an_animated_picture_is_a_clip(tmp_path, name):
+    first, *others = (Image.fromarray(draw_number(i, 32, 64)) for i in range(12))
+    about = {"lossless": True} if name.endswith("webp") else {}
+    first.save(tmp_path / name, save_all=True, append_images=others, duration=250, **about)
+    clip = read_frames(tmp_path / name, 4)
+    assert numbers(clip) == [1, 4, 7, 10] and clip.num_frames_total == 12
+    assert clip.timestamps == pytest.approx([0.25, 1, 1.75, 2.5])
+    assert numbers(read_frames(tmp_path / name, 8, sampling="fps", fps=1)) == [0, 4, 8]
+
+
+def test_broken_files_give_frames_or_an_error(tmp_path):
+    from benchmarks.fuzz_decode import fuzz
+
+    report = fuzz(range(60), seed=1, timeout=20, folder=tmp_path)
+    assert report.outcomes.total() == 60 and not report.harmful
+    assert report.outcomes["frames"] and report.outcomes["corrupt"]
 
 
 # ----------------------------------------------------------------------------------- images

@@ -1,0 +1,173 @@
+"""What reading 8 or 32 frames of a clip costs, against decord and against decoding everything.
+
+    python benchmarks/decode.py [--rounds 5] [--seconds 10 60 600]
+
+Renders one h264 clip a length (640 × 360, 30 frames a second, noise that moves: about what a phone
+records) and reads it with each reader in turn, so that what else the machine does hits all alike.
+Each reader has one thread and a process of its own. MB is the peak of its memory above what it took
+after its imports (torch among them); for `read_frames`, the whole of its worker is added. The ratio
+to decord is that of the CPU-seconds, the median over rounds.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+READERS = ("read_frames", "in_process", "decord", "everything")
+HEIGHT, WIDTH, RATE = 360, 640, 30
+
+
+def make_clip(path: Path, seconds: int) -> None:
+    """A keyframe every 250 frames and B-frames between, as x264 does it by itself."""
+    random = np.random.default_rng(0)
+    scene = random.integers(0, 255, (HEIGHT // 8, WIDTH // 4, 3), np.uint8)
+    scene = scene.repeat(16, axis=0).repeat(16, axis=1)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=RATE, options={"preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for number in range(seconds * RATE):
+            top, left = number % HEIGHT, number * 3 % WIDTH
+            frame = np.ascontiguousarray(scene[top : top + HEIGHT, left : left + WIDTH])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def serve(reader: str) -> None:
+    """Reads what its input names: a line with file and number of frames, a line back with cost."""
+    read = READ[reader]()
+    before = peak_memory()
+    for line in sys.stdin:
+        path, num_frames = json.loads(line)
+        start, cpu_start = time.perf_counter(), cpu_seconds()
+        frames = read(path, num_frames)
+        cost = time.perf_counter() - start, cpu_seconds() - cpu_start
+        print(json.dumps([*cost, peak_memory() - before, list(frames.shape)]), flush=True)
+
+
+def our_reader(**how):
+    from dataset.video import read_frames
+
+    return lambda path, num_frames: read_frames(path, num_frames, **how).frames
+
+
+def decord_reader():
+    import decord
+
+    from dataset.clip import uniform_indices
+
+    def read(path, num_frames):
+        reader = decord.VideoReader(path, num_threads=1)
+        return reader.get_batch(uniform_indices(len(reader), num_frames)).asnumpy()
+
+    return read
+
+
+def reader_of_everything():
+    from dataset.clip import uniform_indices
+
+    def read(path, num_frames):
+        with av.open(path) as container:
+            container.streams.video[0].codec_context.thread_count = 1
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        return np.stack(frames)[uniform_indices(len(frames), num_frames)]
+
+    return read
+
+
+READ = {
+    "read_frames": our_reader,
+    "in_process": lambda: our_reader(timeout=None),
+    "decord": decord_reader,
+    "everything": reader_of_everything,
+}
+
+
+def cpu_seconds() -> float:
+    """Of this process and its workers, which are alive and so not yet in getrusage's children."""
+    import psutil
+
+    me = psutil.Process()
+    return sum(sum(p.cpu_times()[:2]) for p in (me, *me.children()))
+
+
+def peak_memory() -> int:
+    """MB at most, of this process and its workers."""
+    import psutil
+
+    children = [Path(f"/proc/{child.pid}/status") for child in psutil.Process().children()]
+    peaks = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]
+    for status in children:
+        (line,) = (x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        peaks.append(int(line.split()[1]))
+    return sum(peaks) // 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seconds", type=int, nargs="+", default=[10, 60, 600])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--serve", choices=READERS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        return serve(args.serve)
+    print("  clip frames       reader       s   CPU-s  /decord     MB")
+    with tempfile.TemporaryDirectory() as folder:
+        for seconds in args.seconds:
+            clip = Path(folder) / f"{seconds}.mp4"
+            make_clip(clip, seconds)
+            for num_frames in (8, 32):
+                compare(clip, seconds, num_frames, args.rounds)
+
+
+def compare(clip: Path, seconds: int, num_frames: int, rounds: int) -> None:
+    # Decoding ten minutes whole takes 12 GB as frames; that it is slower and larger needs no proof.
+    readers = [name for name in READERS if name != "everything" or seconds <= 60]
+    processes = {
+        name: subprocess.Popen(
+            [sys.executable, __file__, "--serve", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        )
+        for name in readers
+    }
+    costs: dict[str, list] = {name: [] for name in readers}
+    for turn in range(rounds + 1):
+        for name in readers if turn % 2 else readers[::-1]:
+            process = processes[name]
+            print(json.dumps([str(clip), num_frames]), file=process.stdin, flush=True)
+            cost = json.loads(process.stdout.readline())
+            assert cost[3] == [num_frames, HEIGHT, WIDTH, 3], (name, cost)
+            if turn:  # the first round starts workers and fills caches
+                costs[name].append(cost)
+    for process in processes.values():
+        process.stdin.close()
+        process.wait()
+    for name, rows in costs.items():
+        wall, cpu = (statistics.median(row[i] for row in rows) for i in (0, 1))
+        # Round by round: the two sides of a ratio saw the same machine.
+        ratio = statistics.median(
+            ours[1] / theirs[1] for ours, theirs in zip(rows, costs["decord"], strict=True)
+        )
+        print(
+            f"{seconds:>4} s {num_frames:>6} {name:>12} {wall:>7.3f} {cpu:>7.3f} {ratio:>8.2f} "
+            f"{rows[-1][2]:>6}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
