@@ -259,9 +259,11 @@ def draw_lengths(lengths: list[int], max_length: int, folder: Path) -> None:
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     axes.hist(lengths, bins=min(60, max(10, len(set(lengths)))), color="tab:blue")
-    axes.axvline(max_length, color="tab:red", linestyle="--", label=f"max_seq_len {max_length}")
+    longer = sum(length > max_length for length in lengths)
+    axes.set_title(f"{longer} of {len(lengths)} are longer than max_seq_len {max_length}")
+    if 2 * max(lengths, default=0) > max_length:  # else the line would stand far off
+        axes.axvline(max_length, color="tab:red", linestyle="--")
     axes.set(xlabel="tokens in a sample, visuals included", ylabel="samples", yscale="log")
-    axes.legend()
     figure.savefig(folder / "lengths.png", dpi=120)
 
 
