@@ -19,7 +19,6 @@ One `Answerer` may serve several threads: nothing in it changes. A `Chat` or a `
 by one thread at a time. Training's counterpart of this file is `stage.py`.
 """
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -34,18 +33,21 @@ from PIL import Image
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dataset.conversation import VISUAL_TAG, ConversationError, Encoded, encode, left_pad
 from dataset.video import Frames, FrameTransform, VideoError, read_frames
-from model.checkpoint import load_video_language_model
+from model.checkpoint import load_video_language_model, read_about
 from model.cinego import Cinego
 from model.generate import GREEDY, Generation, Row, Sampling
+from model.inference import prepare
 from model.minimind import KVCache
 from trainer.device import choose_device
 
 # Clips in memory as pixels at a time; their features stay, a hundredth of the size.
 CLIPS_AT_ONCE = 32
+VISION_PATH = "model/vision_model/clip-vit-base-patch32"
+TOKENIZER_PATH = "model/text_tokenizer"
 # Of a chat's history: longer rows than training had are answered badly, and cost more each turn.
 CONTEXT_TOKENS = 1024
 
@@ -161,23 +163,31 @@ class Answerer:
     transform: FrameTransform
     num_frames: int
     device: torch.device
+    parameters: dict[str, int]  # of each part
     fps: float | None = None  # None: frames are taken evenly
 
     @classmethod
     def load(
         cls,
-        checkpoint: Path,
-        vision_path: str,
-        tokenizer_path: str,
+        checkpoint: str | Path,
+        vision_path: str | Path | None = None,
+        tokenizer_path: str | Path | None = None,
         num_frames: int | None = None,
         device: str = "auto",
         sampling: str | None = None,
         fps: float | None = None,
+        weights: str = "float32",
+        compile: bool = False,
     ) -> "Answerer":
-        """num_frames, sampling and fps: None for what they were in training. Raises ValueError,
-        with the mend, where a part is missing or isn't the one that the checkpoint was trained
-        with."""
+        """checkpoint: a .pth, or a directory that convert_checkpoint wrote, which brings its own
+        tower and tokenizer along; else None means the usual ones. num_frames, sampling and fps:
+        None for what they were in training. weights, compile: see model/inference.py.
+        Raises ValueError, with the mend, where a part is missing or isn't the one that the
+        checkpoint was trained with."""
         checkpoint = Path(checkpoint)
+        brings_all = (checkpoint / "processor_config.json").is_file()
+        vision_path = vision_path or (checkpoint if brings_all else VISION_PATH)
+        tokenizer_path = tokenizer_path or (checkpoint if brings_all else TOKENIZER_PATH)
         if not Path(tokenizer_path, "tokenizer_config.json").is_file():
             raise ValueError(
                 f"no tokenizer in {tokenizer_path}: name a directory with tokenizer.json and "
@@ -185,15 +195,16 @@ class Answerer:
             )
         chosen = choose_device(device)
         model = load_video_language_model(checkpoint, vision_path).to(chosen)
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
+        # An exported directory brings code along, which AutoTokenizer would ask to run.
+        kind = PreTrainedTokenizerFast if tokenizer_path == checkpoint else AutoTokenizer
+        tokenizer = kind.from_pretrained(tokenizer_path, local_files_only=True)
         known = model.config.language_model.vocab_size
         if len(tokenizer) > known:
             raise ValueError(
                 f"{tokenizer_path} has {len(tokenizer)} entries, {checkpoint} was trained with "
                 f"{known}: name its own tokenizer (--tokenizer_path)"
             )
-        about = checkpoint.with_suffix(".json")  # files of others come without it
-        trained = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+        trained = read_about(checkpoint)
         # Another tower of the same shape gives features that mean nothing to this model.
         trained_with = trained.get("lineage", {}).get("vision_tower")
         if trained_with not in (None, model.vision_tower.fingerprint()):
@@ -212,7 +223,9 @@ class Answerer:
             fps = None
         elif fps is None:
             raise ValueError("--sampling fps needs --fps: how many frames a second")
-        return cls(checkpoint, model, tokenizer, transform, num_frames, chosen, fps)
+        counts = model.parameter_counts()
+        prepare(model.language_model, weights, compile)
+        return cls(checkpoint, model, tokenizer, transform, num_frames, chosen, counts, fps)
 
     # ---- what is seen
 
@@ -461,7 +474,8 @@ class Chat:
 
     def __init__(self, answerer: Answerer, system: str | None, context_tokens: int):
         self.answerer, self.context_tokens = answerer, context_tokens
-        self.transcript: list[dict] = []  # all turns, as they were said
+        # All turns as they were said; a question's "visuals" are the names of what it showed.
+        self.transcript: list[dict] = []
         self.last: Answer | None = None  # the newest answer, with its times
         self._system = [{"role": "system", "content": system}] if system else []
         # What the model is told: the newest turns that fit, and the visuals of their tags.
@@ -486,9 +500,9 @@ class Chat:
         turns = [*self._turns, {"role": "user", "content": content}]
         turns, visuals = self._fit(turns, [*self._visuals, *self._shown])
         try:
-            asked = Question([*self._system, *turns], visuals, sampling, stop, self._memory)
-            (answer,) = self._batch.add([asked])
-            self.last, self._shown = answer, []
+            told = Question([*self._system, *turns], visuals, sampling, stop, self._memory)
+            (answer,) = self._batch.add([told])
+            self.last, shown, self._shown = answer, self._shown, []
             try:
                 while True:
                     if piece := answer.take():
@@ -501,7 +515,10 @@ class Chat:
                 # Templates want some text in every turn.
                 said = {"role": "assistant", "content": answer.text.strip() or "-"}
                 self._turns, self._visuals = [*turns, said], visuals
-                self.transcript += [{"role": "user", "content": content}, said]
+                asked = {"role": "user", "content": content}
+                if shown:
+                    asked["visuals"] = [visual.name for visual in shown]
+                self.transcript += [asked, said]
         except (GeneratorExit, ConversationError):
             raise
         except BaseException:  # an interrupt in the midst of a step: what was read may be half

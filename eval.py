@@ -1,8 +1,9 @@
 """Answers questions about videos and images: in the terminal, or a test set with its score.
 
-    python eval.py                                        # about each file of dataset/eval_videos/
-    python eval.py --video a.mp4                          # a chat about one file; /quit ends it
-    python eval.py --image a.png --question "What is it?"
+    python eval.py                                        # a chat; /help says what it knows
+    python eval.py --video a.mp4 --image b.png c.png      # a chat that starts with these
+    python eval.py --image a.png b.png --question "What is it?"              # asked about each file
+    python eval.py --image a.png b.png --together --question "The same?"     # about all at once
     python eval.py --data_path test.jsonl --images_path DIR --controls --output out/eval.json
 
 A test set is a jsonl like that of training; `scoring` may give each answer a type (see
@@ -14,7 +15,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -24,12 +25,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from answering import Answerer, Question, Visual
+from answering import TOKENIZER_PATH, VISION_PATH, Answerer, Question, Visual
 from dataset.conversation import ConversationError
 from dataset.scoring import fact_vocabulary, format_table, score_turn, summarise
 from dataset.video import VideoError
 from dataset.video_dataset import Sample, read_samples
 from model.generate import Sampling
+from model.inference import WEIGHTS
+from terminal import Terminal
 
 STAGES = {0: "pretrain", 1: "sft"}
 SUFFIXES = {
@@ -42,20 +45,15 @@ DEFAULT_QUESTION = "What happens in this video?"
 def load(args: argparse.Namespace) -> Answerer:
     stage, dim = STAGES[args.model_mode], args.dim or 512
     checkpoint = Path(args.load_from or f"out/{stage}_videolm_{dim}.pth")
-    if not checkpoint.is_file():
+    if not checkpoint.exists():
         size = "768_16" if dim == 768 else "512_8"
         raise ValueError(
             f"no checkpoint {checkpoint}: train it (bash scripts/train/train_{stage}_{size}.sh) "
             "or name another (--load_from PATH)"
         )
     answerer = Answerer.load(
-        checkpoint,
-        args.vision_path,
-        args.tokenizer_path,
-        args.num_frames,
-        args.device,
-        args.sampling,
-        args.fps,
+        *(checkpoint, args.vision_path, args.tokenizer_path, args.num_frames, args.device),
+        *(args.sampling, args.fps, args.weights, args.compile),
     )
     has = answerer.model.config.language_model
     for flag, asked, trained in (
@@ -216,7 +214,7 @@ def evaluate(args: argparse.Namespace) -> dict:
         "clips": len(seen),
         "left_out": {str(path): reason for path, reason in failures.items()},
         "num_frames": answerer.num_frames,
-        "parameters": answerer.model.parameter_counts(),
+        "parameters": answerer.parameters,
         "seconds": round(time.perf_counter() - start, 1),
         "cpu_seconds": round(time.process_time() - cpu_start, 1),
         "accuracy": summaries["normal"],
@@ -228,10 +226,11 @@ def evaluate(args: argparse.Namespace) -> dict:
 # ---- the terminal --------------------------------------------------------------------------------
 
 
-def files_to_show(args: argparse.Namespace) -> list[Path]:
-    if args.video or args.image:
-        return [Path(file) for file in [*(args.video or []), *(args.image or [])]]
-    folder = Path(args.eval_dir)
+def named_files(args: argparse.Namespace) -> list[Path]:
+    return [Path(file) for file in [*(args.video or []), *(args.image or [])]]
+
+
+def files_of(folder: Path) -> list[Path]:
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     files = [file for file in files if file.suffix.lower() in SUFFIXES]
     if not files:
@@ -239,43 +238,39 @@ def files_to_show(args: argparse.Namespace) -> list[Path]:
     return files
 
 
-def questions(args: argparse.Namespace) -> Iterator[str]:
-    """The one of the command line, or what is typed until /quit or the end of input."""
-    if args.question or not sys.stdin.isatty():
-        print(f"Q: {args.question or DEFAULT_QUESTION}")
-        yield args.question or DEFAULT_QUESTION
-        return
-    while (question := input("Q (/quit to end): ").strip()) != "/quit":
-        if question:
-            yield question
-
-
-def chat(args: argparse.Namespace) -> None:
-    """A conversation about each file in turn; one that can't be read is named and passed over."""
-    files = files_to_show(args)
-    answerer = load(args)
-    sampling = Sampling(args.max_new_tokens, args.temperature, top_p=args.top_p, seed=args.seed)
-    unread = 0
+def talk(args: argparse.Namespace) -> None:
+    """A chat, or one question about each file or all of them; a file that can't be read is named
+    and passed over."""
+    sampling = Sampling(
+        *(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p),
+        *(args.repetition_penalty, args.seed),
+    )
+    is_chat = args.chat or (sys.stdin.isatty() and not args.question)
+    files = named_files(args) or ([] if is_chat else files_of(Path(args.eval_dir)))
+    terminal = Terminal(load(args), sampling, tuple(args.stop))
+    question = args.question or DEFAULT_QUESTION
+    shown = 0
     for file in files:
         try:
-            visual = answerer.read(file)
+            terminal.show(file)
+            shown += 1
         except VideoError as error:
-            print(f"\n{error}")
-            unread += 1
+            print(error)
             continue
-        print(f"\n{file}")
-        talk = answerer.chat()
-        talk.show(visual)
-        for question in questions(args):
-            try:
-                print("A: ", end="", flush=True)
-                for piece in talk.ask(question, sampling):
-                    print(piece, end="", flush=True)
-                print()
-            except ConversationError as error:  # the question holds a tag of a second visual, say
-                print(error)
-    if unread == len(files):
+        if not is_chat and not args.together:
+            ask(terminal, question)
+    if files and not shown:
         raise ValueError("none of the files can be read")
+    if is_chat:
+        terminal.run()
+    elif args.together:
+        ask(terminal, question)
+
+
+def ask(terminal: Terminal, question: str) -> None:
+    print(f"Q: {question}")
+    terminal.answer(question)
+    terminal.command("/reset")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -288,22 +283,35 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model_mode", type=int, choices=STAGES, default=1, help="0: pretrained, 1: fine-tuned")
     add("--dim", type=int, help="width of the language model; names the default checkpoint too")
     add("--n_layers", type=int, help="its layers; the checkpoint knows, this checks")
-    add("--load_from", help="checkpoint (default: out/{pretrain,sft}_videolm_<dim>.pth)")
-    add("--vision_path", default="model/vision_model/clip-vit-base-patch32", help="vision tower")
-    add("--tokenizer_path", default="model/text_tokenizer", help="tokenizer directory")
+    add(
+        "--load_from",
+        help=".pth or transformers directory (default: out/{pretrain,sft}_videolm_<dim>.pth)",
+    )
+    add("--vision_path", help=f"vision tower (default: the checkpoint's own, or {VISION_PATH})")
+    add("--tokenizer_path", help=f"tokenizer (default: the checkpoint's own, or {TOKENIZER_PATH})")
     add("--num_frames", type=int, help="frames taken from a video (default: as in training)")
     add("--sampling", choices=["uniform", "fps"], help="which of them (default: as in training)")
     add("--fps", type=float, help="frames a second with --sampling fps")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--weights", choices=WEIGHTS, default="float32", help="int8: faster on a CPU, less exact")
+    add("--compile", action="store_true", help="faster answers after a slow start")
     add("--max_new_tokens", type=int, default=64, help="longest answer")
     add("--seed", type=int, default=0, help="of the shuffled control and of sampled answers")
     add = parser.add_argument_group("chat").add_argument
     add("--video", nargs="+", metavar="FILE", help="videos to talk about")
     add("--image", nargs="+", metavar="FILE", help="images to talk about")
     add("--eval_dir", default="dataset/eval_videos", help="folder asked about if none is named")
-    add("--question", help="asked once a file; without it, a prompt if there is a terminal")
+    add("--question", help="asked once a file; without it, a chat if there is a terminal")
+    add("--together", action="store_true", help="ask once about all files instead")
+    add("--chat", action="store_true", help="a chat also where the input is no terminal")
     add("--temperature", type=float, default=0.0, help="0: the most likely answer; above: sampled")
+    add("--top_k", type=int, default=0, help="sample from so many of the likeliest tokens; 0: all")
     add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this sum")
+    add("--min_p", type=float, default=0.0, help="or at least so likely, compared with the first")
+    add(
+        "--repetition_penalty", type=float, default=1.0, help="above 1: say other words than before"
+    )
+    add("--stop", nargs="+", default=[], metavar="TEXT", help="end an answer before such a text")
     add = parser.add_argument_group("test set").add_argument
     add("--data_path", nargs="+", metavar="JSONL", help="files of questions with true answers")
     add("--images_path", default="dataset/videos", help="folder that their paths start from")
@@ -315,8 +323,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("num_frames", "max_new_tokens", "batch_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name} is {value}: give 1 or more")
-    if args.data_path and (args.video or args.image or args.question):
+    if args.data_path and (args.video or args.image or args.question or args.chat):
         parser.error("--data_path scores a test set; --video, --image, --question are for a chat")
+    if args.chat and (args.question or args.together):
+        parser.error("--question and --together ask once, --chat reads questions: choose one")
     return args
 
 
@@ -324,7 +334,7 @@ def main() -> None:
     args = parse_arguments()
     try:
         if not args.data_path:
-            return chat(args)
+            return talk(args)
         result = evaluate(args)
         if args.output:
             output = Path(args.output)
@@ -332,8 +342,6 @@ def main() -> None:
             output.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
     except (ValueError, OSError) as error:
         raise SystemExit(f"eval.py: {error}") from None
-    except EOFError:  # Ctrl-D at the prompt
-        print()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

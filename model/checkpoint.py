@@ -147,6 +147,15 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     return state, _flat(_read_json(about), about)
 
 
+def read_about(path: str | Path) -> dict:
+    """What training wrote beside the weights; nothing beside the files of others."""
+    path = Path(path)
+    if path.is_dir():
+        return _read_json(path / "config.json").get("cinego", {})
+    about = path.with_suffix(".json")
+    return _read_json(about) if about.is_file() else {}
+
+
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":

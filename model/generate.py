@@ -231,7 +231,7 @@ def _join_masks(
     length = max(length_above, len(cache))
     if above is None and below is None and length_above == len(cache):
         return None
-    device = cache.layers[0].device
+    device = cache.layers[0][0].device
     if above is None:
         above = torch.ones(num_above, length_above, dtype=torch.bool, device=device)
     if below is None:

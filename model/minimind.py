@@ -35,13 +35,13 @@ class CausalLMOutput:
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, one tensor (2, B, H, room, E) a layer.
+    """Keys and values of the tokens read so far, a pair of (B, H, room, E) a layer.
 
     There is room for tokens to come: a new one is written into its place, and nothing is copied
     around it until the room is used up and grows by half.
     """
 
-    def __init__(self, layers: list[Tensor] | None = None, length: int = 0):
+    def __init__(self, layers: list[tuple[Tensor, Tensor]] | None = None, length: int = 0):
         self.layers, self.length = layers or [], length
 
     def __len__(self) -> int:
@@ -49,18 +49,23 @@ class KVCache:
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Adds (B, H, L, E) of one layer, whose layers come in order; returns all T of it."""
+        more = keys.shape[2]
         if layer == 0:
-            self.length += keys.shape[2]
-        start, end = self.length - keys.shape[2], self.length
+            self.length += more
+        end = self.length
+        start = end - more
         if layer == len(self.layers):
-            self.layers.append(keys.new_empty(2, *keys.shape[:2], _room(end), keys.shape[3]))
-        elif self.layers[layer].shape[3] < end:
-            old = self.layers[layer][:, :, :, :start]
-            self.layers[layer] = old.new_empty(*old.shape[:3], _room(end), old.shape[4])
-            self.layers[layer][:, :, :, :start] = old
-        both = self.layers[layer][:, :, :, :end]
-        both[0, :, :, start:], both[1, :, :, start:] = keys, values
-        return both[0], both[1]
+            self.layers.append((_with_room(keys[:, :, :0], end), _with_room(values[:, :, :0], end)))
+        elif self.layers[layer][0].shape[2] < end:
+            old_keys, old_values = self.layers[layer]
+            self.layers[layer] = (
+                _with_room(old_keys[:, :, :start], end),
+                _with_room(old_values[:, :, :start], end),
+            )
+        all_keys, all_values = self.layers[layer]
+        all_keys.narrow(2, start, more).copy_(keys)
+        all_values.narrow(2, start, more).copy_(values)
+        return all_keys.narrow(2, 0, end), all_values.narrow(2, 0, end)
 
     def crop(self, length: int) -> None:
         """Forgets all tokens after the first `length`."""
@@ -68,27 +73,37 @@ class KVCache:
 
     def keep_rows(self, rows: Tensor) -> None:
         """Forgets every row of the batch but these (ids, which may repeat)."""
-        self.layers = [both[:, rows] for both in self.layers]
+        self.layers = [(keys[rows], values[rows]) for keys, values in self.layers]
 
     def row(self, i: int) -> "KVCache":
         """A batch of one, with memory of its own."""
-        return KVCache([both[:, i : i + 1].clone() for both in self.layers], self.length)
+        layers = [
+            (keys[i : i + 1].clone(), values[i : i + 1].clone()) for keys, values in self.layers
+        ]
+        return KVCache(layers, self.length)
 
     def select(self, columns: Tensor) -> "KVCache":
         """Only the tokens where `columns` (T) is True."""
-        layers = [both[:, :, :, : self.length][:, :, :, columns] for both in self.layers]
-        return KVCache(layers, int(columns.sum()))
+        length, places = int(columns.sum()), columns.nonzero()[:, 0]
+        return KVCache(
+            [(keys[:, :, places], values[:, :, places]) for keys, values in self.layers], length
+        )
 
     def join(self, below: "KVCache") -> "KVCache":
         """Both batches as one; the shorter gets zeros on its left, which attention must not see."""
         length = max(self.length, below.length)
-        layers = []
-        for parts in zip(self.layers, below.layers, strict=True):
-            parts = [
-                F.pad(both[:, :, :, :old], (0, 0, length - old, _room(length) - length))
-                for both, old in zip(parts, (self.length, below.length), strict=True)
-            ]
-            layers.append(torch.cat(parts, dim=1))
+
+        def stack(above: Tensor, under: Tensor) -> Tensor:
+            parts = ((above, self.length), (under, below.length))
+            return torch.cat(
+                [
+                    F.pad(part[:, :, :old], (0, 0, length - old, _room(length) - length))
+                    for part, old in parts
+                ]
+            )
+
+        pairs = zip(self.layers, below.layers, strict=True)
+        layers = [(stack(k, more_k), stack(v, more_v)) for (k, v), (more_k, more_v) in pairs]
         return KVCache(layers, length)
 
 
@@ -96,19 +111,26 @@ def _room(length: int) -> int:
     return length + max(length // 2, 64)
 
 
+def _with_room(old: Tensor, length: int) -> Tensor:
+    """(B, H, old, E) in memory for `length` tokens and more to come."""
+    room = old.new_empty(*old.shape[:2], _room(length), old.shape[3])
+    room[:, :, : old.shape[2]] = old
+    return room
+
+
 def rotary_tables(position_ids: Tensor, config: LanguageModelConfig) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (B or 1, 1, L, E/2) of the angles of RoFormer (arXiv 2104.09864), eq. 15."""
+    """Cosine and signed sine (B or 1, 1, L, E), RoFormer's angles (arXiv 2104.09864, eq. 15)."""
     exponents = torch.arange(0, config.head_dim, 2, device=position_ids.device).float()
     frequencies = 1.0 / config.rope_theta ** (exponents / config.head_dim)
     angles = position_ids[:, None, :, None].float() * frequencies
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x_BHLE: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Turns channel i together with channel i + E/2 ("rotate half", as Llama in transformers)."""
     cos, sin = tables
-    first, second = x_BHLE.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.addcmul(x_BHLE * cos, x_BHLE.roll(x_BHLE.shape[-1] // 2, -1), sin)
 
 
 @dataclass
@@ -125,6 +147,8 @@ def attention_pattern(
     """Who may attend to whom, built once for all layers. None: each to all before it."""
     if segment_ids is None and attention_mask is None and (past == 0 or length == 1):
         return None
+    if length == 1 and segment_ids is None:  # the newest token sees all that is no padding
+        return [Span(slice(None), attention_mask[:, None, None, :].bool())]
     keys_T = torch.arange(past + length, device=device)
     allowed = (keys_T <= keys_T[past:, None])[None]  # (1, L, T)
     if segment_ids is not None:
@@ -150,6 +174,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim, self.dropout = config.head_dim, config.dropout
         width, kv_width = config.hidden_size, config.num_key_value_heads * config.head_dim
+        self.widths = (width, kv_width, kv_width)
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, kv_width, bias=False)
         self.v_proj = nn.Linear(width, kv_width, bias=False)
@@ -159,18 +184,28 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         else:
             self.q_norm = self.k_norm = nn.Identity()
+        self.qkv_proj: nn.Module | None = None  # the first three in one, for model/inference.py
 
     def forward(self, x_BLC, tables, pattern, cache: KVCache | None, layer: int) -> Tensor:
-        heads = (-1, self.head_dim)
-        q_BHLE = self.q_norm(self.q_proj(x_BLC).unflatten(-1, heads)).transpose(1, 2)
-        k_BHLE = self.k_norm(self.k_proj(x_BLC).unflatten(-1, heads)).transpose(1, 2)
-        v_BHTE = self.v_proj(x_BLC).unflatten(-1, heads).transpose(1, 2)
+        if self.qkv_proj is None:
+            projected = self.q_proj(x_BLC), self.k_proj(x_BLC), self.v_proj(x_BLC)
+        else:
+            projected = self.qkv_proj(x_BLC).split(self.widths, dim=-1)
+        heads = (*x_BLC.shape[:2], -1, self.head_dim)
+        q_BLHE, k_BLHE, v_BLHE = (x.view(heads) for x in projected)
+        q_BHLE = self.q_norm(q_BLHE).transpose(1, 2)
+        k_BHLE = self.k_norm(k_BLHE).transpose(1, 2)
+        v_BHTE = v_BLHE.transpose(1, 2)
         q_BHLE, k_BHTE = rotate(q_BHLE, tables), rotate(k_BHLE, tables)  # float32, as the tables
         if cache is not None:
             k_BHTE, v_BHTE = cache.extend(layer, k_BHTE, v_BHTE)
-        # On a CPU attention is faster in float32 than in bfloat16; on CUDA autocast still casts it.
-        with torch.autocast("cpu", enabled=False):
-            mixed_BHLE = self._attend(q_BHLE, k_BHTE, v_BHTE.to(k_BHTE.dtype), pattern)
+        v_BHTE = v_BHTE.to(k_BHTE.dtype)
+        if torch.is_autocast_enabled("cpu"):
+            # Faster in float32 than in bfloat16 there; on CUDA autocast still casts it.
+            with torch.autocast("cpu", enabled=False):
+                mixed_BHLE = self._attend(q_BHLE, k_BHTE, v_BHTE, pattern)
+        else:  # entering a context costs as much as a small product, in each layer of each step
+            mixed_BHLE = self._attend(q_BHLE, k_BHTE, v_BHTE, pattern)
         return self.o_proj(mixed_BHLE.transpose(1, 2).flatten(2).to(x_BLC.dtype))
 
     @torch.compiler.disable  # its blocks are as many as the rows are long: each would be compiled
@@ -195,9 +230,14 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj: nn.Module | None = None  # the first two in one, for model/inference.py
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.gate_up_proj is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        else:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -238,6 +278,7 @@ class MiniMind(nn.Module):
         # Training keeps a layer's input only and runs the layer again for the gradients.
         self.gradient_checkpointing = False
         self.model = Decoder(config)
+        self.head: nn.Module | None = None  # the embedding once more, for model/inference.py
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=config.initializer_range)
@@ -321,6 +362,8 @@ class MiniMind(nn.Module):
         return CausalLMOutput(loss=loss, past_key_values=past_key_values, aux_loss=aux_loss)
 
     def _logits(self, x: Tensor) -> Tensor:
+        if self.head is not None:
+            return self.head(x)
         return F.linear(x, self.model.embed_tokens.weight)
 
     @staticmethod

@@ -15,7 +15,6 @@ out in our names. docs/checkpoints.md has the table of what becomes what.
 """
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -40,6 +39,7 @@ from dataset.video import FrameTransform
 from model.checkpoint import (
     load_language_model,
     load_video_language_model,
+    read_about,
     read_checkpoint,
     save_model,
 )
@@ -182,15 +182,6 @@ def load(source: Path) -> Cinego | MiniMind:
     has_vision = any("vision_proj." in name for name in state)
     del state
     return load_video_language_model(source) if has_vision else load_language_model(source)
-
-
-def read_about(source: Path) -> dict:
-    """What training wrote beside the weights; nothing beside the files of others."""
-    if source.is_dir():
-        about = source / "config.json"
-        return json.loads(about.read_text(encoding="utf-8")).get("cinego", {})
-    about = source.with_suffix(".json")
-    return json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
 
 
 def load_tokenizer(path: str, vocab_size: int) -> PreTrainedTokenizerBase:

@@ -1,0 +1,133 @@
+"""The chat in the terminal: many turns about several videos and images. `eval.py` opens it."""
+
+import json
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from answering import Answerer
+from model.generate import Sampling
+
+HELP = """\
+  /video FILE …     show videos; they belong to your next question
+  /image FILE …     the same with images
+  /set NAME VALUE   temperature, top_k, top_p, min_p, repetition_penalty, seed, max_new_tokens
+  /reset            forget what was shown and said
+  /save FILE        write the chat; name.json for programs, anything else for people
+  /help             these lines
+  /quit             end (or Ctrl-D); Ctrl-C stops an answer"""
+PROMPT = "Q: "
+
+
+class Terminal:
+    """Reads questions and commands line by line, writes answers as they are made."""
+
+    def __init__(self, answerer: Answerer, sampling: Sampling, stop: tuple[str, ...] = ()):
+        self.answerer, self.sampling, self.stop = answerer, sampling, stop
+        self.chat = answerer.chat()
+
+    def show(self, *files: str | Path) -> None:
+        """Puts files before the next question. Raises VideoError."""
+        for file in files:
+            visual = self.answerer.read(file)
+            self.chat.show(visual)
+            times = ", ".join(f"{time:.1f}" for time in visual.timestamps[:32])
+            print(f"{file}: {len(visual.features)} frames, at {times} s")
+
+    def run(self) -> None:
+        """Until /quit or the end of input. What goes wrong is said, and the chat goes on."""
+        if sys.stdin.isatty():
+            import readline  # noqa: F401  input() then edits the line and remembers the last ones
+        print("Type a question, or /help.")
+        while True:
+            try:
+                line = input(PROMPT).strip()
+                if line == "/quit":
+                    return
+                if line.startswith("/"):
+                    self.command(line)
+                elif line:
+                    self.answer(line)
+            except EOFError:  # Ctrl-D
+                print()
+                return
+            except KeyboardInterrupt:  # at the prompt, or while a file is read
+                print("\n(stopped; Ctrl-D or /quit ends the chat)")
+            except (ValueError, OSError) as error:
+                print(error)
+
+    def answer(self, question: str) -> None:
+        """Prints the answer piece by piece and a line of times; Ctrl-C cuts it there."""
+        print("A: ", end="", flush=True)
+        pieces = self.chat.ask(question, self.sampling, self.stop)
+        with _interrupts() as interrupted:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+                if interrupted:
+                    pieces.close()
+                    break
+        last = self.chat.last
+        print(
+            f"\n   ({last.completion_tokens} tokens, the first after "
+            f"{last.time_to_first_token:.2f} s, then {last.tokens_per_second:.0f} a second; "
+            f"{last.prompt_tokens} read, {last.cached_tokens} of them earlier"
+            f"{'; stopped' if last.finish_reason == 'cancelled' else ''})"
+        )
+
+    def command(self, line: str) -> None:
+        name, *words = shlex.split(line)
+        if name in ("/video", "/image") and words:
+            self.show(*words)
+        elif name == "/set" and len(words) == 2:
+            self.set(*words)
+        elif name == "/reset" and not words:
+            self.chat = self.answerer.chat()
+        elif name == "/save" and len(words) == 1:
+            self.save(Path(words[0]))
+        else:
+            print(HELP if name == "/help" else f"{line!r} isn't one of\n{HELP}")
+
+    def set(self, name: str, value: str) -> None:
+        kinds = {field: type(default) for field, default in vars(Sampling(seed=0)).items()}
+        if name not in kinds:
+            raise ValueError(f"{name!r} isn't one of {', '.join(kinds)}")
+        self.sampling = replace(self.sampling, **{name: kinds[name](value)})
+
+    def save(self, path: Path) -> None:
+        """The whole chat, also what the model was told no more."""
+        turns = self.chat.transcript
+        if path.suffix == ".json":
+            text = json.dumps(turns, indent=1, ensure_ascii=False)
+        else:
+            text = "\n".join(_lines(turns))
+        with open(path, "x", encoding="utf-8") as file:  # never over another file
+            file.write(text + "\n")
+        print(f"wrote {path}")
+
+
+def _lines(turns: list[dict]) -> Iterator[str]:
+    for turn in turns:
+        yield from (f"[{name}]" for name in turn.get("visuals", ()))
+        yield f"{'Q' if turn['role'] == 'user' else 'A'}: {turn['content']}"
+
+
+@contextmanager
+def _interrupts() -> Iterator[list]:
+    """A list that the first Ctrl-C fills, so that an answer ends between two tokens. A second one
+    interrupts as usual, in the midst of a step, after which all is read anew."""
+    seen = []
+
+    def note(number, frame):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
