@@ -177,7 +177,7 @@ def test_any_name_will_do(tmp_path, name):
     assert numbers(read_frames(os.fsencode(path), 3, timeout=None)) == [0, 1, 2]
 
 
-@pytest.mark.parametrize(("left", "fewest"), [(0.5, 5), (0.77, 9), (0.97, 20), (-1, 38)])
+@pytest.mark.parametrize(("left", "fewest"), [(0.77, 5), (0.97, 20), (-1, 38)])
 @pytest.mark.parametrize(
     ("suffix", "codec", "pix_fmt"),
     [
@@ -192,7 +192,7 @@ def test_any_name_will_do(tmp_path, name):
     ],
 )
 def test_a_cut_file_gives_what_came_before_the_cut(tmp_path, suffix, codec, pix_fmt, left, fewest):
-    path = make_clip(tmp_path / f"clip.{suffix}", 40, codec, pix_fmt=pix_fmt, g="10")
+    path = make_clip(tmp_path / f"clip.{suffix}", 40, codec, pix_fmt=pix_fmt, g="4")
     if suffix == "mp4":  # with its index at the front
         path = remux(path, tmp_path / "front.mp4", movflags="faststart")
     whole = read_frames(path, 40)
