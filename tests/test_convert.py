@@ -428,7 +428,7 @@ def test_the_command(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "new.jsonl: 1 samples of 2 records\ndropped 1, all listed in" in result.stdout
     assert f"{data}:2: there is no file 'gone'" in result.stdout
-    assert f"next: python extract_features.py --data_path {tmp_path}/new.jsonl" in result.stdout
+    assert f"next: python -m scripts.check_data --data_path {tmp_path}/new.jsonl" in result.stdout
     assert "B/s" in result.stderr  # progress
     assert len(read_samples(tmp_path / "new.jsonl")) == 1
 

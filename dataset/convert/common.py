@@ -257,10 +257,11 @@ class Seen:
     def _add(self, text: str) -> bool:
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
         if 2 * self.count > len(self.table):
-            kept = [key for key in self.table if key]
-            self.table, self.count = array("Q", bytes(16 * len(self.table))), 0
-            for key in kept:
-                self._insert(key)
+            smaller = self.table
+            self.table, self.count = array("Q", bytes(16 * len(smaller))), 0
+            for key in smaller:
+                if key:
+                    self._insert(key)
         return self._insert(int.from_bytes(digest, "little") or 1)
 
     def _insert(self, key: int) -> bool:

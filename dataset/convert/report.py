@@ -48,10 +48,7 @@ class Report:
             lines += [f"dropped {self.dropped.count:,}, all listed in {where}:", str(self.dropped)]
         if self.notes.count:
             lines += ["noted:", str(self.notes)]
-        if self.output.suffix == ".parquet":
-            command = f"python train_sft.py --data_path {self.output}"
-        else:
-            root = self.root or "FOLDER_OF_THE_MEDIA"
-            command = f"python extract_features.py --data_path {self.output} --images_path {root}"
-            command += " --features_path dataset/features"
+        command = f"python -m scripts.check_data --data_path {self.output}"
+        if self.output.suffix != ".parquet":
+            command += f" --images_path {self.root or 'FOLDER_OF_THE_MEDIA'}"
         return "\n".join([*lines, f"next: {command}"])
