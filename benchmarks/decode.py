@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -29,18 +30,27 @@ HEIGHT, WIDTH, RATE = 360, 640, 30
 
 
 def make_clip(path: Path, seconds: int) -> None:
-    """A keyframe every 250 frames and B-frames between, as x264 does it by itself."""
+    """A keyframe every 250 frames and B-frames between, as x264 does it by itself. A long clip is a
+    minute of pictures over and over: encoding would take longer than all that is measured."""
     random = np.random.default_rng(0)
     scene = random.integers(0, 255, (HEIGHT // 8, WIDTH // 4, 3), np.uint8)
     scene = scene.repeat(16, axis=0).repeat(16, axis=1)
+    length = min(seconds, 60) * RATE
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=RATE, options={"preset": "veryfast"})
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        for number in range(seconds * RATE):
+        packets = []
+        for number in range(length):
             top, left = number % HEIGHT, number * 3 % WIDTH
             frame = np.ascontiguousarray(scene[top : top + HEIGHT, left : left + WIDTH])
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
+            packets += stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24"))
+        packets += stream.encode()
+        times = [(packet.pts, packet.dts) for packet in packets]
+        for first in range(0, seconds * RATE, length):
+            for packet, (pts, dts) in zip(packets, times, strict=True):
+                packet.pts, packet.dts = pts + first, dts + first
+                packet.time_base, packet.stream = Fraction(1, RATE), stream
+                container.mux(packet)
 
 
 def serve(reader: str) -> None:
