@@ -58,6 +58,8 @@ REVERSE_OF |= {backwards: motion for motion, backwards in REVERSE_OF.items()}
 KINDS = ("single", "two_step", "order", "count")
 # Who does what, and how many there are, is learnt last: training shows such scenes more often.
 TRAINING_SHARES = (0.12, 0.15, 0.35, 0.38)
+LOOK_ALIKE = 0.3  # share of training's pairs that have the same colour, or are both icons
+ONE_KIND = 0.25  # share of training's counts of two and more that are of one kind
 SPLITS = ("train", "val", "test")
 
 
@@ -122,7 +124,7 @@ def sample_scene(rng: np.random.Generator, split: str) -> Scene:
     """A random scene of the split; motions are drawn evenly, combinations by rejection."""
     kind = rng.choice(KINDS, p=TRAINING_SHARES if split == "train" else None)
     while True:
-        scene = Scene(kind, tuple(_sample_actors(rng, kind)))
+        scene = Scene(kind, tuple(_sample_actors(rng, kind, training=split == "train")))
         # A circle that turns looks like one that stays: such a question would have no answer.
         if any("spin" in actor.steps and not actor.thing.rotation_order for actor in scene.actors):
             continue
@@ -130,7 +132,9 @@ def sample_scene(rng: np.random.Generator, split: str) -> Scene:
             return scene
 
 
-def _sample_actors(rng: np.random.Generator, kind: str) -> list[Actor]:
+def _sample_actors(rng: np.random.Generator, kind: str, training: bool) -> list[Actor]:
+    """Who does what. Training shows what is easily mixed up more often than chance would."""
+
     def pick(options):  # rng.choice is slow, and makes arrays of tuples
         return options[rng.integers(len(options))]
 
@@ -141,12 +145,18 @@ def _sample_actors(rng: np.random.Generator, kind: str) -> list[Actor]:
         return [Actor(pick(THINGS), tuple(pick(AXES[axis]) for axis in axes))]
     if kind == "order":
         first, second = (THINGS[i] for i in rng.permutation(len(THINGS))[:2])
+        if training and rng.random() < LOOK_ALIKE:
+            second = pick([t for t in THINGS if t.colour == first.colour and t != first])
         directions = list(VECTORS)
         return [Actor(first, (pick(directions), "stay")), Actor(second, ("stay", pick(directions)))]
-    total = int(rng.integers(1, 5))
+    # Counting to one is easy, and not what other numbers are learnt from.
+    total = pick([1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4] if training else [1, 2, 3, 4])
     steps = ("stay",) if rng.random() < 0.5 else (pick(list(VECTORS)),)
     # Mixed scenes part the number from the object: the same picture answers several counts.
-    majority = total if rng.random() < 0.3 else int(rng.integers((total + 1) // 2, total + 1))
+    if rng.random() < (ONE_KIND if training else 0.3) or total == 1:
+        majority = total
+    else:
+        majority = int(rng.integers((total + 1) // 2, total + (0 if training else 1)))
     kinds = [THINGS[i] for i in rng.permutation(len(THINGS))[:3]]
     things = [kinds[0]] * majority + sorted(
         (kinds[1 + rng.integers(2)] for _ in range(total - majority)), key=str
