@@ -46,6 +46,16 @@ def test_ours_tells_a_video_from_its_reverse_and_cinego_2025_does_not():
     assert difference("mean") < 1e-5
 
 
+def test_what_little_changes_is_heard_before_any_training_whatever_the_tower_s_scale():
+    """A tower's raw features may be of any size, and most of a frame stays as it is."""
+    frame, drift = torch.randn(1, P, D), 0.1 * torch.randn(1, P, D)
+    video = frame + drift * torch.linspace(-1, 1, 8)[:, None, None]
+    summary = make("ours")
+    forward, backward = summary(video, [8]), summary(video.flip(0), [8])
+    assert (forward - backward).norm() > 0.05 * forward.norm()
+    torch.testing.assert_close(summary(20 * video, [8]), forward, atol=1e-4, rtol=1e-4)
+
+
 def test_ours_learns_the_order_of_two_frames_in_every_place():
     """A place's own course must reach that place's token: swap one place over time, not the CLS."""
     summary, video = make("ours"), torch.randn(6, P, D)
