@@ -14,7 +14,7 @@ tower=model/vision_model/demo_tower
 python=.venv/bin/python
 # A language model of two million parameters is enough for this world; the named sizes are 512 x 8
 # and 768 x 16.
-size="--dim 128 --n_layers 3 --n_heads 4 --n_kv_heads 2 --num_frames 8"
+size="--dim 128 --n_layers 4 --n_heads 4 --n_kv_heads 2 --num_frames 8"
 
 # stage NAME "what it is for" WHAT-IT-MAKES... -- COMMAND...
 stage() {
@@ -26,7 +26,7 @@ stage() {
 }
 
 stage data-train "render clips of moving things, with captions and questions" $out/data/train -- \
-    $python -m dataset.demo_world --split train --seed 0 --clips 7800 --out $out/data/train
+    $python -m dataset.demo_world --split train --seed 0 --clips 5200 --out $out/data/train
 stage data-val "held-out clips to watch training by" $out/data/val -- \
     $python -m dataset.demo_world --split val --seed 0 --clips 200 --out $out/data/val
 stage data-test "clips of combinations that training never shows" $out/data/test -- \
@@ -51,14 +51,14 @@ optimizer="--optimizer muon --muon_learning_rate 0.015 --learning_rate 2e-3"
 optimizer="$optimizer --schedule linear --warmup_iters 20"
 stage pretrain "learn to see and to speak, from captions" $out/pretrain.pth $out/pretrain -- \
     $train train_pretrain.py --out_dir $out --run_name pretrain $size $features \
-    --from_scratch --freeze_llm 0 --embedding_std 0.4 \
+    --from_scratch --freeze_llm 0 --embedding_std 0.1 \
     --data_path $out/data/train/captions.jsonl --val_path $out/data/val/captions.jsonl \
-    --max_steps 60 --batch_size 64 $optimizer --eval_interval 50 --save_interval 50
+    --max_steps 60 --batch_size 32 $optimizer --eval_interval 50 --save_interval 50
 stage sft "learn to answer questions" $out/sft.pth $out/sft -- \
     $train train_sft.py --out_dir $out --run_name sft $size $features \
     --load_from $out/pretrain.pth \
     --data_path $out/data/train/questions.jsonl --val_path $out/data/val/questions.jsonl \
-    --epochs 3 --max_steps 1050 --batch_size 32 $optimizer --eval_interval 200 --save_interval 200
+    --epochs 3 --max_steps 1100 --batch_size 16 $optimizer --eval_interval 200 --save_interval 200
 
 model="--load_from $out/sft.pth --vision_path $tower"
 stage eval "answer about unseen clips; then with the time order changed, and with no video" \
