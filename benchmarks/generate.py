@@ -15,6 +15,7 @@ beside the wall time. Nothing is measured before a warm-up.
 import argparse
 import copy
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import av
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
@@ -35,10 +37,11 @@ from model.checkpoint import save_model
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
 from model.generate import Generation, Row, Sampling, generate
-from model.inference import prepare
+from model.inference import WEIGHTS, prepare
 from model.minimind import MiniMind
 
 NEVER = -1  # no token ends an answer here
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 PROMPT = 80  # tokens: a video and a question
 
 
@@ -64,6 +67,12 @@ def llama_of(model: MiniMind) -> LlamaForCausalLM:
     return llama.eval()
 
 
+def cpu_seconds() -> float:
+    """Of this process and its children, living (a video is decoded in one) or done (a compiler)."""
+    living = psutil.Process().children(recursive=True)
+    return sum(os.times()[:4]) + sum(sum(child.cpu_times()[:2]) for child in living)
+
+
 class Clock:
     """Wall and CPU seconds of calls, by name."""
 
@@ -72,9 +81,9 @@ class Clock:
 
     def time(self, name: str, call: Callable, times: int = 1) -> None:
         """Notes the seconds of `call`, divided by `times`."""
-        wall, cpu = time.perf_counter(), time.process_time()
+        wall, cpu = time.perf_counter(), cpu_seconds()
         call()
-        seconds = time.perf_counter() - wall, time.process_time() - cpu
+        seconds = time.perf_counter() - wall, cpu_seconds() - cpu
         self.runs.setdefault(name, []).append((seconds[0] / times, seconds[1] / times))
 
     def median(self, name: str) -> tuple[float, float]:
@@ -121,16 +130,18 @@ def decoding(args: argparse.Namespace) -> dict:
     )
     assert generate(model, {"input_ids": ids[:1]}, 20, NEVER) == same[:, PROMPT:].tolist()
 
-    kinds = {"float32": ("float32", False), "int8": ("int8", False)}
+    kinds = {weights: (weights, False) for weights in args.weights}
     if args.compile:
-        kinds |= {"float32 compiled": ("float32", True), "int8 compiled": ("int8", True)}
+        kinds |= {f"{weights} compiled": (weights, True) for weights in args.weights}
     models = {}
     for name, (weights, compile) in kinds.items():
-        start = time.perf_counter(), time.process_time()
+        start = time.perf_counter(), cpu_seconds()
         models[name] = prepare(copy.deepcopy(model), weights, compile)
         if compile:
-            wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
-            print(f"{name}: warm-up {wall:.0f} s, {cpu:.0f} CPU-s in this process")
+            wall, cpu = time.perf_counter() - start[0], cpu_seconds() - start[1]
+            print(
+                f"{name}: warm-up {wall:.0f} s, {cpu:.0f} CPU-s (less with a warm compiler cache)"
+            )
     read = torch.ones(64 << 20)  # 256 MB, more than any cache
     clock = Clock()
     for round in range(args.rounds + 1):
@@ -145,7 +156,7 @@ def decoding(args: argparse.Namespace) -> dict:
 
     speed = read.numel() * read.element_size() / clock.median("memory")[0]
     num_weights = sum(p.numel() for p in model.parameters())
-    limits = {name: num_weights * (1 if "int8" in name else 4) / speed for name in models}
+    limits = {name: num_weights * BYTES[name.split()[0]] / speed for name in models}
     limits["transformers"] = num_weights * 4 / speed
     print(
         f"\n{num_weights / 1e6:.1f} M weights; memory is read at {speed / 1e9:.1f} GB/s: at most "
@@ -231,7 +242,8 @@ def first_token(args: argparse.Namespace) -> dict:
     (whole, whole_cpu), (least, least_cpu) = clock.median("answer"), clock.median("alone")
     print(
         f"\nfirst token about 32 frames of a 640 x 360 mp4: {whole:.2f} s ({whole_cpu:.2f} CPU-s); "
-        f"tower + prefill alone {least:.2f} s ({least_cpu:.2f} CPU-s): x {whole / least:.2f}"
+        f"tower + prefill alone {least:.2f} s ({least_cpu:.2f} CPU-s): "
+        f"x {whole / least:.2f} of wall, {whole_cpu / least_cpu:.2f} of CPU time"
     )
     return {"seconds": whole, "tower_and_prefill": least, "ratio": whole / least}
 
@@ -244,17 +256,20 @@ def main() -> None:
     add("--dim", type=int, default=512, help="width of the language model")
     add("--n_layers", type=int, default=8)
     add("--batches", type=int, nargs="+", default=[1, 4, 16])
+    add("--weights", nargs="+", choices=WEIGHTS, default=["float32", "int8"])
     add("--tokens", type=int, default=64, help="made by each measured call")
     add("--rounds", type=int, default=5)
     add("--threads", type=int, default=2)
     add("--compile", action="store_true", help="also with torch.compile, which warms up first")
-    add("--skip_video", action="store_true", help="decoding only")
+    add("--only", choices=["tokens", "video"], help="one of the two tables")
     add("--output", type=Path, help="JSON file for all figures")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {args.threads} threads, medians of {args.rounds} rounds")
-    figures = {"command": sys.argv, "decoding": decoding(args)}
-    if not args.skip_video:
+    figures = {"command": sys.argv}
+    if args.only != "video":
+        figures["tokens"] = decoding(args)
+    if args.only != "tokens":
         figures["first_token"] = first_token(args)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

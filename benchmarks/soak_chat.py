@@ -1,6 +1,6 @@
 """Does a chat of a thousand turns keep its memory?
 
-    python benchmarks/soak_chat.py                 # about 3 CPU-minutes
+    python benchmarks/soak_chat.py                 # about a CPU-minute
     python benchmarks/soak_chat.py --turns 100 --load_from out/quickstart/sft.pth
 
 Types at the real `eval.py --chat`: questions in two languages, a new clip every 20 turns, an image
@@ -74,7 +74,7 @@ def main() -> None:
         make_files(folder)
         chat = subprocess.Popen(
             [
-                *(sys.executable, "-u", "eval.py", "--chat", "--max_new_tokens", "12"),
+                *(sys.executable, "-u", "eval.py", "--chat", "--max_new_tokens", "4"),
                 *("--load_from", args.load_from or folder / "random.pth", "--vision_path", TOWER),
             ],
             stdin=subprocess.PIPE,

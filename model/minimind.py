@@ -199,13 +199,13 @@ class Attention(nn.Module):
         q_BHLE, k_BHTE = rotate(q_BHLE, tables), rotate(k_BHLE, tables)  # float32, as the tables
         if cache is not None:
             k_BHTE, v_BHTE = cache.extend(layer, k_BHTE, v_BHTE)
-        v_BHTE = v_BHTE.to(k_BHTE.dtype)
-        if torch.is_autocast_enabled("cpu"):
-            # Faster in float32 than in bfloat16 there; on CUDA autocast still casts it.
-            with torch.autocast("cpu", enabled=False):
-                mixed_BHLE = self._attend(q_BHLE, k_BHTE, v_BHTE, pattern)
-        else:  # entering a context costs as much as a small product, in each layer of each step
+        if v_BHTE.dtype == k_BHTE.dtype:
             mixed_BHLE = self._attend(q_BHLE, k_BHTE, v_BHTE, pattern)
+        else:
+            # Autocast or bfloat16 weights. A CPU attends faster in float32; on CUDA
+            # autocast still casts it.
+            with torch.autocast("cpu", enabled=False):
+                mixed_BHLE = self._attend(q_BHLE, k_BHTE, v_BHTE.to(k_BHTE.dtype), pattern)
         return self.o_proj(mixed_BHLE.transpose(1, 2).flatten(2).to(x_BLC.dtype))
 
     @torch.compiler.disable  # its blocks are as many as the rows are long: each would be compiled
