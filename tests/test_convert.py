@@ -315,6 +315,13 @@ def test_minimind_v_parquet(tmp_path, convert, output):
         assert not root.exists() or not any(root.rglob("*.*"))
 
 
+def test_a_parquet_with_ids_of_a_strange_type(tmp_path, convert):
+    table = {"conversations": [json.dumps(human("Hi", "Hello"))] * 2, "id": [b"\xff", None]}
+    pq.write_table(pa.table(table), tmp_path / "x.parquet")
+    (sample,), _ = convert(chinese_llava, tmp_path / "x.parquet")
+    assert sample.id == "x-1" and "'id' must be a string" in dropped(tmp_path)[0][1]
+
+
 def test_a_parquet_is_rewritten_in_small_row_groups(tmp_path, convert, monkeypatch):
     monkeypatch.setattr("dataset.parquet.WRITTEN_GROUP_BYTES", 2000)
     rows = [(user(f"<image> {i}", "x"), [picture((i, 0, 0))]) for i in range(40)]

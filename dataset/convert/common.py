@@ -99,7 +99,7 @@ def run(convert: Convert, data_path: list[str], images_path: str | None, output:
                     held = record if isinstance(record, dict) else {}
                     name = held.get("id", held.get("video_id"))
                     line = {"file": str(path), "line": number, "id": name, "reason": str(error)}
-                    dropped_file.write(json.dumps(line).encode() + b"\n")
+                    dropped_file.write(json.dumps(line, default=str).encode() + b"\n")
                     report.dropped.add(str(error), where)
                     continue
                 if (name := seen.unique_name(sample.id)) != sample.id:

@@ -30,7 +30,7 @@ def convert(record: dict, media: Media) -> dict:
         "id": record.get("id"),
         "video": media.find(*places),
         "conversations": conversations,
-        "data_source": subset,
+        "data_source": subset if isinstance(subset, str) else None,
     }
 
 
