@@ -216,30 +216,49 @@ def setup(device: str = "auto", timeout: float = 900) -> World:
 
 def _meet(rank: int, size: int, timeout: float) -> dist.Store:
     """The store that all processes share, once every one of them is there."""
-    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
-    except RuntimeError as error:
-        raise ValueError(
-            f"process {rank} of {size} on {socket.gethostname()} can't reach {address}, where the "
-            f"processes meet: is that machine up, and its port open? ({error})"
-        ) from None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    deadline = time.monotonic() + timeout
+    # The store lives in torchrun, or in the main process if somebody else started the processes.
+    hosting = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    while not hosting and not _answers(host, port):
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"process {rank} of {size} on {socket.gethostname()} can't reach {host}:{port}, "
+                f"where the processes meet, within {timeout:.0f} s (--timeout): is that machine "
+                "up, the main process running, and the port open?"
+            )
+        time.sleep(0.1)
+    store = dist.TCPStore(
+        host,
+        port,
+        is_master=hosting,
+        wait_for_workers=False,  # it would wait for a number of them, and not know who is missing
+        multi_tenant=True,
+        timeout=timedelta(seconds=timeout),
+    )
     # torchrun keeps its store when it restarts the processes: what the dead ones wrote there must
     # not be taken for the living's (gloo then connects to addresses that nobody listens on).
     store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     store.set(f"host/{rank}", socket.gethostname())
     names = [f"host/{other}" for other in range(size)]
-    deadline = time.monotonic() + timeout
     while not store.check(names):
         if time.monotonic() > deadline:
             missing = [str(r) for r, name in enumerate(names) if not store.check([name])]
             present = _with_hosts(store, [r for r in range(size) if str(r) not in missing])
             raise ValueError(
-                f"process {_several(missing)} of {size} didn't come to {address} within "
+                f"process {_several(missing)} of {size} didn't come to {host}:{port} within "
                 f"{timeout:.0f} s (--timeout); here are {_several(present)}"
             )
         time.sleep(0.05)
     return store
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def code_fingerprint() -> str:

@@ -113,6 +113,9 @@ def train(
         average.load_state_dict(state["average"])
     if world.is_main:
         forget_after(folder, step)
+        for suffix in ("pth", "json"):  # what a kill in mid-write left of the weights
+            for half in weights_path.parent.glob(f".{run}.{suffix}.*"):
+                half.unlink()
     world.say(f"{run}: {optimizers.description}; on {device} in {config.dtype}")
     world.say(f"{run}: updates {step} to {total_steps}")
 
