@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from dataset.feature_store import FeatureStore
+from launch import launch
 from trainer.checkpoint import list_states, step_of
 from trainer.curves import read_rows
 
@@ -69,7 +70,6 @@ def command(folder: Path, out: str, processes: int, updates: int) -> list[str]:
 
 def pretrain(argv: list[str]) -> None:
     import train_pretrain  # by the server of processes, and not by the one that kills
-    from stage import launch
 
     launch(lambda: train_pretrain.main(argv))
 
@@ -132,7 +132,7 @@ def run_killed(
                 time.sleep(0.0002)
             within = 0.0
         elif moment == "training":
-            ahead, within = chance.randint(0, 5), chance.uniform(0, 0.1)
+            ahead, within = chance.randint(0, 5), chance.uniform(0, 0.01)
             while any(process.is_alive() for process in team):
                 text = log.read_bytes()[said:].decode(errors="replace")
                 if before is None and f" to {updates}" in text:
@@ -206,7 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--updates", type=int, default=120)
+    parser.add_argument("--updates", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     preload()

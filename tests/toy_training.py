@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dataset.video_dataset import LengthGroupedBatchSampler
+from launch import launch
 from trainer.config import TrainConfig, parse
 from trainer.distributed import setup
 from trainer.engine import train
@@ -98,10 +99,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(argv: list[str] | None = None) -> None:
-    try:  # as stage.launch does, which would import everything
-        main(argv)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"toy_training.py: {error}") from None
+    launch(lambda: main(argv))
 
 
 if __name__ == "__main__":
