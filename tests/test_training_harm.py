@@ -184,7 +184,7 @@ def together(out: str, *flags: str, processes: int = 2, **environment: str) -> t
     arguments = [["--out_dir", str(Path(out).resolve()), *flags]]
     team = kills.start(toy_training.run, arguments, log, processes, **environment)
     for process in team:
-        process.join(120)
+        process.join(600)
     return [process.exitcode for process in team], log.read_text()
 
 
@@ -239,7 +239,7 @@ def test_torchrun_restarts_after_a_death_and_ends_as_if_there_had_been_none():
         env=environment,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=1500,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "updates 0 to 12" in result.stdout and "updates 4 to 12" in result.stdout
