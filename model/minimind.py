@@ -208,18 +208,29 @@ class Attention(nn.Module):
                 mixed_BHLE = self._attend(q_BHLE, k_BHTE, v_BHTE.to(k_BHTE.dtype), pattern)
         return self.o_proj(mixed_BHLE.transpose(1, 2).flatten(2).to(x_BLC.dtype))
 
-    @torch.compiler.disable  # its blocks are as many as the rows are long: each would be compiled
     def _attend(self, q_BHLE, k_BHTE, v_BHTE, pattern: list[Span] | None) -> Tensor:
-        how = {"dropout_p": self.dropout if self.training else 0.0, "enable_gqa": True}
-        attention = F.scaled_dot_product_attention
-        if pattern is None:
-            # One new token sees the whole cache; is_causal would show it the oldest token only.
-            return attention(q_BHLE, k_BHTE, v_BHTE, is_causal=q_BHLE.shape[2] > 1, **how)
+        if pattern is not None and q_BHLE.shape[2] > 1:
+            return self._attend_in_blocks(q_BHLE, k_BHTE, v_BHTE, pattern)
+        # One new token sees the whole cache; is_causal would show it the oldest token only.
+        is_causal = q_BHLE.shape[2] > 1
+        return F.scaled_dot_product_attention(
+            *(q_BHLE, k_BHTE, v_BHTE, None if pattern is None else pattern[0].mask),
+            is_causal=is_causal,
+            **self._how(),
+        )
+
+    @torch.compiler.disable  # its blocks are as many as the rows are long: each would be compiled
+    def _attend_in_blocks(self, q_BHLE, k_BHTE, v_BHTE, pattern: list[Span]) -> Tensor:
         parts = [
-            attention(q, k_BHTE[:, :, span.keys], v_BHTE[:, :, span.keys], span.mask, **how)
+            F.scaled_dot_product_attention(
+                q, k_BHTE[:, :, span.keys], v_BHTE[:, :, span.keys], span.mask, **self._how()
+            )
             for q, span in zip(q_BHLE.split(ATTENTION_BLOCK, 2), pattern, strict=True)
         ]
         return torch.cat(parts, dim=2)
+
+    def _how(self) -> dict:
+        return {"dropout_p": self.dropout if self.training else 0.0, "enable_gqa": True}
 
 
 class MLP(nn.Module):
