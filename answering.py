@@ -37,7 +37,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from dataset.conversation import VISUAL_TAG, ConversationError, Encoded, encode, left_pad
 from dataset.video import Frames, FrameTransform, VideoError, read_frames
-from model.checkpoint import load_video_language_model, read_about
+from model.checkpoint import load_video_language_model
+from model.checkpoint_files import read_about
 from model.cinego import Cinego
 from model.generate import GREEDY, Generation, Row, Sampling
 from model.inference import prepare

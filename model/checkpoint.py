@@ -8,14 +8,16 @@ was done. Other generations' files, safetensors and transformers' directories lo
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import reduce
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
+from model.checkpoint_files import read_checkpoint
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
 from model.convert import LLM, SUMMARY, Recognised, pair_halves, recognise
@@ -23,21 +25,6 @@ from model.lora import merged_state
 from model.minimind import MiniMind
 from model.video_summary import VideoSummary
 from model.vision_tower import VisionTower
-
-# Families in transformers that compute what MiniMind does. Others share the names and differ
-# inside (Gemma's norms, SmolLM3's layers without positions), and would answer nonsense.
-_FAMILIES = ("llama", "qwen3", "qwen3_moe", "minimind", "minimind-v")
-_SETTINGS = {  # of LanguageModelConfig ← of MiniMind's own config.json, where transformers' differs
-    "hidden_size": "dim",
-    "num_hidden_layers": "n_layers",
-    "num_attention_heads": "n_heads",
-    "num_key_value_heads": "n_kv_heads",
-    "rms_norm_eps": "norm_eps",
-    "vocab_size": None,
-    "intermediate_size": None,
-    "max_position_embeddings": None,
-    "rope_theta": None,
-}
 
 
 @dataclass
@@ -47,7 +34,8 @@ class LoadReport:
     source: str
     title: str  # the generation
     num_parameters: int = 0
-    dtypes: list[str] = field(default_factory=list)
+    dtypes: list[str] = field(default_factory=list)  # of the file,
+    dtype: str = "float32"  # and of the model
     converted: list[str] = field(default_factory=list)
     assumed: dict = field(default_factory=dict)  # settings that only the generation tells
     left_out: list[str] = field(default_factory=list)  # tensors that the model makes for itself
@@ -60,7 +48,7 @@ class LoadReport:
         assumed = [f"{k} {_brief(v)}" for k, v in self.assumed.items()]
         parts = [
             f"{self.source}: {self.title}, {self.num_parameters / 1e6:.2f} M parameters "
-            f"({', '.join(self.dtypes)} → float32)",
+            f"({', '.join(self.dtypes)} → {self.dtype})",
             f"converted: {', '.join(self.converted) or 'nothing'}",
             f"assumed, as the file doesn't tell: {', '.join(assumed) or 'nothing'}",
             f"left out: {several(self.left_out) or 'nothing'}",
@@ -81,226 +69,141 @@ def save_model(path: str | Path, model: Cinego | MiniMind, meta: dict) -> None:
     _replace(path, lambda file: torch.save(state, file))
 
 
-def load_language_model(path: str | Path, **overrides) -> MiniMind:
-    """The MiniMind in `path`, of any generation, in float32 and eval mode.
+def load_language_model(
+    path: str | Path, dtype: torch.dtype | str = torch.float32, **overrides
+) -> MiniMind:
+    """The MiniMind in `path`, of any generation, in eval mode.
 
     path: a .pth, a .safetensors or a transformers directory. The settings come from the .json
     beside it or the config.json inside, from the shapes where there is none, and for the rest from
     the generation; `overrides` (num_attention_heads=8, rope_theta=1e4, …) have the last word.
+    dtype: of the model; "auto" keeps the file's, which halves the memory of float16 and bfloat16.
     ValueError, with the names, where anything is missing, left over or of another shape.
     """
-    state, known = read_checkpoint(path)
-    known |= overrides
-    found = recognise(state, path, known)
+    found = _read(path, overrides)
     if found.has_vision:
         raise ValueError(f"{path} holds a video-language model: use load_video_language_model")
-    config = LanguageModelConfig.from_dict(found.assumed | found.told | known)
-    with torch.device("meta"):  # no memory, and no random numbers that the file replaces
-        model = MiniMind(config)
-    return _finish(model, found, path, known, fresh={})
+    return _language_model(found, dtype)
 
 
 def load_video_language_model(
-    path: str | Path, vision_path: str | Path | None = None, **overrides
+    path: str | Path,
+    vision_path: str | Path | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    **overrides,
 ) -> Cinego:
     """The Cinego (ours or of 2025) or MiniMind-V in `path`, with the tower of `vision_path` if any.
 
     As `load_language_model`; `overrides` are settings of CinegoConfig (image_ids=[…]) or of its
-    language model. A `summary` that the file has no weights for starts from random ones.
+    language model. A `summary` that the file has no weights for starts from random ones. The tower
+    stays in float32.
     """
-    state, known = read_checkpoint(path)
-    known |= overrides
-    found = recognise(state, path, known)
+    found = _read(path, overrides)
     if not found.has_vision:
         raise ValueError(
             f"{path} isn't a video-language model: it has no vision_proj.weight. For a language "
             "model alone use load_language_model"
         )
-    settings = found.assumed | found.told | known
-    own = {f.name for f in fields(CinegoConfig)}
-    config = {name: settings.pop(name) for name in own & settings.keys()}
-    config = CinegoConfig.from_dict(config | {"language_model": settings})
+    fresh_summary = "summary" in overrides and not any(n.startswith(SUMMARY) for n in found.state)
+    return _video_language_model(found, dtype, vision_path, fresh_summary)
+
+
+def load_model(path: str | Path, vision_path: str | Path | None = None) -> Cinego | MiniMind:
+    """Whichever of the two is in `path`; the tower of `vision_path` goes with a Cinego."""
+    found = _read(path, {})
+    if found.has_vision:
+        return _video_language_model(found, torch.float32, vision_path)
+    return _language_model(found, torch.float32)
+
+
+def _read(path: str | Path, overrides: dict) -> Recognised:
+    state, known = read_checkpoint(path)
+    return recognise(state, path, known | overrides)
+
+
+def _language_model(found: Recognised, dtype: torch.dtype | str) -> MiniMind:
+    with _meta(found) as settings:
+        model = MiniMind(LanguageModelConfig.from_dict(settings))
+    return _finish(model, found, dtype)
+
+
+def _video_language_model(
+    found: Recognised,
+    dtype: torch.dtype | str,
+    vision_path: str | Path | None,
+    fresh_summary: bool = False,
+) -> Cinego:
     tower = VisionTower.from_pretrained(vision_path) if vision_path else None
-    with torch.device("meta"):
-        model = Cinego(config, tower)
+    with _meta(found) as settings:
+        own = {f.name for f in fields(CinegoConfig)} & settings.keys()
+        config = {name: settings.pop(name) for name in own}
+        model = Cinego(CinegoConfig.from_dict(config | {"language_model": settings}), tower)
     fresh = {}
-    if "summary" in overrides and not any(name.startswith(SUMMARY) for name in found.state):
+    if fresh_summary:
+        config = model.config
         size = (config.vision_hidden_size, config.tokens_per_frame, config.num_temporal_filters)
-        summary = VideoSummary(config.summary, *size)
-        fresh = {SUMMARY + name: weight for name, weight in summary.state_dict().items()}
-    return _finish(model, found, path, known, fresh)
+        fresh = VideoSummary(config.summary, *size).state_dict()
+    return _finish(model, found, dtype, {SUMMARY + name: weight for name, weight in fresh.items()})
 
 
-def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """The state dict as it stands in `path`, and the settings that lie beside it, in one flat dict.
-
-    Raises ValueError for what isn't a checkpoint, and never runs what a file brings along.
-    """
-    path = Path(path)
-    if path.is_dir():
-        return _read_directory(path)
-    if not path.is_file():
-        raise ValueError(f"no checkpoint {path}: train one first, or put the published file there")
-    state, about = _read_tensors(path), path.with_suffix(".json")
-    if not about.is_file():
-        return state, {}
-    return state, _flat(_read_json(about), about)
-
-
-def read_about(path: str | Path) -> dict:
-    """What training wrote beside the weights; nothing beside the files of others."""
-    path = Path(path)
-    if path.is_dir():
-        return _read_json(path / "config.json").get("cinego", {})
-    about = path.with_suffix(".json")
-    return _read_json(about) if about.is_file() else {}
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+@contextmanager
+def _meta(found: Recognised) -> Iterator[dict]:
+    """All settings of the model; what is built under it takes no memory, and draws no numbers."""
+    settings = found.assumed | found.told | found.known
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-            state = {}
-            for name in names:  # opened anew each time: a page once read stays mapped until closed
-                with safe_open(path, framework="pt") as file:
-                    state[name] = file.get_tensor(name).clone()
-            return state
-        # weights_only: a checkpoint from the net may hold any code, and this never runs it.
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # readers raise a dozen types, all of which mean this
-        raise ValueError(f"{path} isn't a readable state dict: {error}") from error
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(weight, Tensor) for name, weight in state.items()
-    ):
-        raise ValueError(f"{path} isn't a state dict: it must map names to tensors")
-    return dict(state)
+        if settings["num_hidden_layers"] > len(found.state):  # building them might take for ever
+            raise ValueError(
+                f"{found.source} has {len(found.state)} tensors, which are no "
+                f"{settings['num_hidden_layers']} layers: correct num_hidden_layers"
+            )
+        with torch.device("meta"):
+            yield settings
+    except (TypeError, RuntimeError) as error:  # numbers that aren't, or that no tensor can have
+        raise ValueError(f"{found.source} has impossible settings: {error}") from error
 
 
-def _read_directory(directory: Path) -> tuple[dict[str, Tensor], dict]:
-    """What transformers' save_pretrained wrote: one file of weights, or several with an index."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (directory / name).is_file():
-            state = _read_tensors(directory / name)
-            break
-        if (index := directory / f"{name}.index.json").is_file():
-            parts = set(_read_json(index).get("weight_map", {}).values())
-            if any(Path(part).name != part for part in parts):
-                raise ValueError(f"{index} names files outside of {directory}")
-            state = {}
-            for part in sorted(parts):
-                if not (directory / part).is_file():
-                    raise ValueError(f"{index} names {part}, which is missing: copy it there")
-                state |= _read_tensors(directory / part)
-            break
-    else:
-        raise ValueError(
-            f"no checkpoint in {directory}: a transformers directory has config.json and "
-            "model.safetensors or pytorch_model.bin"
-        )
-    about = directory / "config.json"
-    if not about.is_file():
-        raise ValueError(f"{about} is missing: copy the model's config there")
-    config = _read_json(about)
-    # What scripts/convert_checkpoint.py wrote brings our own settings along, and its tower.
-    exported = config.get("cinego")
-    ours = _flat(exported, about) if exported is not None else {}
-    if config.get("model_type") != "cinego":
-        return state, ours | _read_transformers_config(config, about)
-    for name in [name for name in state if name.startswith("vision_tower.")]:
-        del state[name]
-    return {name.removeprefix("cinego."): state.pop(name) for name in list(state)}, ours
-
-
-def _flat(about: dict, source: Path) -> dict:
-    """The settings in what save_model writes beside the weights, without levels."""
-    try:
-        config = dict(about["model_config"])
-        return config | config.pop("language_model", {})
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{source} doesn't hold a model_config: {error!r}") from error
-
-
-def _read_transformers_config(config: dict, about: Path) -> dict:
-    """The language model's settings in a config.json; refuses what MiniMind doesn't compute."""
-    family = config.get("model_type") or "minimind"
-    found = {}
-    for name, minimind_name in _SETTINGS.items():
-        value = config.get(name, config.get(minimind_name))
-        if value is not None:
-            found[name] = value
-    rope = config.get("rope_parameters") or config.get("rope_scaling")
-    rope = rope if isinstance(rope, dict) else {}
-    rope_type = rope.get("rope_type", rope.get("type"))
-    if "rope_theta" in rope:
-        found["rope_theta"] = rope["rope_theta"]
-    if family in ("llama", "qwen3", "qwen3_moe"):  # what these leave out is transformers' default
-        found = {"rope_theta": 1e4, "rms_norm_eps": 1e-6, "qk_norm": family != "llama"} | found
-    if config.get("use_moe") or family == "qwen3_moe":
-        found.pop("intermediate_size", None)  # may be a dense layer's: the experts' shapes tell
-        for name in ("num_experts_per_tok", "norm_topk_prob"):
-            if name in config:
-                found[name] = config[name]
-        if found.get("num_experts_per_tok") == 1 and "n_routed_experts" in config:
-            found["norm_topk_prob"] = False  # MiniMind2 never scaled a single weight
-    wrong = [name for name, value in found.items() if not isinstance(value, int | float)]
-    if wrong:
-        raise ValueError(f"{about}: {', '.join(wrong)} must be a number")
-    head_dim = found.get("hidden_size", 0) // (found.get("num_attention_heads") or 1)
-    problems = {
-        f"model_type {family}": family not in _FAMILIES,
-        f"rope_type {rope_type}": rope_type not in (None, "default"),
-        f"head_dim {config.get('head_dim')}": config.get("head_dim") not in (None, head_dim),
-        f"hidden_act {config.get('hidden_act')}": config.get("hidden_act") not in (None, "silu"),
-        "use_sliding_window": config.get("use_sliding_window"),
-        "dense layers among experts": config.get("mlp_only_layers")
-        or config.get("decoder_sparse_step", 1) != 1,
-        f"scoring_func {config.get('scoring_func')}": config.get("scoring_func")
-        not in (None, "softmax"),
-    }
-    problems = [problem for problem, there in problems.items() if there]
-    if problems:
-        raise ValueError(f"{about}: Cinego's language model has no {', '.join(problems)}")
-    return found
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"{path} isn't JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold an object")
-    return value
-
-
-def _finish(model, found: Recognised, source, known: dict, fresh: dict[str, Tensor]):
+def _finish(model, found: Recognised, dtype, fresh: dict[str, Tensor] | None = None):
     """Fills `model`, which has no memory yet, and hands it over with its report."""
-    dtypes = sorted({str(w.dtype).removeprefix("torch.") for w in found.state.values()})
+    theirs = {weight.dtype for weight in found.state.values()}
+    if dtype == "auto":  # one for all: the widest that the file has
+        dtype = min(reduce(torch.promote_types, theirs), torch.float32, key=lambda d: d.itemsize)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f'dtype must be "auto" or one like torch.bfloat16, not {dtype!r}')
+    fresh = fresh or {}
     found.state |= fresh
     config = getattr(model.config, "language_model", model.config)
-    fill(model, found.state, source, config.head_dim if found.interleaved else None)
+    fill(model, found.state, found.source, config.head_dim if found.interleaved else None, dtype)
     model.load_report = LoadReport(
-        source=str(source),
+        source=str(found.source),
         title=found.title,
         num_parameters=sum(p.numel() for p in model.parameters()),
-        dtypes=dtypes,
+        dtypes=sorted(map(_name, theirs)),
+        dtype=_name(dtype),
         converted=found.converted,
-        assumed={name: value for name, value in found.assumed.items() if name not in known},
+        assumed={name: value for name, value in found.assumed.items() if name not in found.known},
         left_out=found.left_out,
         initialised=list(fresh),
     )
     return model.eval()
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def fill(
-    model: nn.Module, state: dict[str, Tensor], source: str | Path, interleaved: int | None = None
+    model: nn.Module,
+    state: dict[str, Tensor],
+    source: str | Path,
+    interleaved: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Moves `state` into `model` so that every parameter is set and none is left over, in float32.
+    """Moves `state` into `model` so that every parameter is set and none is left over, in `dtype`.
 
     interleaved: the width of a head where q and k still have their rows in pairs 2i, 2i+1.
-    `state` is emptied on the way, so that no more than one tensor is in memory twice. Raises
-    ValueError, before anything is moved, with all names that don't fit.
+    `state` is emptied on the way and its memory taken over where it fits, so that no more than one
+    tensor is in memory twice. Raises ValueError, before anything is moved, with all names that
+    don't fit.
     """
     prefix = LLM if any(name.startswith(LLM) for name in state) else ""
     head, embedding = f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"
@@ -324,12 +227,18 @@ def fill(
             f"{source} is a checkpoint of another size or kind: set the width, layers and heads "
             "that it was trained with\n  " + "\n  ".join(problems)
         )
+    taken = set()
     for name in wanted:
         weight = state.pop(name)
         if interleaved and name.endswith(("q_proj.weight", "k_proj.weight")):
             weight = pair_halves(weight, interleaved)
-        # A copy: two names in the file may share memory, and would then be trained as one.
-        wanted[name] = torch.empty(weight.shape, dtype=torch.float32).copy_(weight)
+        weight = weight.to(dtype).contiguous()
+        memory = weight.untyped_storage()
+        # Two names in the file may share memory, and would then be trained as one.
+        if memory.nbytes() > weight.nbytes or memory.data_ptr() in taken:
+            weight = weight.clone()
+        taken.add(weight.untyped_storage().data_ptr())
+        wanted[name] = weight
     model.load_state_dict(wanted, strict=True, assign=True)
 
 

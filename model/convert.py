@@ -15,6 +15,7 @@ stand on one of them.
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -51,6 +52,8 @@ _OLD_NAMES = (
 @dataclass
 class Recognised:
     state: dict[str, Tensor]  # under our names
+    source: str | Path  # where it comes from, for messages
+    known: dict  # settings from elsewhere: files beside it, overrides
     title: str = ""
     has_vision: bool = False
     interleaved: bool = False  # rows of q and k are still in the order of pairs 2i, 2i+1
@@ -60,7 +63,7 @@ class Recognised:
     left_out: list[str] = field(default_factory=list)
 
 
-def recognise(state: dict[str, Tensor], source, known: dict) -> Recognised:
+def recognise(state: dict[str, Tensor], source: str | Path, known: dict) -> Recognised:
     """Reads the generation of `state` from names and shapes. Its tensors move over, uncopied.
 
     known: settings from elsewhere. They decide where shapes leave a choice: 64 rows may be 4 heads
@@ -71,6 +74,7 @@ def recognise(state: dict[str, Tensor], source, known: dict) -> Recognised:
     for name in left_out:
         del state[name], plain[name]
     _check_tensors(state, source)
+    _check_settings(known, source)
 
     def has(*starts: str) -> bool:
         return any(name.startswith(starts) for name in plain.values())
@@ -82,7 +86,7 @@ def recognise(state: dict[str, Tensor], source, known: dict) -> Recognised:
     elif has("video_summarizer."):
         ancestor = "Cinego 2025"
     has_vision = ours or ancestor != "Cinego" or has(PROJECTOR, SUMMARY)
-    found = Recognised({}, has_vision=has_vision, interleaved=old, left_out=left_out)
+    found = Recognised({}, source, known, has_vision=has_vision, interleaved=old, left_out=left_out)
     for name, new in plain.items():
         for theirs, our in _VISION_NAMES + (_OLD_NAMES if old else ()):
             new = theirs.sub(our, new)
@@ -92,17 +96,23 @@ def recognise(state: dict[str, Tensor], source, known: dict) -> Recognised:
             if part in found.state:
                 raise ValueError(f"{source} has {part} twice, the second time as {name}")
             found.state[part] = weight
+    prefix = LLM if has_vision else ""
+    head, embedding = f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"
+    tied = head in found.state and embedding not in found.state
+    if tied:  # safetensors' save_model keeps one name of a shared tensor, the first by alphabet
+        found.state[embedding] = found.state.pop(head)
     changes = {
         "wrappers' prefixes": list(plain) != list(plain.values()),
         "names": old or (has_vision and not ours),
         "fused matrices": len(found.state) > len(plain),
         "order of rotary pairs": old,
+        "head as embeddings": tied,
     }
     found.converted = [change for change, happened in changes.items() if happened]
 
-    found.title = _read_language_model(found, source, known)
+    found.title = _read_language_model(found)
     if has_vision:
-        _read_vision(found, source, ancestor, known)
+        _read_vision(found, ancestor)
         found.title = f"{ancestor} on {found.title}"
     return found
 
@@ -134,6 +144,14 @@ def _check_tensors(state: dict[str, Tensor], source) -> None:
         )
 
 
+def _check_settings(known: dict, source) -> None:
+    """Of those that are reckoned with below; the model's config checks all of them."""
+    for name in ("num_attention_heads", "num_key_value_heads", "num_experts_per_tok"):
+        value = known.get(name, 1)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{source}: {name} must be a positive number, not {value!r}")
+
+
 def _unfuse(name: str, weight: Tensor) -> dict[str, Tensor]:
     """Some serving engines write q, k and v, or gate and up, as one matrix."""
     if name.endswith(".qkv_proj.weight"):
@@ -148,12 +166,12 @@ def _unfuse(name: str, weight: Tensor) -> dict[str, Tensor]:
     return {f"{start}.{n}.weight": part for n, part in zip(names, parts, strict=True)}
 
 
-def _matrix(state: dict[str, Tensor], name: str, source) -> Tensor:
-    if name in state and state[name].ndim == 2:
-        return state[name]
+def _matrix(found: Recognised, name: str) -> Tensor:
+    if name in found.state and found.state[name].ndim == 2:
+        return found.state[name]
     raise ValueError(
-        f"{source} isn't a MiniMind that Cinego can read: no matrix {name} among its "
-        f"{len(state)} tensors ({', '.join(list(state)[:4])}, …)"
+        f"{found.source} isn't a MiniMind that Cinego can read: no matrix {name} among its "
+        f"{len(found.state)} tensors ({', '.join(list(found.state)[:4])}, …)"
     )
 
 
@@ -162,11 +180,12 @@ def _count(state: dict[str, Tensor], start: str) -> int:
     return len({name.removeprefix(start).split(".")[0] for name in state if name.startswith(start)})
 
 
-def _read_language_model(found: Recognised, source, known: dict) -> str:
+def _read_language_model(found: Recognised) -> str:
+    """Fills in the settings; gives the generation."""
     prefix = LLM if found.has_vision else ""
     first = f"{prefix}model.layers.0."
-    vocab_size, width = _matrix(found.state, prefix + "model.embed_tokens.weight", source).shape
-    kv_width = len(_matrix(found.state, first + "self_attn.k_proj.weight", source))
+    vocab_size, width = _matrix(found, prefix + "model.embed_tokens.weight").shape
+    kv_width = len(_matrix(found, first + "self_attn.k_proj.weight"))
     q_norm = found.state.get(first + "self_attn.q_norm.weight")
 
     theta, eps, usual_heads = 1e6, 1e-5, 8
@@ -182,22 +201,22 @@ def _read_language_model(found: Recognised, source, known: dict) -> str:
     else:
         title, eps = "MiniMind-3", 1e-6
 
-    if known.get("num_attention_heads"):
-        heads = known["num_attention_heads"]
+    if "num_attention_heads" in found.known:
+        heads = found.known["num_attention_heads"]
     elif q_norm is not None:
         heads = width // len(q_norm)
-    elif known.get("num_key_value_heads"):
-        heads = width * known["num_key_value_heads"] // kv_width
+    elif "num_key_value_heads" in found.known:
+        heads = width * found.known["num_key_value_heads"] // kv_width
     else:
         heads = found.assumed["num_attention_heads"] = usual_heads
     found.assumed |= {"rope_theta": theta, "rms_norm_eps": eps}
     mlp = first + "mlp."
     if mlp + "gate.weight" in found.state:
-        routed = found.told["num_experts"] = len(_matrix(found.state, mlp + "gate.weight", source))
+        routed = found.told["num_experts"] = len(_matrix(found, mlp + "gate.weight"))
         found.told["num_shared_experts"] = _count(found.state, mlp + "shared_experts.")
         # How many of them a token takes, no shape tells.
         usual = min(2 if q_norm is None else 1, routed)
-        chosen = known.get("num_experts_per_tok", usual)
+        chosen = found.known.get("num_experts_per_tok", usual)
         # MiniMind2 leaves a single weight as it is, MiniMind-3 makes it 1.
         normalise = chosen > 1 or q_norm is not None
         found.assumed |= {"num_experts_per_tok": usual, "norm_topk_prob": normalise}
@@ -205,7 +224,7 @@ def _read_language_model(found: Recognised, source, known: dict) -> str:
     found.told |= {
         "vocab_size": vocab_size,
         "hidden_size": width,
-        "intermediate_size": len(_matrix(found.state, mlp + "gate_proj.weight", source)),
+        "intermediate_size": len(_matrix(found, mlp + "gate_proj.weight")),
         "num_hidden_layers": _count(found.state, prefix + "model.layers."),
         "num_attention_heads": heads,
         "num_key_value_heads": max(1, kv_width * heads // width),
@@ -214,8 +233,8 @@ def _read_language_model(found: Recognised, source, known: dict) -> str:
     return title
 
 
-def _read_vision(found: Recognised, source, ancestor: str, known: dict) -> None:
-    width = _matrix(found.state, PROJECTOR + "weight", source).shape[1]
+def _read_vision(found: Recognised, ancestor: str) -> None:
+    width = _matrix(found, PROJECTOR + "weight").shape[1]
     found.told["vision_hidden_size"] = width
     queries = found.state.get(SUMMARY + "queries", found.state.get(SUMMARY + "query_s"))
     if queries is None:
@@ -224,13 +243,13 @@ def _read_vision(found: Recognised, source, ancestor: str, known: dict) -> None:
     else:
         found.told |= {"summary": "gpt4video", "tokens_per_frame": queries.shape[-2:][0]}
     if SUMMARY + "spatial.weight" in found.state:
-        courses = _matrix(found.state, SUMMARY + "spatial.weight", source).shape[1]
+        courses = _matrix(found, SUMMARY + "spatial.weight").shape[1]
         found.told |= {"summary": "ours", "num_temporal_filters": courses // width - 1}
 
     if ancestor == "Cinego 2025":
         found.assumed["image_ids"] = [34] * found.told.get("tokens_per_frame", 197)
     elif ancestor == "MiniMind-V":
         # Oct 2024: 50 tokens of ViT-B/32 for 25 "<" and 25 ">". Later: 196 of ViT-B/16 for "@".
-        first = found.title == "MiniMind, Oct 2024"
-        ids = known.get("image_ids") or ([30] * 25 + [32] * 25 if first else [34] * 196)
+        first = found.title.startswith("MiniMind, Oct 2024")
+        ids = found.known.get("image_ids") or ([30] * 25 + [32] * 25 if first else [34] * 196)
         found.assumed |= {"image_ids": ids, "tokens_per_frame": len(ids)}

@@ -39,10 +39,10 @@ from dataset.video import FrameTransform
 from model.checkpoint import (
     load_language_model,
     load_video_language_model,
-    read_about,
     read_checkpoint,
     save_model,
 )
+from model.checkpoint_files import read_about
 from model.cinego import Cinego
 from model.minimind import MiniMind
 from scripts.transformers_code.configuration_cinego import CinegoHubConfig

@@ -11,16 +11,25 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
+from safetensors.torch import save_model as save_shared
 from torch import nn
 
+from benchmarks.load_memory import write_checkpoints
 from model.checkpoint import load_language_model, load_video_language_model, save_model
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
 from model.convert import pair_halves
 from model.minimind import MiniMind
+from tests.ancestors import (
+    add_projector,
+    cinego_2025,
+    old_feed_forward,
+    old_forward,
+    old_state,
+    with_experts,
+)
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared/golden"
 FORMATS = (".pth", ".safetensors")
@@ -91,91 +100,7 @@ def test_a_golden_minimind_v_gives_its_own_logits(tmp_path, suffix):
     assert vlm.config.summary == "mean" and vlm.config.image_ids == meta["image_ids"]
 
 
-# ---- the first two generations, written out: names of 2024, rotary pairs of neighbours
-
-
-def old_state(width=64, heads=8, kv_heads=2, layers=2, vocab=96, hidden=96):
-    torch.manual_seed(0)
-    kv_width = width // heads * kv_heads
-
-    def weight(*shape):
-        return torch.randn(shape) * 0.2
-
-    state = {"tok_embeddings.weight": weight(vocab, width), "norm.weight": 1 + weight(width)}
-    for i in range(layers):
-        shapes = {
-            **{"attention.wq": (width, width), "attention.wo": (width, width)},
-            **{"attention.wk": (kv_width, width), "attention.wv": (kv_width, width)},
-            **{"feed_forward.w1": (hidden, width), "feed_forward.w3": (hidden, width)},
-            "feed_forward.w2": (width, hidden),
-        }
-        state |= {f"layers.{i}.{name}.weight": weight(*shape) for name, shape in shapes.items()}
-        for name in ("attention_norm", "ffn_norm"):
-            state[f"layers.{i}.{name}.weight"] = 1 + weight(width)
-    state["output.weight"] = state["tok_embeddings.weight"]
-    return state
-
-
-def old_rotate(x, theta):
-    """(L, H, E): channels 2i and 2i+1 are a complex number, turned by its place."""
-    length, _, width = x.shape
-    frequencies = theta ** (-torch.arange(0, width, 2) / width)
-    angles = torch.arange(length)[:, None] * frequencies
-    turn = torch.polar(torch.ones_like(angles), angles)[:, None]
-    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
-
-
-def old_feed_forward(layer, y, top_k=2):
-    """(L, C): SwiGLU, or for each token that of its likeliest experts and of the shared one."""
-
-    def swiglu(y, room="feed_forward"):
-        w1, w2, w3 = (layer[f"{room}.w{i}.weight"] for i in (1, 2, 3))
-        return (F.silu(y @ w1.T) * (y @ w3.T)) @ w2.T
-
-    if "feed_forward.gate.weight" not in layer:
-        return swiglu(y)
-    rows = []
-    for token in y:
-        scores = (layer["feed_forward.gate.weight"] @ token).softmax(0)
-        best = scores.argsort(descending=True)[:top_k].tolist()
-        total = sum(scores[e] for e in best)
-        routed = sum(scores[e] / total * swiglu(token, f"feed_forward.experts.{e}") for e in best)
-        rows.append(routed + swiglu(token, "feed_forward.shared_experts"))
-    return torch.stack(rows)
-
-
-def old_forward(state, x, heads, kv_heads, theta, eps=1e-5):
-    """Logits (L, vocabulary) of one row of embeddings (L, C)."""
-
-    def norm(x, name):
-        return F.rms_norm(x, x.shape[-1:], state[f"{name}.weight"], eps)
-
-    length = len(x)
-    future = torch.ones(length, length).triu(1).bool()
-    for i in range(sum(name.endswith("wq.weight") for name in state)):
-        layer = {k.split(".", 2)[2]: v for k, v in state.items() if k.startswith(f"layers.{i}.")}
-        y = norm(x, f"layers.{i}.attention_norm")
-        q = old_rotate((y @ layer["attention.wq.weight"].T).unflatten(-1, (heads, -1)), theta)
-        k = old_rotate((y @ layer["attention.wk.weight"].T).unflatten(-1, (kv_heads, -1)), theta)
-        v = (y @ layer["attention.wv.weight"].T).unflatten(-1, (kv_heads, -1))
-        k, v = (t.repeat_interleave(heads // kv_heads, 1) for t in (k, v))
-        scores = torch.einsum("qhe,khe->hqk", q, k) / q.shape[-1] ** 0.5
-        mixed = torch.einsum("hqk,khe->qhe", scores.masked_fill(future, -torch.inf).softmax(-1), v)
-        x = x + mixed.flatten(1) @ layer["attention.wo.weight"].T
-        x = x + old_feed_forward(layer, norm(x, f"layers.{i}.ffn_norm"))
-    return norm(x, "norm") @ state["tok_embeddings.weight"].T
-
-
-def with_experts(state, routed=4):
-    """Each layer's feed_forward becomes a router, `routed` experts and a shared one."""
-    for i in range(2):
-        room = f"layers.{i}.feed_forward"
-        weights = {f"w{k}": state.pop(f"{room}.w{k}.weight") for k in (1, 2, 3)}
-        for expert in (*(f"experts.{e}" for e in range(routed)), "shared_experts"):
-            for name, weight in weights.items():
-                state[f"{room}.{expert}.{name}.weight"] = 0.2 * torch.randn(weight.shape)
-        state[f"{room}.gate.weight"] = torch.randn(routed, weights["w1"].shape[1])
-    return state
+# ---- the first two generations, written out in tests/ancestors.py
 
 
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "experts"])
@@ -379,16 +304,12 @@ def test_our_own_experts_come_back_exactly(tmp_path):
 # ---- whole models
 
 
-def old_vlm_rows(state, prefix, width, vision_width):
-    torch.manual_seed(1)
-    state[f"{prefix}.weight"] = torch.randn(width, vision_width) * 0.2
-    state[f"{prefix}.bias"] = torch.randn(width)
-    return state[f"{prefix}.weight"], state[f"{prefix}.bias"]
-
-
-def test_minimind_v_on_oct_2024(tmp_path):
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "experts"])
+def test_minimind_v_on_oct_2024(tmp_path, moe):
     state = old_state(heads=8, kv_heads=4)
-    weight, bias = old_vlm_rows(state, "vision_proj.vision_proj.0", 64, 24)
+    if moe:
+        state = with_experts(state)
+    weight, bias = add_projector(state, "vision_proj.vision_proj.0", 24)
     ids = torch.tensor([1, 2] + [30] * 25 + [32] * 25 + [5, 6, 7])
     features = torch.randn(1, 50, 24)
     x = state["tok_embeddings.weight"][ids]
@@ -398,7 +319,8 @@ def test_minimind_v_on_oct_2024(tmp_path):
     logits = vlm(ids[None], visual_features=features, frames_per_visual=[1]).logits[0]
 
     close(logits, old_forward(state, x, 8, 4, 1e4))
-    assert vlm.load_report.title == "MiniMind-V on MiniMind, Oct 2024"
+    title = "MiniMind-V on MiniMind, Oct 2024" + ", mixture of 4 experts" * moe
+    assert vlm.load_report.title == title
     assert "image_ids 30 x 25 + 32 x 25" in str(vlm.load_report)
 
 
@@ -406,23 +328,17 @@ def test_minimind_v_on_oct_2024(tmp_path):
 def test_cinego_2025(tmp_path, suffix):
     """Two branches of queries over the flattened frames and themselves, added, projected."""
     tokens, width, frames = 197, 32, 3
-    state = old_state(heads=8, kv_heads=2)
-    weight, bias = old_vlm_rows(state, "vision_proj", 64, width)
+    state, branches = cinego_2025(width, tokens)
     features = torch.randn(frames, tokens, width)
     summary = 0
-    for branch in "st":
-        attention = nn.MultiheadAttention(width, 8, batch_first=True).eval()
-        nn.init.normal_(attention.in_proj_bias)
-        queries = torch.randn(1, tokens, width)
+    for queries, attention in branches:
         keys = torch.cat([features.flatten(0, 1)[None], queries], dim=1)
         summary = summary + attention(queries, keys, keys)[0][0]
-        state[f"video_summarizer.query_{branch}"] = queries
-        for name, parameter in attention.state_dict().items():
-            state[f"video_summarizer.cross_attn_{branch}.0.mha.{name}"] = parameter
     state["vision_encoder.vision_model.post_layernorm.weight"] = torch.ones(width)
     ids = torch.tensor([1, 2] + [34] * tokens + [5, 6, 7])
     x = state["tok_embeddings.weight"][ids]
-    x[2 : 2 + tokens] = (summary @ weight.T + bias).detach()
+    rows = summary @ state["vision_proj.weight"].T + state["vision_proj.bias"]
+    x[2 : 2 + tokens] = rows.detach()
 
     vlm = load_video_language_model(write(tmp_path / f"vlm{suffix}", state))
     logits = vlm(ids[None], visual_features=features, frames_per_visual=[frames]).logits[0]
@@ -437,9 +353,23 @@ def test_cinego_2025(tmp_path, suffix):
     assert vlm.load_report.left_out == ["vision_encoder.vision_model.post_layernorm.weight"]
 
 
+def test_a_directory_of_cinego_2025_brings_its_settings(tmp_path):
+    """Its model_type is ours, and its config is MiniMind2's with image_ids."""
+    state, _ = cinego_2025(32, tokens=50, heads=4, kv_heads=2)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    about = {"model_type": "cinego", "dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
+    about |= {"rope_theta": 3e4, "norm_eps": 1e-5, "image_ids": [7] * 50, "vocab_size": 96}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    vlm = load_video_language_model(tmp_path)
+    ids = torch.randint(0, 96, (1, 40))
+    expected = old_forward(state, state["tok_embeddings.weight"][ids[0]], 4, 2, 3e4)
+    close(vlm(ids).logits[0], expected)
+    assert vlm.config.image_ids == [7] * 50 and not vlm.load_report.assumed
+
+
 def test_a_summary_that_the_file_lacks_starts_anew_only_when_asked_for(tmp_path):
     state = old_state(heads=8, kv_heads=4)
-    old_vlm_rows(state, "vision_proj.vision_proj.0", 64, 24)
+    add_projector(state, "vision_proj.vision_proj.0", 24)
     path = write(tmp_path / "vlm.pth", state)
     vlm = load_video_language_model(path, summary="ours")
     assert {name.split(".")[0] for name in vlm.load_report.initialised} == {"video_summary"}
@@ -468,6 +398,37 @@ def test_half_precision_files_become_float32_exactly(tmp_path, dtype, suffix):
     assert {parameter.dtype for parameter in lm.parameters()} == {torch.float32}
     assert all(torch.equal(w, state[name].float()) for name, w in lm.state_dict().items())
     assert str(dtype).removeprefix("torch.") in str(lm.load_report)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_where_it_is_asked_for(tmp_path, dtype):
+    config = CinegoConfig(SMALL, vision_hidden_size=16, image_ids=[3] * 50)
+    model = Cinego(config).to(dtype)
+    save_model(tmp_path / "vlm.pth", model, {})
+    vlm = load_video_language_model(tmp_path / "vlm.pth", dtype="auto")
+    assert all(torch.equal(w, model.state_dict()[name]) for name, w in vlm.state_dict().items())
+    assert {parameter.dtype for parameter in vlm.parameters()} == {dtype}
+    inputs = {"input_ids": torch.tensor([[5, *[3] * 50, 7]]), "frames_per_visual": [2]}
+    inputs["visual_features"] = torch.randn(2, 50, 16)
+    exact = load_video_language_model(tmp_path / "vlm.pth")(**inputs).logits
+    close(vlm(**inputs).logits.float(), exact, atol=0.02)
+
+    other = load_video_language_model(tmp_path / "vlm.pth", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in other.parameters()} == {torch.bfloat16}
+    assert f"{str(dtype)[6:]} → bfloat16" in str(other.load_report)
+    with pytest.raises(ValueError, match='dtype must be "auto" or one like torch.bfloat16'):
+        load_language_model(write(tmp_path / "lm.pth", old_state()), dtype="half")
+
+
+def test_a_tied_weight_may_stand_under_the_heads_name_alone(tmp_path):
+    theirs = transformers_model("Llama")
+    save_shared(theirs, tmp_path / "lm.safetensors")
+    with safe_open(tmp_path / "lm.safetensors", "pt") as file:
+        assert "model.embed_tokens.weight" not in file.keys()  # noqa: SIM118
+    lm = load_language_model(tmp_path / "lm.safetensors")
+    ids = torch.randint(0, 96, (2, 30))
+    close(lm(ids).logits, theirs(ids).logits)
+    assert lm.load_report.converted == ["head as embeddings"]
 
 
 def test_fused_matrices_come_apart(tmp_path):
@@ -509,35 +470,21 @@ def test_tensors_that_share_memory_in_the_file_learn_apart(tmp_path):
     assert lm.get_parameter(other).any()
 
 
-MEASURE = """
-import os, sys
-from model.checkpoint import load_language_model
-def status(key):
-    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
-load_language_model(sys.argv[1])  # a small one, for whatever is imported late
-for path in sys.argv[2:]:
-    if os.fork() == 0:  # each with a peak of its own
-        before = status("VmRSS")
-        load_language_model(path)
-        print((status("VmHWM") - before) / os.path.getsize(path), flush=True)
-        os._exit(0)
-    os.wait()
-"""
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_loading_takes_at_most_half_more_than_the_file(tmp_path):
-    state = old_state(512, 8, 2, layers=6, hidden=1408, vocab=6400)
-    paths = [write(tmp_path / f"large{suffix}", state) for suffix in FORMATS]
-    small = write(tmp_path / "small.safetensors", old_state())
-    run = subprocess.run(
-        [sys.executable, "-c", MEASURE, small, *paths],
+    jobs = write_checkpoints(tmp_path, LanguageModelConfig(hidden_size=512, num_hidden_layers=6))
+    measured = subprocess.run(  # fresh, so that no memory of this process is used again
+        [sys.executable, "-m", "benchmarks.load_memory", "--measure", json.dumps(jobs)],
         cwd=Path(__file__).resolve().parents[1],
         capture_output=True,
         text=True,
     )
-    ratios = [float(line) for line in run.stdout.split()]
-    assert len(ratios) == 2 and all(0.5 < ratio < 1.5 for ratio in ratios), (ratios, run.stderr)
+    ratios = [float(line.split()[-1]) for line in measured.stdout.splitlines()]
+    assert len(ratios) == len(jobs) == 15, measured.stderr
+    for (_, path, dtype), ratio in zip(jobs, ratios, strict=True):
+        # Twice a float16 file's bytes are the float32 model itself.
+        doubled = "float16" in path and dtype == "float32"
+        assert 0.5 < ratio < (1.5 * 2 if doubled else 1.5), (path, dtype, measured.stdout)
 
 
 # ---- hostile and broken files
@@ -628,6 +575,43 @@ def test_one_long_list_doesnt_hide_the_other(tmp_path):
     message = str(error.value)
     assert "missing model.layers.2." in message and "unknown adapter.0" in message
     assert "44 more" in message and len(message) < 2000
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"num_hidden_layers": 10**9}, "20 tensors, which are no 1000000000 layers"),
+        ({"num_hidden_layers": "2"}, "impossible settings"),
+        ({"hidden_size": 10**18}, "impossible settings"),
+        ({"vocab_size": 1.5}, "impossible settings"),
+        ({"rope_theta": None}, "impossible settings"),
+        ({"num_attention_heads": "8"}, "num_attention_heads must be a positive number"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads must be a positive number"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps must be a positive number"),
+        ({"language_model": 3}, "doesn't hold a model_config"),
+    ],
+)
+def test_settings_that_no_model_has_are_refused(tmp_path, settings, reason):
+    save_model(tmp_path / "lm.pth", MiniMind(SMALL), {})
+    about = json.loads((tmp_path / "lm.json").read_text())
+    about["model_config"] |= settings
+    (tmp_path / "lm.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=reason):
+        load_language_model(tmp_path / "lm.pth")
+
+
+def test_a_training_state_says_what_to_save(tmp_path):
+    torch.save({"model": old_state(), "step": 3}, tmp_path / "resume.pth")
+    with pytest.raises(ValueError, match=r"'model' is a dict; save the model's state_dict"):
+        load_language_model(tmp_path / "resume.pth")
+
+
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    transformers_model("Llama").save_pretrained(tmp_path, max_shard_size="40KB")
+    first, *_, last = sorted(tmp_path.glob("*.safetensors"))
+    last.write_bytes(first.read_bytes())
+    with pytest.raises(ValueError, match="which another file of"):
+        load_language_model(tmp_path)
 
 
 def test_experts_that_are_not_whole_are_named(tmp_path):
