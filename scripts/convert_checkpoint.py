@@ -3,7 +3,8 @@
     # A video-language model with its tower, tokenizer, processor and code; it stands alone:
     python -m scripts.convert_checkpoint out/sft_videolm_512.pth out/cinego_512
 
-    # A language model as Llama (as Qwen3, where it normalises queries and keys):
+    # A language model as Llama (as Qwen3, where it normalises queries and keys; its experts as
+    # Qwen3-MoE):
     python -m scripts.convert_checkpoint out/lm_512.pth out/lm_512_llama
     python -m scripts.convert_checkpoint out/sft_videolm_512.pth out/lm_512_llama --llm_only
 
@@ -23,32 +24,29 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import (
     AutoModel,
     AutoTokenizer,
     CLIPImageProcessorPil,
     GenerationConfig,
     LlamaConfig,
-    LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
     Qwen3Config,
-    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
 )
 
 from dataset.video import FrameTransform
-from model.checkpoint import (
-    load_language_model,
-    load_video_language_model,
-    read_checkpoint,
-    save_model,
-)
+from launch import launch
+from model.checkpoint import load_model, save_model
 from model.checkpoint_files import read_about
 from model.cinego import Cinego
+from model.config import LanguageModelConfig
 from model.minimind import MiniMind
 from scripts.transformers_code.configuration_cinego import CinegoHubConfig
 from scripts.transformers_code.modeling_cinego import CinegoForCausalLM
 from scripts.transformers_code.processing_cinego import CinegoProcessor
-from stage import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRY_POINTS = sorted((ROOT / "scripts/transformers_code").glob("*_cinego.py"))
@@ -58,16 +56,21 @@ MAX_NEW_TOKENS = 128  # transformers' own default, 20, cuts captions
 
 
 def export_video_language_model(
-    source: Path, directory: Path, tokenizer_path: str, vision_path: str, num_frames: int | None
+    model: Cinego,
+    about: dict,
+    directory: Path,
+    tokenizer_path: str,
+    vision_path: str,
+    num_frames: int | None,
 ) -> None:
-    """Writes everything that answering about a video takes into `directory`."""
-    model = load_video_language_model(source, vision_path)
-    print(model.load_report)
-    about = read_about(source)
+    """Writes everything that answering about a video takes into `directory`.
+
+    model: with the tower of `vision_path`. about: what training wrote beside it, if it is ours.
+    """
     trained_with = about.get("lineage", {}).get("vision_tower")
     if trained_with not in (None, model.vision_tower.fingerprint()):
         raise ValueError(
-            f"{vision_path} isn't the vision tower that {source} was trained with: its weights "
+            f"{vision_path} isn't the vision tower that the model was trained with: its weights "
             "differ; name that tower (--vision_path)"
         )
     tower = model.vision_tower.model
@@ -107,52 +110,63 @@ def export_video_language_model(
 
 def export_language_model(model: MiniMind, about: dict, directory: Path, tokenizer_path: str):
     """Writes `model` in the layout that transformers, and what reads its models, knows."""
-    ours = model.config
-    settings = {
-        "hidden_act": "silu",
-        "head_dim": ours.head_dim,
-        "attention_dropout": ours.dropout,
-        "rope_parameters": {"rope_type": "default", "rope_theta": ours.rope_theta},
-        "tie_word_embeddings": True,
-    } | {
-        name: getattr(ours, name)
-        for name in (
-            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-            *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
-            *("rms_norm_eps", "initializer_range"),
-        )
-    }
-    state = model.state_dict()
-    config_class, model_class = LlamaConfig, LlamaForCausalLM
-    if ours.qk_norm:
-        config_class, model_class = Qwen3Config, Qwen3ForCausalLM
-    tokenizer = load_tokenizer(tokenizer_path, ours.vocab_size)
-    special = ("bos_token_id", "eos_token_id", "pad_token_id")
-    settings |= {name: getattr(tokenizer, name) for name in special}
-    config = config_class(**settings)
+    tokenizer = load_tokenizer(tokenizer_path, model.config.vocab_size)
+    config = usual_config(model.config)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
     # What this layout has no name for, so that the way back is exact.
-    config.cinego = {**about, "model": "MiniMind", "model_config": ours.to_dict()}
+    config.cinego = {**about, "model": "MiniMind", "model_config": model.config.to_dict()}
     config.dtype = torch.float32
-    exported = model_class(config)
-    wanted = exported.state_dict().keys() - {"lm_head.weight"}  # tied
-    if odd := sorted(wanted ^ state.keys()):
-        raise ValueError(
-            f"{model_class.__name__} has no place for this language model: {', '.join(odd[:6])}. "
-            "Experts go to transformers only within a video-language model"
-        )
-    exported.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]})
-    exported.generation_config = generation_config(tokenizer)
 
     def write(folder: Path) -> None:
-        exported.save_pretrained(folder)
+        config.save_pretrained(folder)
+        generation_config(tokenizer).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        # Our names are these families' own, and the head is tied: there is nothing to rename.
+        save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
 
     write_directory(directory, write)
 
 
+def usual_config(ours: LanguageModelConfig) -> PreTrainedConfig:
+    """The same numbers for the family in transformers that computes the same."""
+    same = (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+        *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+        *("rms_norm_eps", "initializer_range", "head_dim"),
+    )
+    settings = {name: getattr(ours, name) for name in same} | {
+        "hidden_act": "silu",
+        "attention_dropout": ours.dropout,
+        "rope_parameters": {"rope_type": "default", "rope_theta": ours.rope_theta},
+        "tie_word_embeddings": True,
+    }
+    if not ours.num_experts:
+        family = "Qwen3" if ours.qk_norm else "Llama"
+        config_class = Qwen3Config if ours.qk_norm else LlamaConfig
+        return config_class(**settings, architectures=[f"{family}ForCausalLM"])
+    if not ours.qk_norm or ours.num_shared_experts:
+        # Qwen2-MoE weighs its shared expert, Mixtral always scales its routed ones' weights to 1.
+        raise ValueError(
+            "transformers has one family for experts like ours, Qwen3-MoE: it normalises queries "
+            "and keys and has no shared expert. This model "
+            + ("has one" if ours.num_shared_experts else "doesn't normalise them")
+            + ": convert it to a .pth, or export the whole video-language model, which takes any"
+        )
+    return Qwen3MoeConfig(
+        **settings,
+        moe_intermediate_size=ours.intermediate_size,
+        num_experts=ours.num_experts,
+        num_experts_per_tok=ours.num_experts_per_tok,
+        norm_topk_prob=ours.norm_topk_prob,
+        router_aux_loss_coef=ours.router_aux_loss_coef,
+        architectures=["Qwen3MoeForCausalLM"],
+    )
+
+
 def to_pth(source: Path, path: Path, tower_to: Path | None) -> None:
     """Any checkpoint, or exported directory, as our .pth and .json."""
-    model = load(source)
+    model = load_model(source)
     print(model.load_report)
     meta = {k: v for k, v in read_about(source).items() if k not in ("model", "model_config")}
     if tower_to:
@@ -175,13 +189,6 @@ def write_tower(source: Path, folder: Path) -> None:
 
 
 # ---- parts
-
-
-def load(source: Path) -> Cinego | MiniMind:
-    state, _ = read_checkpoint(source)
-    has_vision = any("vision_proj." in name for name in state)
-    del state
-    return load_video_language_model(source) if has_vision else load_language_model(source)
 
 
 def load_tokenizer(path: str, vocab_size: int) -> PreTrainedTokenizerBase:
@@ -280,16 +287,14 @@ def main(argv: list[str] | None = None) -> None:
     else:
         if args.tower_to:
             raise ValueError("--tower_to goes with a target name.pth")
-        model = load(args.source)
+        model = load_model(args.source, None if args.llm_only else args.vision_path)
+        print(model.load_report)
+        about = read_about(args.source)
         if isinstance(model, Cinego) and not args.llm_only:
-            del model
             export_video_language_model(
-                args.source, args.target, args.tokenizer_path, args.vision_path, args.num_frames
+                model, about, args.target, args.tokenizer_path, args.vision_path, args.num_frames
             )
         else:
-            if isinstance(model, MiniMind):
-                print(model.load_report)
-            about = read_about(args.source)
             language_model = getattr(model, "language_model", model)
             export_language_model(language_model, about, args.target, args.tokenizer_path)
     print(f"wrote {args.target}")
