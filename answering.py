@@ -214,10 +214,7 @@ class Answerer:
                 "weights differ; name that tower (--vision_path)"
             )
         training = trained.get("training", {})
-        resize = training.get("resize", "tower")
-        transform = FrameTransform.from_pretrained(
-            vision_path, None if resize == "tower" else resize
-        )
+        transform = FrameTransform.from_pretrained(vision_path, training.get("resize", "tower"))
         num_frames = num_frames or training.get("num_frames", 8)
         fps = fps or training.get("fps")
         if (sampling or training.get("sampling")) != "fps":

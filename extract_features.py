@@ -105,9 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
     shard, num_shards = args.shard
     root, store = Path(args.images_path), FeatureStore(args.features_path)
     rel_paths = list_visuals(args.data_path, args.videos, root)
-    transform = FrameTransform.from_pretrained(
-        args.vision_path, None if args.resize == "tower" else args.resize
-    )
+    transform = FrameTransform.from_pretrained(args.vision_path, args.resize)
     tower = VisionTower.from_pretrained(args.vision_path)
     sources, failures = store.begin(
         {

@@ -197,8 +197,7 @@ def open_visuals(config: StageConfig) -> Visuals:
         size = (made["tokens_per_frame"], made["hidden_size"])
         return Visuals(FeatureSource(store), FeatureSource(val), *size, None, made["tower"])
     tower = VisionTower.from_pretrained(config.vision_path)
-    resize = None if config.resize == "tower" else config.resize
-    transform = FrameTransform.from_pretrained(config.vision_path, resize)
+    transform = FrameTransform.from_pretrained(config.vision_path, config.resize)
     config.resize = transform.resize
     source = VideoSource(
         config.images_path,

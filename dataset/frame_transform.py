@@ -39,10 +39,12 @@ class FrameTransform:
             )
 
     @classmethod
-    def from_pretrained(cls, directory, resize: Resize | None = None) -> "FrameTransform":
+    def from_pretrained(
+        cls, directory, resize: Resize | Literal["tower"] = "tower"
+    ) -> "FrameTransform":
         """Reads `preprocessor_config.json` beside the tower's weights, or, where a whole processor
         was saved instead, the image processor in `processor_config.json`. `resize` replaces the
-        rule that stands there."""
+        rule that stands there; "tower" keeps it."""
         file = Path(directory) / "preprocessor_config.json"
         whole = Path(directory) / "processor_config.json"
         if whole.is_file() and not file.is_file():
@@ -59,7 +61,9 @@ class FrameTransform:
         return cls.from_config(config, file, resize)
 
     @classmethod
-    def from_config(cls, config: dict, source, resize: Resize | None = None) -> "FrameTransform":
+    def from_config(
+        cls, config: dict, source, resize: Resize | Literal["tower"] = "tower"
+    ) -> "FrameTransform":
         """The settings of an image processor of transformers; `source` is named in errors."""
         try:
             config = config.get("image_processor", config)
@@ -72,11 +76,13 @@ class FrameTransform:
             edges = {*size, *crop} if is_crop else {*size}
             if len(edges) > 1:
                 raise ValueError(f"size {size} and crop_size {crop} differ")
+            if resize == "tower":
+                resize = "crop" if is_crop else "squash"
             return cls(
                 image_size=edges.pop(),
                 mean=tuple(config["image_mean"]),
                 std=tuple(config["image_std"]),
-                resize=resize or ("crop" if is_crop else "squash"),
+                resize=resize,
                 rescale=config.get("rescale_factor", 1 / 255),
                 resample=config.get("resample", Image.Resampling.BICUBIC),
             )

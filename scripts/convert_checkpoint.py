@@ -73,6 +73,13 @@ def export_video_language_model(
             f"{vision_path} isn't the vision tower that the model was trained with: its weights "
             "differ; name that tower (--vision_path)"
         )
+    resize = about.get("training", {}).get("resize", "tower")
+    transform = FrameTransform.from_pretrained(vision_path, resize)
+    if transform.resize == "pad":
+        raise ValueError(
+            "the model was trained with --resize pad, which transformers' CLIP image processor "
+            "can't do: train it with crop or squash to export it"
+        )
     tower = model.vision_tower.model
     config = CinegoHubConfig(
         cinego={**about, "model": "Cinego", "model_config": model.config.to_dict()},
@@ -87,7 +94,7 @@ def export_video_language_model(
     tokenizer = load_tokenizer(tokenizer_path, model.config.language_model.vocab_size)
     exported.generation_config = generation_config(tokenizer)
     processor = CinegoProcessor(
-        image_processor(FrameTransform.from_pretrained(vision_path)),
+        image_processor(transform),
         tokenizer,
         num_frames=num_frames or about.get("training", {}).get("num_frames", 8),
         tokens_per_frame=model.config.tokens_per_frame,
