@@ -132,7 +132,7 @@ def decoding(args: argparse.Namespace) -> dict:
 
     kinds = {weights: (weights, False) for weights in args.weights}
     if args.compile:
-        kinds |= {f"{weights} compiled": (weights, True) for weights in args.weights}
+        kinds |= {f"{name} compiled": (name, True) for name in args.weights if name != "int8"}
     models = {}
     for name, (weights, compile) in kinds.items():
         start = time.perf_counter(), cpu_seconds()

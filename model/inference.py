@@ -32,6 +32,8 @@ def prepare(model: MiniMind, weights: str = "float32", compile: bool = False) ->
     embedding = model.model.embed_tokens.weight
     if weights == "int8" and embedding.device.type != "cpu":
         raise ValueError(f"int8 weights are for CPUs, not for {embedding.device}: use bfloat16")
+    if weights == "int8" and compile:
+        raise ValueError("int8 products can't be compiled and a step gets slower: choose one")
     model.requires_grad_(False).eval()
     if weights == "bfloat16":
         model.bfloat16()
@@ -86,9 +88,12 @@ def _compile_steps(model: MiniMind) -> None:
     model.forward = forward
     try:  # now, and not in the midst of the first answer
         with torch.inference_mode():
-            ids = torch.zeros(1, 2, dtype=torch.long, device=model.model.embed_tokens.weight.device)
+            # 37 is no width of the model: what is equal now would have to be equal ever after.
+            ids = torch.zeros(
+                1, 37, dtype=torch.long, device=model.model.embed_tokens.weight.device
+            )
             cache, embeds_BLC = KVCache(), model.embed(ids)
-            for length in (2, 1, 1):
+            for length in (37, 1, 1):
                 model(inputs_embeds=embeds_BLC[:, :length], past_key_values=cache, logits_to_keep=1)
     except Exception as error:  # whatever a compiler, or its absence, may raise
         reason = str(error).strip().partition("\n")[0]

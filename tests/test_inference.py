@@ -64,6 +64,8 @@ def test_fewer_bits_stay_near(kind, weights, alike):
 def test_unknown_weights_are_refused():
     with pytest.raises(ValueError, match="float32, bfloat16, int8"):
         prepare(make(), "int4")
+    with pytest.raises(ValueError, match="choose one"):
+        prepare(make(), "int8", compile=True)
 
 
 SCRIPT = """
