@@ -7,6 +7,10 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from model.checkpoint import save_model
+from model.cinego import Cinego
+from model.config import CinegoConfig, LanguageModelConfig
+
 
 @pytest.fixture(scope="session")
 def tiny_tower(tmp_path_factory) -> Path:
@@ -31,3 +35,23 @@ def tiny_tower(tmp_path_factory) -> Path:
     }
     (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """An untrained model for the tiny tower: it answers nonsense, but always the same nonsense to
+    the same input."""
+    torch.manual_seed(1)
+    language_model = LanguageModelConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        # Large weights, or every input would get the same answer.
+        initializer_range=0.3,
+        embedding_std=0.4,
+    )
+    path = tmp_path_factory.mktemp("model") / "sft.pth"
+    model = Cinego(CinegoConfig(language_model, vision_hidden_size=32))
+    save_model(path, model, {"training": {"num_frames": 4}})
+    return path

@@ -1,0 +1,196 @@
+"""What `/v1/chat/completions` takes and gives, in the form of OpenAI's API.
+
+A video comes as vLLM takes it: {"type": "video_url", "video_url": {"url": "data:video/mp4;…"}}.
+"""
+
+import time
+import uuid
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from dataset.conversation import VISUAL_TAG
+
+MAX_MESSAGES, MAX_PARTS, MAX_STOPS = 256, 64, 16
+
+
+class APIError(Exception):
+    """Becomes {"error": {"message", "type", "param", "code"}} with an HTTP status."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = headers or {}
+
+    def body(self) -> dict:
+        types = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+        fallback = "server_error" if self.status >= 500 else "invalid_request_error"
+        about = {"type": types.get(self.status, fallback), "param": self.param, "code": self.code}
+        return {"error": {"message": self.message, **about}}
+
+
+class _Lenient(BaseModel):
+    # Clients send fields of newer versions of the API, or their own: unknown ones are ignored.
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+
+def _or_text(wrap: Callable[[str], Any]) -> BeforeValidator:
+    """A field may be a text in place of the structure that `wrap` makes of it."""
+    return BeforeValidator(lambda value: wrap(value) if isinstance(value, str) else value)
+
+
+class Source(_Lenient):
+    url: str
+
+
+# "image_url": "…" in place of {"url": "…"} is common enough that other servers take it too.
+AsSource = Annotated[Source, _or_text(lambda url: {"url": url})]
+
+
+class TextPart(_Lenient):
+    type: Literal["text"]
+    text: str
+
+
+class ImagePart(_Lenient):
+    type: Literal["image_url"]
+    image_url: AsSource
+
+
+class VideoPart(_Lenient):
+    type: Literal["video_url"]
+    video_url: AsSource
+
+
+Part = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
+
+
+class Message(_Lenient):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[
+        list[Part],
+        Field(max_length=MAX_PARTS),
+        _or_text(lambda text: [{"type": "text", "text": text}]),
+    ]
+
+
+class StreamOptions(_Lenient):
+    include_usage: bool = False
+
+
+class ChatRequest(_Lenient):
+    """Fields that would change the answer and that this server can't honour are refused; those
+    that only inform a provider (`user`, `metadata`, `store`, …) are ignored like unknown ones."""
+
+    model: str
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    stop: Annotated[list[str] | None, Field(max_length=MAX_STOPS), _or_text(lambda s: [s])] = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        neutral = {
+            **{"n": (None, 1), "best_of": (None, 1), "logprobs": (None, False)},
+            **{"frequency_penalty": (None, 0), "presence_penalty": (None, 0)},
+            **{"response_format": (None, {"type": "text"}), "modalities": (None, ["text"])},
+            **{"tool_choice": (None, "none", "auto"), "function_call": (None, "none", "auto")},
+            **dict.fromkeys(("tools", "functions"), (None, [])),
+            **{"logit_bias": (None, {}), "top_logprobs": (None, 0), "audio": (None,)},
+        }
+        for name, values in neutral.items():
+            if data.get(name) not in values:
+                raise APIError(400, f"{name} isn't supported", "unsupported_parameter", name)
+        return data
+
+    @classmethod
+    def parse(cls, body: bytes) -> "ChatRequest":
+        """Raises APIError naming the first field that is wrong."""
+        try:
+            return cls.model_validate_json(body)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+            # Pydantic names a part's type in the path as well: messages.0.content.1.text.text.
+            path = first["loc"][:4] + first["loc"][5:]
+            param = ".".join(map(str, path))
+            where = f"{param}: " if param else ""
+            raise APIError(400, f"{where}{first['msg']}", None, param or None) from None
+
+
+def as_conversation(messages: list[Message]) -> tuple[list[dict], list[Part]]:
+    """Turns as `dataset.conversation.encode` takes them, and the visuals in order of their tags."""
+    turns: list[dict] = []
+    visuals: list[Part] = []
+    for number, message in enumerate(messages):
+        role = "system" if message.role == "developer" else message.role
+        parts = message.content
+        seen = [part for part in parts if not isinstance(part, TextPart)]
+        if seen and role != "user":
+            raise APIError(
+                400, f"messages.{number}: only a user's turn may hold visuals", param="messages"
+            )
+        # Training shows the visual before the question. One that comes last (OpenAI's examples
+        # write it so) goes first; one between two texts stays there.
+        if seen and parts[-len(seen) :] == seen:
+            parts = seen + parts[: -len(seen)]
+        visuals += seen
+        lines = [_text(part) if isinstance(part, TextPart) else "<video>" for part in parts]
+        content = "\n".join(lines)
+        if turns and turns[-1]["role"] == role == "user":  # two in a row are one turn
+            turns[-1]["content"] += "\n" + content
+        else:
+            turns.append({"role": role, "content": content})
+    return turns, visuals
+
+
+def _text(part: TextPart) -> str:
+    """A tag in a user's text is text: only a part of the message brings in a visual."""
+    return VISUAL_TAG.sub(lambda tag: tag[0][0] + " " + tag[0][1:], part.text)
+
+
+class Reply:
+    """Makes the objects of one answer, whole or in chunks; all of them share id and time."""
+
+    def __init__(self, model: str):
+        self.id, self.created, self.model = f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model
+
+    def _object(self, kind: str, choices: list[dict], **more) -> dict:
+        about = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return {**about, "choices": choices, **more}
+
+    def whole(self, text: str, finish_reason: str, usage: dict) -> dict:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
+        return self._object("chat.completion", [choice], usage=usage)
+
+    def chunk(self, delta: dict, finish_reason: str | None = None, **usage) -> dict:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        return self._object("chat.completion.chunk", [choice], **usage)
+
+    def last_chunk(self, usage: dict) -> dict:
+        return self._object("chat.completion.chunk", [], usage=usage)
+
+
+def usage_of(prompt_tokens: int, completion_tokens: int) -> dict:
+    total = prompt_tokens + completion_tokens
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": total,
+    }
