@@ -414,7 +414,7 @@ class Batch:
             heads.setdefault(tuple(answer.columns[: cuts[i]]), len(heads))
         rows = [answer.row for answer in answers]
         visuals = [answer.question.visuals for answer in answers]
-        if len(heads) == len(answers):
+        if len(heads) == len(answers) or not any(cuts):  # nothing shared, or only words
             inputs = self.answerer.inputs([answer.prompt for answer in answers], chain(*visuals))
             self.generation.add(inputs, rows)
             return

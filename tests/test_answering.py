@@ -161,6 +161,13 @@ def test_what_questions_about_one_clip_share_is_read_once(answerer, asked):
     assert sizes == [[4, 1]]
 
 
+def test_questions_without_a_visual_are_answered_together_too(answerer):
+    """They share their empty beginning, and nothing can be read of that."""
+    questions = [Question(user(text)) for text in ("What is one?", "What is two?", "三?")]
+    expected = [alone(answerer, question) for question in questions]
+    assert answerer.answer(questions) == expected and len(set(expected)) > 1
+
+
 def test_an_answer_knows_its_tokens_and_times(answerer, asked):
     batch = answerer.batch()
     (answer,) = batch.add(asked[1:2])
