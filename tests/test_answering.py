@@ -14,31 +14,14 @@ from PIL import Image
 from answering import Answerer, Question, Visual
 from dataset.conversation import ConversationError
 from dataset.video import VideoError
-from model.checkpoint import save_model
-from model.cinego import Cinego
-from model.config import CinegoConfig, LanguageModelConfig
 from model.generate import Sampling
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "model/text_tokenizer"
 
 
 @pytest.fixture(scope="module")
-def answerer(tmp_path_factory, tiny_tower) -> Answerer:
-    """An untrained model: it answers nonsense, but always the same nonsense to the same input."""
-    torch.manual_seed(1)
-    language_model = LanguageModelConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        # Large weights, or every input would get the same answer.
-        initializer_range=0.3,
-        embedding_std=0.4,
-    )
-    path = tmp_path_factory.mktemp("model") / "sft.pth"
-    model = Cinego(CinegoConfig(language_model, vision_hidden_size=32))
-    save_model(path, model, {"training": {"num_frames": 4}})
-    return Answerer.load(path, tiny_tower, TOKENIZER, device="cpu")
+def answerer(tiny_checkpoint, tiny_tower) -> Answerer:
+    return Answerer.load(tiny_checkpoint, tiny_tower, TOKENIZER, device="cpu")
 
 
 @pytest.fixture(scope="module")
