@@ -72,6 +72,7 @@ def peak_of_loading(load, path: Path, dtype) -> int:
 
 def measure(jobs: list[tuple]) -> None:
     loaders = {"language model": load_language_model, "whole model": load_video_language_model}
+    torch.set_num_threads(1)  # OpenMP's threads don't survive a fork: the child would wait for them
     with tempfile.TemporaryDirectory() as small:  # load one of each, for whatever is imported late
         warm_up = write_checkpoints(Path(small), LanguageModelConfig(64, 32, 1, 4, 2))
         for load, path, _ in warm_up:
