@@ -5,8 +5,6 @@ The references are written out in the old conventions, or are transformers' own 
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from safetensors.torch import save_file
 from safetensors.torch import save_model as save_shared
 from torch import nn
 
-from benchmarks.load_memory import write_checkpoints
+from benchmarks.load_memory import fresh_process, write_checkpoints
 from model.checkpoint import load_language_model, load_video_language_model, save_model
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
@@ -473,18 +471,16 @@ def test_tensors_that_share_memory_in_the_file_learn_apart(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_loading_takes_at_most_half_more_than_the_file(tmp_path):
     jobs = write_checkpoints(tmp_path, LanguageModelConfig(hidden_size=512, num_hidden_layers=6))
-    measured = subprocess.run(  # fresh, so that no memory of this process is used again
-        [sys.executable, "-m", "benchmarks.load_memory", "--measure", json.dumps(jobs)],
-        cwd=Path(__file__).resolve().parents[1],
-        capture_output=True,
-        text=True,
-    )
+    # Fresh, so that no memory of this process is used again.
+    root = Path(__file__).resolve().parents[1]
+    measured = fresh_process(jobs, cwd=root, capture_output=True, text=True)
     ratios = [float(line.split()[-1]) for line in measured.stdout.splitlines()]
     assert len(ratios) == len(jobs) == 15, measured.stderr
     for (_, path, dtype), ratio in zip(jobs, ratios, strict=True):
         # Twice a float16 file's bytes are the float32 model itself.
         doubled = "float16" in path and dtype == "float32"
-        assert 0.5 < ratio < (1.5 * 2 if doubled else 1.5), (path, dtype, measured.stdout)
+        least = 2 if doubled else 1  # the model itself: less was not measured
+        assert 0.98 * least < ratio < 1.5 * least, (path, dtype, measured.stdout)
 
 
 # ---- hostile and broken files
