@@ -25,6 +25,7 @@ from dataset.feature_store import FeatureStore
 from dataset.video import FrameTransform, read_frames
 from dataset.video_dataset import read_samples
 from model.vision_tower import VisionTower
+from trainer.device import choose_dtype
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
@@ -55,6 +56,7 @@ def data(tmp_path):
 
 CPU = torch.device("cpu")
 DATA = ("--data_path", "data.jsonl")
+EXACT = (*DATA, "--dtype", "float32")  # whatever is fastest on this machine
 
 
 def flags(tiny_tower, *more) -> list[str]:
@@ -74,28 +76,30 @@ def extract(data, tiny_tower, monkeypatch, capfd):
     return run
 
 
-def check_features(data, tiny_tower, tolerance=2e-3) -> None:
-    """What is stored is tower(transform(frames)), to half precision."""
-    store = FeatureStore(data / "features")
+def relative_errors(data, tiny_tower) -> torch.Tensor:
+    """Of what is stored, to tower(transform(frames)) in float32: a number for each token, the
+    length of the difference over that of the token."""
+    store, errors = FeatureStore(data / "features"), []
     tower = VisionTower.from_pretrained(tiny_tower)
     transform = FrameTransform.from_pretrained(tiny_tower)
     for name, num_frames in (("a.mp4", 8), ("b.mp4", 5), ("c.mkv", 8), ("d.png", 1)):
         expected = tower(transform(read_frames(data / "clips" / name, 8).frames))
-        stored = store.read(f"clips/{name}")
+        stored = store.read(f"clips/{name}").float()
         assert stored.shape == (num_frames, 50, 32)
-        torch.testing.assert_close(stored.float(), expected, atol=tolerance, rtol=tolerance)
+        errors.append(((stored - expected).norm(dim=-1) / expected.norm(dim=-1)).flatten())
+    return torch.cat(errors)
 
 
 def test_features_manifest_and_resuming(data, tiny_tower, extract):
     # The first time as a user runs it. 7 frames a batch: no clip begins where a batch does.
     script = [sys.executable, str(ROOT / "extract_features.py")]
-    command = script + flags(tiny_tower, *DATA, "--batch_size", 7)
+    command = script + flags(tiny_tower, *EXACT, "--batch_size", 7)
     done = subprocess.run(command, cwd=data, env=FAST, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = done.stdout
     assert "6 visuals, 6 to do" in said and "2 failed" in said
     assert "clips/e.mp4: unreadable" in said and "clips/gone.mp4: missing" in said
-    check_features(data, tiny_tower)
+    assert relative_errors(data, tiny_tower).max() < torch.finfo(torch.float16).eps
 
     manifest = FeatureStore(data / "features").manifest
     assert set(manifest["sources"]) == {
@@ -116,14 +120,14 @@ def test_features_manifest_and_resuming(data, tiny_tower, extract):
 
     before = state()
     text = (data / "features" / "manifest.json").read_text()
-    assert "6 visuals, 2 to do" in extract(*DATA)
+    assert "6 visuals, 2 to do" in extract(*EXACT)
     assert state() == before
     assert (data / "features" / "manifest.json").read_text() == text
 
     (data / "features" / "clips" / "a.mp4.npy").unlink()
     (data / "clips" / "b.mp4").write_bytes((data / "clips" / "a.mp4").read_bytes())
     (data / "clips" / "gone.mp4").write_bytes((data / "clips" / "c.mkv").read_bytes())
-    assert "6 visuals, 4 to do" in extract(*DATA, "--num_workers", 0)
+    assert "6 visuals, 4 to do" in extract(*EXACT, "--num_workers", 0)
     store = FeatureStore(data / "features")
     assert torch.equal(store.read("clips/b.mp4"), store.read("clips/a.mp4"))
     torch.testing.assert_close(store.read("clips/gone.mp4"), store.read("clips/c.mkv"))
@@ -132,14 +136,28 @@ def test_features_manifest_and_resuming(data, tiny_tower, extract):
     # A clip that broke loses its old features; one that is gone keeps them.
     (data / "clips" / "a.mp4").write_bytes(b"overwritten")
     (data / "clips" / "c.mkv").unlink()
-    assert "6 visuals, 2 to do" in extract(*DATA)
+    assert "6 visuals, 2 to do" in extract(*EXACT)
     store = FeatureStore(data / "features")
     assert set(store.manifest["failures"]) == {"clips/a.mp4", "clips/e.mp4"}
     assert not store.has("clips/a.mp4") and store.has("clips/c.mkv")
 
     # Other settings in the same folder would mix two kinds of features.
     with pytest.raises(ValueError, match="num_frames is 8, 4 is needed"):
-        extract(*DATA, "--num_frames", 4)
+        extract(*EXACT, "--num_frames", 4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "auto"])
+def test_features_are_as_exact_as_their_type(data, tiny_tower, extract, dtype):
+    """A chain of a dozen roundings in a type, each of eps / 2 at most and of either sign: a token
+    is off by less than eps. And by more than float16's, or it wasn't computed in bfloat16."""
+    extract(*DATA, "--num_workers", 0, "--dtype", dtype)
+    computed_in = FeatureStore(data / "features").manifest["compute_dtype"]
+    assert computed_in == choose_dtype(dtype, CPU)
+    errors, half = relative_errors(data, tiny_tower), torch.finfo(torch.float16).eps
+    if computed_in == "float32":
+        assert errors.max() < half  # the one rounding of what is stored
+    else:
+        assert half < errors.max() < torch.finfo(torch.bfloat16).eps
 
 
 def contents(folder) -> dict[str, bytes]:
