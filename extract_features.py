@@ -7,10 +7,11 @@
     torchrun --nproc_per_node 8 extract_features.py …                   # a process for each GPU
     python extract_features.py --shard 3/8 …                            # one job of an array of 8
 
-Worker processes decode and resize while the tower runs; frames of many clips fill each of its
+Processes of their own decode files while the tower runs; frames of many clips fill each of its
 batches. The same command again goes on where an earlier one was killed, or takes up what is new.
-Processes share nothing but the store's folder, and the last one to finish writes its manifest. The
-bytes of a clip's features don't depend on which clips came with it: see docs/features.md.
+Several extractions share nothing but the store's folder, and the last one to finish writes its
+manifest. The bytes of a clip's features don't depend on which clips came with it: see
+docs/features.md.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,9 +35,9 @@ from tqdm import tqdm
 
 from dataset import parquet
 from dataset.feature_store import FLOAT16, INT8, FeatureStore, relative_error
-from dataset.video import FrameTransform, VideoError, read_frames
+from dataset.parallel import in_any_order
+from dataset.video import FrameTransform, VideoError, ending_workers, read_frames
 from dataset.video_dataset import read_samples, resolve_under
-from dataset.worker_pool import Lost, in_workers
 from launch import launch
 from model.vision_tower import VisionTower
 from trainer.device import choose_device, choose_dtype
@@ -72,9 +74,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add(
         *("--num_workers", "--workers"),
         type=int,
-        help="decoding processes (default: as many as cores); 0 decodes in the main process",
+        help="files decoded at a time, by as many processes (default: as many as cores); 0: one, "
+        "while the tower waits",
     )
-    add("--decode_seconds", type=float, default=120, help="longest time for one clip, in a worker")
+    add("--decode_seconds", type=float, default=120, help="longest time for one clip")
     add(
         "--dtype",
         choices=["auto", "float32", "bfloat16", "float16"],
@@ -141,12 +144,11 @@ def main(arguments: list[str] | None = None) -> None:
         sampling=args.sampling,
         fps=args.fps,
         backend=args.video_backend,
-        # A worker can be killed itself: no process within it, and what crosses is resized already.
-        timeout=None if args.num_workers else args.decode_seconds,
+        timeout=args.decode_seconds,
     )
     made = {rel: sources[rel] for rel in todo if is_made(store, sources, rel)}
     decode = Decoder(root, made, read, transform)
-    decoded = in_workers(decode, todo, min(args.num_workers, len(todo)), args.decode_seconds)
+    decoded = in_any_order(decode, todo, min(args.num_workers, len(todo)))
     started, cpu_before = time.perf_counter(), cpu_seconds()
     num_frames, failed, squares = 0, {}, [0.0, 0.0]
     bar = tqdm(
@@ -158,7 +160,8 @@ def main(arguments: list[str] | None = None) -> None:
         position=int(os.environ.get("LOCAL_RANK", 0)),
         mininterval=0.2 if sys.stderr.isatty() else 20,  # a job's log keeps every line
     )
-    with bar, TowerBatches(tower, transform, args.dtype, args.device, args.batch_size) as batches:
+    batches = TowerBatches(tower, transform, args.dtype, args.device, args.batch_size)
+    with bar, batches, ending_workers(), closing(decoded):
         for rel, record, features in batches.run(decoded):
             if features is not None and not features.isfinite().all():
                 record = {"reason": "not_finite", "detail": "the tower gave NaN or infinity"}
@@ -294,7 +297,7 @@ def is_made(store: FeatureStore, sources: dict, rel: str) -> bool:
     return rel in sources and store.has(rel, sources[rel].get("frames", 0))
 
 
-# ----------------------------------------------------------------------- decoding, in the workers
+# ----------------------------------------------------------------------- decoding, in threads
 
 
 @dataclass
@@ -384,7 +387,7 @@ class TowerBatches:
         torch.set_num_threads(self.threads_before)
 
     def run(self, decoded: Iterable) -> Iterator[tuple[str, dict, Tensor | None]]:
-        """(path, (record, frames or None) or Lost) → (path, record, features (F, P, D) or None)"""
+        """(path, (record, frames or None)) → (path, record, features (F, P, D) or None)"""
         shape = (self.batch_size, self.transform.image_size, self.transform.image_size, 3)
         batch, layout, filled = np.zeros(shape, np.uint8), [], 0
         running = deque()  # (future of a batch, [(clip, its number of frames in the batch)])
@@ -399,10 +402,7 @@ class TowerBatches:
                 if not clip.missing:
                     yield clip.rel, clip.record, torch.cat(clip.features)
 
-        for rel, result in decoded:
-            if isinstance(result, Lost):
-                result = {"reason": result.reason, "detail": result.detail}, None
-            record, frames = result
+        for rel, (record, frames) in decoded:
             if frames is None:
                 yield rel, record, None
                 continue

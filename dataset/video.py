@@ -16,6 +16,8 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -40,6 +42,7 @@ __all__ = [
     "FrameTransform",
     "Frames",
     "VideoError",
+    "ending_workers",
     "fps_indices",
     "read_frames",
     "uniform_indices",
@@ -140,6 +143,7 @@ class _Worker:
             bufsize=0,
             env=os.environ | settings,
         )
+        _alive.add(self)
         self.replies = self.process.stdout.fileno()
         if sys.platform == "linux":
             import fcntl
@@ -220,6 +224,7 @@ class _Worker:
             raise TimeoutError
 
     def kill(self) -> None:
+        _alive.discard(self)
         self.process.kill()
         self.close()
         self.process.wait()
@@ -230,16 +235,18 @@ class _Worker:
         self.process.stdout.close()
 
 
-# Appending and popping are atomic: threads need no lock, which a fork could copy while it is held.
+# Each operation on these is atomic: threads need no lock, which a fork could copy while it is held.
+_alive: set[_Worker] = set()
 _idle: deque[_Worker] = deque()
 
 
 def _take_worker() -> _Worker:
     while _idle:
-        worker = _idle.pop()
-        if worker.process.poll() is None:
-            return worker
-        worker.close()
+        with suppress(IndexError):  # another thread was faster
+            worker = _idle.pop()
+            if worker.process.poll() is None:
+                return worker
+            worker.kill()
     return _Worker()
 
 
@@ -251,15 +258,28 @@ def _give_back(worker: _Worker) -> None:
 @atexit.register
 def _end_workers() -> None:
     while _idle:
-        worker = _idle.pop()
-        worker.close()
-        worker.process.wait()
+        with suppress(IndexError):
+            _idle.pop().kill()
+    for worker in list(_alive):  # the thread that reads from it notices, and tidies up
+        worker.process.kill()
+
+
+@contextmanager
+def ending_workers() -> Iterator[None]:
+    """For whoever reads a lot, in threads: after this block no decoding process is left, whatever
+    happened in it. Their CPU time counts as that of ended children. (Without it they end at exit,
+    which waits for threads that still read.)"""
+    try:
+        yield
+    finally:
+        _end_workers()
 
 
 def _forget_workers() -> None:
     """A forked process must not talk to its parent's workers."""
-    while _idle:
-        worker = _idle.pop()
+    _idle.clear()
+    while _alive:
+        worker = _alive.pop()
         worker.close()
         worker.process.returncode = 0  # not ours to wait for
 

@@ -18,6 +18,8 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -29,10 +31,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dataset.conversation import IGNORED, ConversationError, encode, truncate
 from dataset.feature_store import FeatureStore
+from dataset.parallel import in_any_order
 from dataset.records import read_records
-from dataset.video import VideoError, read_frames
+from dataset.video import VideoError, ending_workers, read_frames
 from dataset.video_dataset import parse_sample, resolve_under
-from dataset.worker_pool import Lost, in_workers
 from extract_features import num_cores
 from launch import launch
 
@@ -72,8 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     if not Path(args.tokenizer_path).is_dir():
         raise ValueError(f"--tokenizer_path {args.tokenizer_path}: no such folder")
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_path)
-    read = TextCheck(tokenizer, args.visual_tokens, args.max_seq_len)
-    samples = list(check_texts(read, args.data_path, args.num_workers, args.decode_seconds))
+    check = TextCheck(tokenizer, args.visual_tokens, args.max_seq_len)
+    samples = list(check_texts(check, args.data_path, args.num_workers))
     if not samples:
         raise ValueError(f"{', '.join(args.data_path)}: no sample in it")
     reasons = check_visuals(args, dict.fromkeys(chain.from_iterable(s.visuals for s in samples)))
@@ -150,14 +152,25 @@ class TextCheck:
         return checked
 
 
-def check_texts(read: TextCheck, paths: list[str], workers: int, seconds: float) -> Iterator:
+_check: TextCheck | None = None  # in a worker process: a tokenizer takes long to send
+
+
+def _start_worker(check: TextCheck) -> None:
+    global _check
+    _check = check
+
+
+def _check_chunk(chunk: tuple[str, list]) -> list[Checked]:
+    return _check(chunk)
+
+
+def check_texts(check: TextCheck, paths: list[str], workers: int) -> Iterator[Checked]:
+    _start_worker(check)  # where there are none, this process does their work
+    processes = partial(ProcessPoolExecutor, initializer=_start_worker, initargs=(check,))
     total = sum(Path(path).stat().st_size for path in paths if Path(path).is_file())
     with tqdm(total=total, unit="B", unit_scale=True, desc="records", smoothing=0.1) as bar:
-        for chunk, checked in in_workers(read, _chunks(paths, bar.update), workers, seconds):
-            if isinstance(checked, Lost):
-                path, records = chunk
-                detail = f"{checked.detail} in lines {records[0][0]} to {records[-1][0]}"
-                raise ValueError(f"{path}: {detail}; raise --decode_seconds")
+        chunks = _chunks(paths, bar.update)
+        for _, checked in in_any_order(_check_chunk, chunks, workers, processes):
             yield from checked
 
 
@@ -184,15 +197,13 @@ def check_visuals(args: argparse.Namespace, visuals) -> dict[str, tuple[str, str
         store.check(how)
         look = partial(find_features, store)
     else:
-        timeout = None if args.num_workers else args.decode_seconds  # a worker is killed itself
-        read = partial(read_frames, **how, backend=args.video_backend, timeout=timeout)
-        look = partial(decode, read, Path(args.images_path))
-    found = in_workers(look, visuals, min(args.num_workers, len(visuals)), args.decode_seconds)
+        how |= {"backend": args.video_backend, "timeout": args.decode_seconds}
+        look = partial(decode, partial(read_frames, **how), Path(args.images_path))
+    found = in_any_order(look, visuals, min(args.num_workers, len(visuals)))
+    bar = tqdm(total=len(visuals), unit=" visuals", desc="visuals", smoothing=0.1)
     bad = {}
-    with tqdm(total=len(visuals), unit=" visuals", desc="visuals", smoothing=0.1) as bar:
+    with bar, ending_workers(), closing(found):
         for visual, problem in found:
-            if isinstance(problem, Lost):
-                problem = problem.reason, problem.detail
             if problem:
                 bad[visual] = problem
                 bar.set_postfix_str(f"{len(bad)} bad", refresh=False)

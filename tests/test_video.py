@@ -1,5 +1,6 @@
 """The right frames, upright, or a typed error: on clips made here and on the shared collection."""
 
+import multiprocessing
 import os
 import pickle
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -412,6 +414,57 @@ class Reads(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return numbers(read_frames(self.paths[index], 1))[0]
+
+
+def test_no_process_outlives_the_block_that_ends_them(hanging):
+    errors = []
+
+    def read():
+        with pytest.raises(VideoError) as caught:
+            read_frames(hanging, 4, backend="decord")
+        errors.append(caught.value.reason)
+
+    thread = threading.Thread(target=read)
+    with video.ending_workers():  # those of other tests
+        pass
+    with video.ending_workers():
+        read_frames(hanging, 1)  # leaves an idle one, which the thread takes
+        thread.start()
+        deadline = time.monotonic() + 20
+        while video._idle and time.monotonic() < deadline:
+            time.sleep(0.01)
+        read_frames(hanging, 1)
+        workers = [worker.process.pid for worker in video._alive]
+    thread.join()
+    assert len(workers) == 2 and errors == ["crashed"] and not video._alive
+    assert not any(map(is_running, workers))
+    assert numbers(read_frames(hanging, 1)) == [150]
+
+
+def test_no_process_outlives_a_parent_that_is_killed(hanging, tmp_path):
+    def parent():
+        read_frames(hanging, 1)
+        (tmp_path / str(video._idle[-1].process.pid)).touch()
+        time.sleep(60)
+
+    process = multiprocessing.get_context("fork").Process(target=parent)
+    process.start()
+    deadline = time.monotonic() + 30
+    while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    (worker,) = (int(path.name) for path in tmp_path.iterdir())
+    while is_running(worker) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not is_running(worker)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # none may be left to reap it
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_memory_beyond_the_budget_is_refused(tmp_path):
