@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 from answering import TOKENIZER_PATH, VISION_PATH, Answerer, Question, Visual
 from dataset.conversation import ConversationError
+from dataset.samples import Sample, read_samples
 from dataset.scoring import fact_vocabulary, format_table, score_turn, summarise
 from dataset.video import VideoError
-from dataset.video_dataset import Sample, read_samples
 from model.generate import Sampling
 from model.inference import WEIGHTS
 from terminal import Terminal

@@ -36,8 +36,8 @@ from tqdm import tqdm
 from dataset import parquet
 from dataset.feature_store import FLOAT16, INT8, FeatureStore, relative_error
 from dataset.parallel import in_any_order
+from dataset.samples import read_samples, resolve_under
 from dataset.video import FrameTransform, VideoError, ending_workers, read_frames
-from dataset.video_dataset import read_samples, resolve_under
 from launch import launch
 from model.vision_tower import VisionTower
 from trainer.device import choose_device, choose_dtype

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dataset.conversation import placeholder_ids
 from dataset.feature_store import FeatureStore
+from dataset.samples import read_samples
 from dataset.video import FrameTransform
 from dataset.video_dataset import (
     FeatureSource,
@@ -28,7 +29,6 @@ from dataset.video_dataset import (
     VideoDataset,
     VideoSource,
     collate,
-    read_samples,
 )
 from launch import launch as launch  # the stages' scripts call it by this module's name
 from model.checkpoint import save_model

@@ -44,7 +44,8 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer
 
 from dataset.conversation import IGNORED
-from dataset.video_dataset import LengthGroupedBatchSampler, Sample, VideoDataset, collate
+from dataset.samples import Sample
+from dataset.video_dataset import LengthGroupedBatchSampler, VideoDataset, collate
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
 from trainer.config import TrainConfig

@@ -33,8 +33,8 @@ from dataset.conversation import IGNORED, ConversationError, encode, truncate
 from dataset.feature_store import FeatureStore
 from dataset.parallel import in_any_order
 from dataset.records import read_records
+from dataset.samples import parse_sample, resolve_under
 from dataset.video import VideoError, ending_workers, read_frames
-from dataset.video_dataset import parse_sample, resolve_under
 from extract_features import num_cores
 from launch import launch
 

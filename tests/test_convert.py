@@ -19,8 +19,8 @@ from dataset.convert import (
     video_instruct_100k,
 )
 from dataset.convert.common import Seen, run
+from dataset.samples import Sample, read_samples
 from dataset.video import read_frames
-from dataset.video_dataset import Sample, read_samples
 
 ROOT = Path(__file__).resolve().parents[1]
 

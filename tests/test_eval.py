@@ -12,7 +12,7 @@ from PIL import Image
 
 import eval as evaluation
 from answering import Answerer, Question
-from dataset.video_dataset import read_samples
+from dataset.samples import read_samples
 from model.checkpoint import save_model
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig

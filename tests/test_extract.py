@@ -22,8 +22,8 @@ from PIL import Image
 
 import extract_features
 from dataset.feature_store import FeatureStore
+from dataset.samples import read_samples
 from dataset.video import FrameTransform, read_frames
-from dataset.video_dataset import read_samples
 from model.vision_tower import VisionTower
 from trainer.device import choose_dtype
 

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 import extract_features
 from dataset.feature_store import FeatureStore
+from dataset.samples import read_samples
 from dataset.video import FrameTransform
 from dataset.video_dataset import (
     FeatureSource,
@@ -21,7 +22,6 @@ from dataset.video_dataset import (
     VideoDataset,
     VideoSource,
     collate,
-    read_samples,
 )
 from model.vision_tower import VisionTower
 from scripts import pack_features

@@ -18,8 +18,9 @@ from transformers import AutoTokenizer
 
 from dataset import parquet, records
 from dataset.records import read_records
+from dataset.samples import read_samples, resolve_under
 from dataset.video import VideoError, read_frames
-from dataset.video_dataset import VideoDataset, VideoSource, collate, read_samples, resolve_under
+from dataset.video_dataset import VideoDataset, VideoSource, collate
 
 ROOT = Path(__file__).resolve().parents[1]
 

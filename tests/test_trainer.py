@@ -14,7 +14,8 @@ import torch.multiprocessing as mp
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from dataset.video_dataset import LengthGroupedBatchSampler, VideoDataset, collate, read_samples
+from dataset.samples import read_samples
+from dataset.video_dataset import LengthGroupedBatchSampler, VideoDataset, collate
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
 from trainer.config import TrainConfig, parse

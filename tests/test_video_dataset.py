@@ -11,14 +11,13 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from dataset.conversation import IGNORED, encode
+from dataset.samples import read_samples, resolve_under
 from dataset.video_dataset import (
     FeatureSource,
     LengthGroupedBatchSampler,
     VideoDataset,
     VideoSource,
     collate,
-    read_samples,
-    resolve_under,
 )
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -25,7 +25,7 @@ from dataset.conversation import name_and_text
 from dataset.convert.media import Media
 from dataset.convert.report import Report
 from dataset.records import read_records
-from dataset.video_dataset import Sample, parse_sample
+from dataset.samples import Sample, parse_sample
 
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
 NAMES = {"user": "human", "assistant": "gpt"}

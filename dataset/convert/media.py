@@ -10,8 +10,8 @@ from PIL import Image
 
 from dataset.convert.report import Tally
 from dataset.images import FORMATS
+from dataset.samples import check_relative, resolve_under
 from dataset.video import MAX_PIXELS
-from dataset.video_dataset import check_relative, resolve_under
 
 # In order of preference where a name without a suffix fits several files.
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv")
