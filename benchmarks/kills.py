@@ -129,7 +129,7 @@ def run_killed(
         before = None
         if moment == "saving":
             while all(process.is_alive() for process in team) and not half_written(run):
-                time.sleep(0.0002)
+                time.sleep(0.001)
             within = 0.0
         elif moment == "training":
             ahead, within = chance.randint(0, 5), chance.uniform(0, 0.01)

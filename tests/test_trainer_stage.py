@@ -1,15 +1,16 @@
 """Both stages from their command lines, on features made up here: what they write and refuse."""
 
 import json
-import sys
+import struct
+import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
+from wandb.proto import wandb_internal_pb2
 
 import train_pretrain
 import train_sft
@@ -241,12 +242,41 @@ def test_new_data_is_not_taken_for_a_finished_run():
         command(train_pretrain, flags)
 
 
+def records(path):
+    """What a .wandb file holds: records of protobuf in LevelDB's log format, blocks of 32 KiB."""
+    data, place, record = path.read_bytes(), 7, b""
+    while place + 7 <= len(data):
+        if (left := 32768 - place % 32768) < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        record += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            yield wandb_internal_pb2.Record.FromString(record)
+            record = b""
+
+
 def test_wandb_gets_the_settings_and_every_line(monkeypatch):
-    settings, logged = {}, []
-    tracker = SimpleNamespace(log=lambda row, step: logged.append(row), finish=lambda: None)
-    fake = SimpleNamespace(init=lambda **given: settings.update(given) or tracker)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    command(train_pretrain, "--from_scratch --freeze_llm 0 --use_wandb --log_interval 1")
-    assert settings["name"] == "pretrain_videolm_32" and settings["config"]["dim"] == 32
+    """Into its file on this machine, which `wandb sync` would send."""
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    flags = "--from_scratch --freeze_llm 0 --use_wandb --tracker_offline --log_interval 1"
+    command(train_pretrain, flags)
+    (file,) = Path("out/pretrain_videolm_32/wandb").glob("offline-run-*/*.wandb")
+    deadline, found = time.monotonic() + 20, []
+    while not any(record.HasField("exit") for record in found) and time.monotonic() < deadline:
+        time.sleep(0.05)  # wandb's own process writes the file, a little later
+        found = list(records(file))
+    (run,) = (record.run for record in found if record.HasField("run"))
+    settings = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert run.display_name == "pretrain_videolm_32" and run.project == "Cinego"
+    assert settings["dim"] == 32 and settings["optimizer"] == "adamw"
+    lines = [
+        {item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        for record in found
+        if record.HasField("history")
+    ]
     written = Path("out/pretrain_videolm_32/metrics.jsonl").read_text().splitlines()
-    assert logged == [json.loads(line) for line in written] and len(logged) == 2
+    assert len(lines) == len(written) == 2
+    for line, row in zip(lines, map(json.loads, written), strict=True):
+        assert row.items() <= line.items()
