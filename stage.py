@@ -150,15 +150,13 @@ def run(
     size = f"{config.dim}_moe" if config.use_moe else str(config.dim)
     config.run_name = config.run_name.replace("{dim}", size)
     start = Path(config.load_from or Path(config.out_dir, start_weights.format(dim=size)))
-    if not Path(config.tokenizer_path).is_dir():  # a name would be looked up on the net
-        raise ValueError(f"--tokenizer_path {config.tokenizer_path}: no such folder")
     with setup(config.device, config.timeout) as world:
         return train_stage(config, start, load, world)
 
 
 def train_stage(config: StageConfig, start: Path, load: Load, world: World) -> dict[str, Any]:
     """What a process of the stage does once it has met the others."""
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_path)
+    tokenizer = open_tokenizer(config.tokenizer_path)
     visuals = open_visuals(config)
     model = build_model(config, tokenizer, visuals, start, load)
     world.say("parameters: " + ", ".join(f"{k} {v:,}" for k, v in model.parameter_counts().items()))
@@ -179,6 +177,20 @@ def train_stage(config: StageConfig, start: Path, load: Load, world: World) -> d
         return dry_run(model, loader(config.data_path, visuals.train, False), config, world)
     train_loader = loader(config.data_path, visuals.train, True)
     return train(model, train_loader, val_loader, config, world, save, lineage)
+
+
+def open_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder; ValueError where there is none."""
+    if not Path(path).is_dir():  # a name would be looked up on the net
+        raise ValueError(f"--tokenizer_path {path}: no such folder")
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--tokenizer_path {path}: no tokenizer can be read there ({reason}); give a folder "
+            "with tokenizer.json and tokenizer_config.json, such as model/text_tokenizer"
+        ) from None
 
 
 def open_visuals(config: StageConfig) -> Visuals:

@@ -261,7 +261,7 @@ def test_wandb_gets_the_settings_and_every_line(monkeypatch):
     """Into its file on this machine, which `wandb sync` would send."""
     monkeypatch.setenv("WANDB_SILENT", "true")
     flags = "--from_scratch --freeze_llm 0 --use_wandb --tracker_offline --log_interval 1"
-    command(train_pretrain, flags)
+    command(train_pretrain, f"{flags} --wandb_project Mine")
     (file,) = Path("out/pretrain_videolm_32/wandb").glob("offline-run-*/*.wandb")
     deadline, found = time.monotonic() + 20, []
     while not any(record.HasField("exit") for record in found) and time.monotonic() < deadline:
@@ -269,7 +269,7 @@ def test_wandb_gets_the_settings_and_every_line(monkeypatch):
         found = list(records(file))
     (run,) = (record.run for record in found if record.HasField("run"))
     settings = {item.key: json.loads(item.value_json) for item in run.config.update}
-    assert run.display_name == "pretrain_videolm_32" and run.project == "Cinego"
+    assert run.display_name == "pretrain_videolm_32" and run.project == "Mine"
     assert settings["dim"] == 32 and settings["optimizer"] == "adamw"
     lines = [
         {item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_trainer_stage import SIZE, command, workplace  # noqa: F401
+from test_trainer_stage import SIZE, command, tiny_tower, workplace  # noqa: F401
 
 import train_pretrain
 import train_sft
@@ -15,7 +15,7 @@ from model.checkpoint import load_video_language_model
 from model.config import LanguageModelConfig
 from model.lora import add_adapters, merged_state
 from model.minimind import Block, MiniMind
-from stage import StageConfig
+from stage import StageConfig, open_visuals
 from trainer.average import Average
 from trainer.config import TrainConfig, parse
 from trainer.optim import Optimizers
@@ -222,6 +222,20 @@ def test_a_mean_of_the_weights_is_validated_and_saved():
     assert changed("plain", "mean")
 
 
+def interrupt(monkeypatch, after: int) -> list[int]:
+    """Has the run that comes break off after so many updates; the list will hold all updates."""
+    updates = []
+
+    def interrupted(self, step, update=Average.update):
+        update(self, step)
+        updates.append(step)
+        if len(updates) == after:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Average, "update", interrupted)
+    return updates
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -235,15 +249,7 @@ def test_an_interrupted_run_goes_on_exactly(monkeypatch, flags):
     flags = f"--load_from out/start.pth --dtype float32 --epochs 4 --log_interval 1 {flags}"
     command(train_sft, f"{flags} --run_name whole")
 
-    updates = []
-
-    def interrupted(self, step, update=Average.update):
-        update(self, step)
-        updates.append(step)
-        if len(updates) == 6:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Average, "update", interrupted)
+    updates = interrupt(monkeypatch, after=6)
     with pytest.raises(KeyboardInterrupt):
         command(train_sft, f"{flags} --run_name resumed --save_interval 3")
     command(train_sft, f"{flags} --run_name resumed --save_interval 3")
@@ -298,8 +304,14 @@ def test_a_dry_run_tells_what_the_run_will_cost_and_writes_nothing(capsys):
     assert figures["updates"] == 20 and 0 <= figures["padding"] < 0.5 and figures["seconds"] > 0
     assert figures["tokens_per_second"] > 0 and figures["memory_mb"] > 100
     assert f"{figures['trainable']:,} learn" in said and "0 h 1 min, without validation" in said
+    assert "weights" not in said and "in /tmp" not in said
     full = command(train_pretrain, f"{RANDOM} --epochs 10")  # it took nothing of the run away
     assert full["step"] == 20
+    # An epoch of two micro-batches is one update, however many might be accumulated.
+    command(train_pretrain, f"{RANDOM} --dry_run")
+    tokens = re.search("2 updates of about (\\d+) tokens", capsys.readouterr().out)[1]
+    command(train_pretrain, f"{RANDOM} --dry_run --accumulation_steps 99")
+    assert f"1 updates of about {2 * int(tokens)} tokens" in capsys.readouterr().out
 
 
 def test_compile_takes_each_layer_once(monkeypatch):
@@ -316,12 +328,18 @@ def test_compile_without_a_compiler_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.slow
-def test_compiled_layers_train_as_they_are():
-    flags = f"{RANDOM} --val_path data.jsonl --epochs 2"
+def test_compiled_layers_train_as_they_are(monkeypatch):
+    flags = f"{RANDOM} --val_path data.jsonl --epochs 2 --log_interval 1 --save_interval 2"
     plain = command(train_pretrain, f"{flags} --run_name plain")
     compiled = command(train_pretrain, f"{flags} --run_name compiled --compile")
     for name in ("loss", "val_loss", "grad_norm"):
         assert compiled[name] == pytest.approx(plain[name], rel=1e-5)
+
+    interrupt(monkeypatch, after=3)
+    with pytest.raises(KeyboardInterrupt):
+        command(train_pretrain, f"{flags} --run_name resumed --compile")
+    command(train_pretrain, f"{flags} --run_name resumed --compile")
+    assert changed("compiled", "resumed") == set() != changed("compiled", "plain")
 
 
 def test_every_flag_of_training_changes_what_comes_out():
@@ -339,6 +357,31 @@ def test_every_flag_of_training_changes_what_comes_out():
     results["--optimizer muon --muon_learning_rate 0.1"] -= results["--optimizer muon"]
     for given in flags[1:]:
         assert not torch.equal(results[given], results[""]) and results[given].any(), given
+
+
+def test_a_run_that_ends_within_its_warm_up_is_told(capsys):
+    command(train_pretrain, f"{RANDOM} --warmup_iters 2")
+    assert "never reaches its rates: lower --warmup_iters 2" in capsys.readouterr().out
+    command(train_pretrain, f"{RANDOM} --warmup_iters 1 --run_name shorter")
+    assert "warm-up" not in capsys.readouterr().out
+
+
+def test_folders_that_will_not_do_are_named_with_their_flag():
+    Path("file").write_text("")
+    with pytest.raises(ValueError, match=r"--out_dir file: .*Not a directory.*; give a folder"):
+        command(train_pretrain, f"{RANDOM} --out_dir file")
+    Path("empty").mkdir()
+    with pytest.raises(ValueError, match="--tokenizer_path empty: no tokenizer.*tokenizer.json"):
+        command(train_pretrain, f"{RANDOM} --tokenizer_path empty")
+    with pytest.raises(ValueError, match="--tokenizer_path nowhere: no such folder"):
+        command(train_pretrain, f"{RANDOM} --tokenizer_path nowhere")
+
+
+def test_the_reader_of_videos_is_the_one_chosen():
+    tiny_tower("tower")
+    for flags, backend in ((["--video_backend", "decord"], "decord"), ([], "pyav")):
+        config = parse(StageConfig, "", ["--data_path=x", "--vision_path=tower", *flags])
+        assert open_visuals(config).train.backend == backend
 
 
 def test_every_flag_stands_in_the_docs():

@@ -27,8 +27,8 @@ def dry_run(
     takes; its sampler has `lengths`, every row's estimated tokens. Returns the printed figures.
     """
     sampler = loader.batch_sampler
-    updates = math.ceil(len(loader) / config.accumulation_steps) * config.epochs
-    updates = min(updates, config.max_steps or math.inf)
+    updates_an_epoch = math.ceil(len(loader) / config.accumulation_steps)
+    updates = min(updates_an_epoch * config.epochs, config.max_steps or math.inf)
     micro_batches = list(sampler)
     real = sum(int(sampler.lengths[batch].sum()) for batch in micro_batches)
     padded = sum(int(sampler.lengths[batch].max()) * len(batch) for batch in micro_batches if batch)
@@ -50,7 +50,7 @@ def dry_run(
         )
         metrics = train(model, loader, None, short, world, lambda path, meta: None, {})
 
-    update_tokens = real / len(micro_batches) * config.accumulation_steps
+    update_tokens = real / updates_an_epoch
     figures = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),

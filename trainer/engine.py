@@ -118,6 +118,11 @@ def train(
                 half.unlink()
     world.say(f"{run}: {optimizers.description}; on {device} in {config.dtype}")
     world.say(f"{run}: updates {step} to {total_steps}")
+    if config.warmup_iters >= total_steps:
+        world.say(
+            f"warning: the run ends within its warm-up and never reaches its rates: lower "
+            f"--warmup_iters {config.warmup_iters}"
+        )
 
     journal = Journal(config, world.is_main, step, total_steps, state and state["journal"])
     batches = None
@@ -248,7 +253,8 @@ def train(
     if step < total_steps:
         world.say(f"{run}: stopped, {stale} validations without a val_loss under {best_loss:.4f}")
     of = f" of update {best_step}" if config.patience and best_step else ""
-    world.say(f"{run}: {losses_of(metrics)}; weights{of} in {weights_path}")
+    where = f"; weights{of} in {weights_path}" if weights_path.is_file() else ""  # none: a dry run
+    world.say(f"{run}: {losses_of(metrics)}{where}")
     return metrics
 
 

@@ -51,7 +51,13 @@ class Journal:
         self.quarantined: set[tuple] = set()
         self.tracker = None
         if active:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(
+                    f"--out_dir {config.out_dir}: {self.folder} can't be made ({error.strerror}); "
+                    "give a folder that may be written"
+                ) from None
             told = self._take_up(first_step)
             name = "wandb" if config.use_wandb else config.tracker
             if name != "none":
