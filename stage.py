@@ -92,6 +92,8 @@ class StageConfig(TrainConfig):
             found.append("--data_path is missing: give one or more jsonl files")
         if self.patience and not self.val_path:
             found.append("--patience watches the validation loss: give --val_path too")
+        if self.val_features_path and not self.use_feature:
+            found.append("--val_features_path is for features on disk: give --use_feature too")
         if 0 < self.tokens_per_batch < self.max_seq_len:
             found.append(
                 f"--tokens_per_batch {self.tokens_per_batch} can't hold a row of --max_seq_len "
@@ -104,6 +106,8 @@ class StageConfig(TrainConfig):
             )
         if self.lora_rank < 0 or self.lora_alpha < 0:
             found.append("--lora_rank and --lora_alpha must be 0 or more")
+        if self.lora_alpha and not self.lora_rank:
+            found.append("--lora_alpha scales adapters: give --lora_rank too")
         if self.lora_rank and (self.from_scratch or self.freeze_llm == 1):
             found.append("--lora_rank: adapters stand beside a trained, frozen language model; ")
             found[-1] += "leave --from_scratch and --freeze_llm 1 out"

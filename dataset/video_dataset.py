@@ -257,7 +257,10 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"batch_size {batch_size} and rank {rank} of {world_size} don't work")
         if len(lengths) < world_size:
-            raise ValueError(f"{len(lengths)} rows are too few for {world_size} processes")
+            raise ValueError(
+                f"{len(lengths)} rows are too few for {world_size} processes: each needs one. Add "
+                "samples (of other videos, where those of one share a row) or start fewer processes"
+            )
         self.lengths = np.asarray(lengths)
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
         self.rank, self.world_size, self.tokens_per_batch = rank, world_size, tokens_per_batch

@@ -282,6 +282,13 @@ def test_validation_loss_does_not_depend_on_batches(workplace):
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
+def test_a_validation_that_can_not_be_read_is_told_and_ends_nothing(workplace, capsys):
+    last = run(make_model(), make_loader(["a"], 1), make_loader(["broken"], 1))
+    assert "no sample of the validation can be read" in capsys.readouterr().out
+    assert "val_loss" not in last and Path("out/run.pth").is_file()
+    assert [bad["id"] for bad in rows(file="quarantine.jsonl")] == ["s0"]
+
+
 def test_schedules():
     factors = partial(rate_factor, total_steps=12, warmup=3)
     linear = [factors(step, schedule="linear") for step in range(12)]

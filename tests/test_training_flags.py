@@ -172,6 +172,8 @@ def test_adapters_begin_as_nothing_and_learn():
 def test_flags_of_freezing_that_contradict(capsys):
     said = refused(capsys, "--data_path", "x", "--lora_rank", "4", "--freeze_llm", "1")
     assert "leave --from_scratch and --freeze_llm 1 out" in said
+    said = refused(capsys, "--data_path", "x", "--lora_alpha", "4", "--val_features_path", "x")
+    assert "give --lora_rank too" in said and "give --use_feature too" in said
 
 
 @pytest.mark.parametrize("experts", [{}, {"num_experts": 4, "num_experts_per_tok": 2}])

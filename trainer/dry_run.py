@@ -46,7 +46,6 @@ def dry_run(
             resume="never",
             tracker="none",
             use_wandb=False,
-            curves_interval=0,
         )
         metrics = train(model, loader, None, short, world, lambda path, meta: None, {})
 
