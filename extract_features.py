@@ -145,9 +145,10 @@ def main(arguments: list[str] | None = None) -> None:
         fps=args.fps,
         backend=args.video_backend,
         timeout=args.decode_seconds,
+        transform=transform,
     )
     made = {rel: sources[rel] for rel in todo if is_made(store, sources, rel)}
-    decode = Decoder(root, made, read, transform)
+    decode = Decoder(root, made, read)
     decoded = in_any_order(decode, todo, min(args.num_workers, len(todo)))
     started, cpu_before = time.perf_counter(), cpu_seconds()
     num_frames, failed, squares = 0, {}, [0.0, 0.0]
@@ -307,7 +308,6 @@ class Decoder:
     root: Path
     made: dict[str, dict]  # visuals with features, and the record of the file they were made from
     read: Callable
-    transform: FrameTransform
 
     def __call__(self, rel: str):
         try:
@@ -316,7 +316,7 @@ class Decoder:
             made = self.made.get(rel)
             if made and made["sha256"] == record["sha256"]:  # copied or touched, but not changed
                 return {**made, **record}, None
-            frames = self.transform.resize_frames(self.read(path).frames)
+            frames = self.read(path).frames
         except VideoError as error:
             return {"reason": error.reason, "detail": error.detail}, None
         except (ValueError, OSError) as error:

@@ -57,6 +57,7 @@ class Request:
     max_pixels: int
     max_seconds: float
     max_bytes: int
+    transform: dict | None = None  # FrameTransform's fields, to resize the frames by
 
     def choose(self, timestamps: np.ndarray) -> np.ndarray:
         """Indices of the frames to return, of a clip with frames at these seconds."""

@@ -21,6 +21,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from dataset.clip import ContainerInfo, Frames, Request, VideoError
+from dataset.frame_transform import FrameTransform
 from dataset.images import is_image, on_white, read_image
 
 av.logging.set_level(None)  # FFmpeg's own lines on stderr; what matters is raised
@@ -42,8 +43,12 @@ def decode(request: Request, data: bytes | None = None) -> Frames:
     path = Path(request.path)
     try:
         if data is not None or is_image(path):
-            return read_image(request, data)
-        return (_read_decord if request.backend == "decord" else _read_pyav)(request)
+            clip = read_image(request, data)
+        else:
+            clip = (_read_decord if request.backend == "decord" else _read_pyav)(request)
+        if request.transform:
+            clip.frames = FrameTransform(**request.transform).resize_frames(clip.frames)
+        return clip
     except VideoError:
         raise
     except MemoryError as error:

@@ -4,11 +4,13 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
-import torch
 from PIL import Image
+
+if TYPE_CHECKING:  # decoding processes resize, and start several times faster without torch
+    import torch
 
 Resize = Literal["crop", "squash", "pad"]
 CHUNK_BYTES = 32 << 20  # of frames resized at a time: more would leave the processor's caches
@@ -134,8 +136,10 @@ class FrameTransform:
         down = np.asarray(down)[rows]
         return down.reshape(len(down), num_frames, -1, 3).swapaxes(0, 1)
 
-    def normalize(self, frames: torch.Tensor) -> torch.Tensor:
+    def normalize(self, frames: "torch.Tensor") -> "torch.Tensor":
         """(F, S, S, 3) uint8 → (F, 3, S, S) float32, (frame · rescale − mean) / std."""
+        import torch
+
         # A row of S·3 values at a time: three times faster than planes, and a convolution takes the
         # channels-last result as it is.
         num_frames, size = frames.shape[:2]
@@ -144,8 +148,10 @@ class FrameTransform:
         pixels = pixels.mul_(self.rescale / std).sub_(mean / std)
         return pixels.view(num_frames, size, size, 3).permute(0, 3, 1, 2)
 
-    def __call__(self, frames: np.ndarray) -> torch.Tensor:
+    def __call__(self, frames: np.ndarray) -> "torch.Tensor":
         """(F, H, W, 3) uint8 RGB → (F, 3, S, S) float32."""
+        import torch
+
         return self.normalize(torch.from_numpy(np.ascontiguousarray(self.resize_frames(frames))))
 
 

@@ -65,6 +65,7 @@ def read_frames(
     max_pixels: int = MAX_PIXELS,
     max_seconds: float = MAX_SECONDS,
     max_bytes: int = MAX_BYTES,
+    transform: FrameTransform | None = None,
 ) -> Frames:
     """Read at most `num_frames` frames of a video, or the one frame of an image.
 
@@ -79,6 +80,9 @@ def read_frames(
 
     max_pixels (of a frame), max_seconds (of playing time) and max_bytes (of all frames that are
     returned) are checked on what the file's header and index say, before anything is decoded.
+
+    transform: its `resize_frames` is applied where the decoding is done, so that only frames of the
+    tower's size cross between the processes.
 
     backend="decord" is kept because the project's card names it. Its known faults are listed in
     docs/video.md: wrong frames on some files, and hangs, which the timeout ends.
@@ -107,7 +111,10 @@ def read_frames(
             raise VideoError(path, "missing", str(error)) from error
     elif "\0" in path or not os.path.isfile(path):
         raise VideoError(path, "missing", "there is no such file")
-    request = Request(path, num_frames, sampling, fps, backend, max_pixels, max_seconds, max_bytes)
+    request = Request(
+        *(path, num_frames, sampling, fps, backend, max_pixels, max_seconds, max_bytes),
+        transform=transform and transform.describe(),
+    )
     if timeout is None:
         return decode(request, data)
     worker = _take_worker()

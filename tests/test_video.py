@@ -582,6 +582,18 @@ def test_frames_of_the_towers_size_pass_untouched():
     torch.testing.assert_close(transform(noise), expected)
 
 
+@pytest.mark.parametrize("timeout", [60, None])
+def test_frames_are_resized_where_they_are_decoded(tmp_path, timeout):
+    make_clip(tmp_path / "clip.mp4", 5)
+    Image.fromarray(draw_number(77, 90, 64)).save(tmp_path / "image.png")
+    transform = FrameTransform(48, MEAN, STD, resize="pad")
+    for name in ("clip.mp4", "image.png"):
+        whole = read_frames(tmp_path / name)
+        clip = read_frames(tmp_path / name, timeout=timeout, transform=transform)
+        np.testing.assert_array_equal(clip.frames, transform.resize_frames(whole.frames))
+        assert (clip.info, clip.num_frames_total) == (whole.info, whole.num_frames_total)
+
+
 def test_squash_keeps_the_whole_picture():
     halves = np.zeros((1, 40, 80, 3), np.uint8)
     halves[:, :, 40:] = 255
