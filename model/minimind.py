@@ -195,29 +195,30 @@ class Attention(nn.Module):
         q_BLHE, k_BLHE, v_BLHE = (x.view(heads) for x in projected)
         q_BHLE = self.q_norm(q_BLHE).transpose(1, 2)
         k_BHLE = self.k_norm(k_BLHE).transpose(1, 2)
-        v_BHTE = v_BLHE.transpose(1, 2)
         q_BHLE, k_BHTE = rotate(q_BHLE, tables), rotate(k_BHLE, tables)  # float32, as the tables
+        v_BHTE = v_BLHE.transpose(1, 2).to(k_BHTE.dtype)  # so is the cache: cast once, when new
         if cache is not None:
             k_BHTE, v_BHTE = cache.extend(layer, k_BHTE, v_BHTE)
-        if v_BHTE.dtype == k_BHTE.dtype:
+        if v_BLHE.dtype == k_BHTE.dtype:
             mixed_BHLE = self._attend(q_BHLE, k_BHTE, v_BHTE, pattern)
         else:
             # Autocast or bfloat16 weights. A CPU attends faster in float32; on CUDA
             # autocast still casts it.
             with torch.autocast("cpu", enabled=False):
-                mixed_BHLE = self._attend(q_BHLE, k_BHTE, v_BHTE.to(k_BHTE.dtype), pattern)
+                mixed_BHLE = self._attend(q_BHLE, k_BHTE, v_BHTE, pattern)
         return self.o_proj(mixed_BHLE.transpose(1, 2).flatten(2).to(x_BLC.dtype))
 
     def _attend(self, q_BHLE, k_BHTE, v_BHTE, pattern: list[Span] | None) -> Tensor:
-        if pattern is not None and q_BHLE.shape[2] > 1:
+        if q_BHLE.shape[2] == 1:
+            # A new token sees all that its mask lets it. The queries that share keys are to them
+            # as many tokens: no kernel has to find out whose keys are whose.
+            mask = None if pattern is None else pattern[0].mask
+            q_BHGE = q_BHLE.view(len(q_BHLE), k_BHTE.shape[1], -1, self.head_dim)
+            mixed = F.scaled_dot_product_attention(q_BHGE, k_BHTE, v_BHTE, mask, **self._how())
+            return mixed.reshape(q_BHLE.shape)
+        if pattern is not None:
             return self._attend_in_blocks(q_BHLE, k_BHTE, v_BHTE, pattern)
-        # One new token sees the whole cache; is_causal would show it the oldest token only.
-        is_causal = q_BHLE.shape[2] > 1
-        return F.scaled_dot_product_attention(
-            *(q_BHLE, k_BHTE, v_BHTE, None if pattern is None else pattern[0].mask),
-            is_causal=is_causal,
-            **self._how(),
-        )
+        return F.scaled_dot_product_attention(q_BHLE, k_BHTE, v_BHTE, is_causal=True, **self._how())
 
     @torch.compiler.disable  # its blocks are as many as the rows are long: each would be compiled
     def _attend_in_blocks(self, q_BHLE, k_BHTE, v_BHTE, pattern: list[Span]) -> Tensor:
