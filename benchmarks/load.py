@@ -1,7 +1,7 @@
 """Load on the server from a second process: many clients, some that hang up, some that mean harm.
 
     python -m benchmarks.load --load_from out/quickstart/sft.pth \\
-        --vision_path model/vision_model/demo_tower --images_path out/quickstart/test/clips
+        --vision_path model/vision_model/demo_tower --images_path out/quickstart/data/test
 
 Starts `serve.py` with room for fewer requests than there are clients, asks each question once while
 nobody else is there, then all of them at the same time, mixed with streams that are left half-way
@@ -212,7 +212,7 @@ def main() -> None:
     add = parser.add_argument
     add("--load_from", default="out/quickstart/sft.pth")
     add("--vision_path", default="model/vision_model/demo_tower")
-    add("--images_path", default="out/quickstart/test/clips", help="folder with mp4 files")
+    add("--images_path", default="out/quickstart/data/test", help="folder with mp4 files")
     add("--clips", type=int, default=16)
     add("--clients", type=int, default=16)
     add("--requests", type=int, default=400)

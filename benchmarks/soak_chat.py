@@ -5,8 +5,8 @@
 
 Types at the real `eval.py --chat`: questions in two languages, a new clip every 20 turns, an image
 every 50, a file that can't be read every 40, and now and then a question that is refused. Prints
-the process's memory along the way; what counts is that it doesn't grow after the first tenth.
-Without --load_from the model is a random one of the quickstart's size.
+the memory of its processes along the way, and ends with an error where it grew by more than 5 %
+after the first tenth. Without --load_from the model is a random one of the quickstart's size.
 """
 
 import argparse
@@ -92,7 +92,8 @@ def main() -> None:
             else:
                 raise SystemExit(f"the chat ended at turn {turn}")
             if turn == 1 or turn % max(1, args.turns // 10) == 0:
-                memory[turn] = process.memory_info().rss / 2**20
+                everyone = [process, *process.children(recursive=True)]  # one of them decodes
+                memory[turn] = sum(each.memory_info().rss for each in everyone) / 2**20
                 print(f"turn {turn:5}: {memory[turn]:.1f} MiB, {said.strip()}", flush=True)
         chat.stdin.close()
         chat.wait()
@@ -104,6 +105,7 @@ def main() -> None:
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps({"rss_mib": memory}, indent=1) + "\n")
+    raise SystemExit("memory grew" if late > 1.05 * early else 0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,81 @@
+"""Cinego as a model of lmms-eval (github.com/EvolvingLMMs-Lab/lmms-eval), without a server.
+
+    pip install --no-deps -e scripts/lmms_eval         # once: lmms-eval then knows `cinego`
+    PYTHONPATH=. python -m lmms_eval --model cinego \\
+        --model_args load_from=out/sft_videolm_512.pth --batch_size 16 \\
+        --include_path scripts/lmms_eval/tasks --tasks cinego_questions
+
+Lives in lmms-eval's environment, where Cinego's own modules are found by PYTHONPATH; how to make
+that environment, and the same through the server, is told in docs/lmms_eval.md.
+"""
+
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from lmms_eval.protocol import ChatMessages
+from tqdm import tqdm
+
+from answering import Answerer, Question, Visual
+from model.generate import Sampling
+
+MANIFEST = ModelManifest("cinego", chat_class_path="cinego_lmms_eval.CinegoModel")
+
+
+class CinegoModel(lmms):
+    """Answers tasks of output_type `generate_until` that have `doc_to_messages`."""
+
+    is_simple = False  # takes whole conversations, with media where they stand
+
+    def __init__(
+        self,
+        load_from: str,
+        vision_path: str | None = None,
+        tokenizer_path: str | None = None,
+        num_frames: int | None = None,
+        weights: str = "float32",
+        batch_size: int = 16,
+        device: str | None = None,
+    ):
+        """The names of eval.py's flags, as `--model_args name=value,name=value`."""
+        super().__init__()
+        self.answerer = Answerer.load(
+            *(load_from, vision_path, tokenizer_path, num_frames),
+            device=device or "auto",
+            weights=weights,
+        )
+        self.batch_size = int(batch_size)
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        answers = []
+        for start in tqdm(range(0, len(requests), self.batch_size), desc="answering"):
+            seen: dict[str, Visual] = {}  # questions about one clip mostly stand side by side
+            some = requests[start : start + self.batch_size]
+            answers += self.answerer.answer([self._question(request, seen) for request in some])
+        return answers
+
+    def _question(self, request: Instance, seen: dict[str, Visual]) -> Question:
+        _, doc_to_messages, how, doc_id, task, split = request.args
+        conversation = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
+        messages, visuals = [], []
+        for message in conversation.messages:
+            media = [part.url for part in message.content if part.type in ("video", "image")]
+            for path in media:
+                if path not in seen:
+                    seen[path] = self.answerer.read(path)
+            visuals += [seen[path] for path in media]
+            text = "\n".join(part.text for part in message.content if part.type == "text")
+            tags = "".join(f"{seen[path].tag}\n" for path in media)
+            messages.append({"role": message.role, "content": tags + text})
+        sampling = Sampling(
+            how.get("max_new_tokens", 128),
+            how.get("temperature") or 0.0,
+            top_p=how.get("top_p") or 1.0,
+        )
+        stop = how.get("until") or ()
+        return Question(messages, visuals, sampling, (stop,) if isinstance(stop, str) else stop)
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        raise NotImplementedError("Cinego takes tasks of output_type generate_until only")
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        raise NotImplementedError("Cinego takes tasks of output_type generate_until only")
