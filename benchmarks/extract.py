@@ -1,17 +1,17 @@
 """How near extraction comes to what the cores can do, and whether it survives being killed.
 
-    python benchmarks/extract.py                      # 10 CPU-minutes on a CPU with bfloat16
+    python benchmarks/extract.py                      # 15 CPU-minutes on a CPU with bfloat16
     python benchmarks/extract.py --bfloat16_clips 8   # where it is emulated
 
-Makes a random ViT-B/32 of full size and clips of 10 s, 640 × 360. Measures apart what decoding a
-clip and what the bare tower cost in CPU-seconds, each with all cores busy: cores / (their sum) is
-the limit in clips a second. Then extracts with one process and with two, and compares with the
-simple way: decode every frame, one clip after the other. At last it kills extractions with SIGKILL
-at random and compares the store, byte for byte, with one that nothing disturbed.
+Makes a random ViT-B/32 of full size and clips of 10 s, 640 × 360. Extracts with one process and
+with two; before and behind, it measures apart what decoding a clip and what the bare tower cost in
+CPU-seconds, each with all cores busy: cores / (their sum) is the limit in clips a second. Compares
+with the simple way: decode every frame, one clip after the other. At last it kills extractions with
+SIGKILL at random and compares the store, byte for byte, with one that nothing disturbed.
 
-On a machine that others use too, clips a second say little. So each row also gives the share of
+On a machine that others use too, clips a second say little. So each row begins with the share of
 the limit that is left after their part is taken out: the CPU-seconds that the work needs, over
-those that extraction spent (its start-up apart) and those in which a core had nothing to do.
+those that extraction spent (its imports apart) and those in which a core had nothing to do.
 """
 
 import argparse
@@ -203,35 +203,41 @@ def idle_seconds() -> float:
 
 
 def measure(out: Path, dtype: str, clips: int) -> None:
-    (decoding,) = part("decode", out, min(clips, 12))
-    (bare,) = part("tower", out, dtype, 2)
-    limit = CORES / (decoding + bare)
-    print(
-        f"\n{dtype}, {clips} clips: decoding {decoding:.3f} + bare tower {bare:.3f} CPU-s a clip: "
-        f"at most {limit:.3f} clips/s on {CORES} cores"
-    )
+    print(f"\n{dtype}, {clips} clips, {CORES} cores:")
+    before = parts(out, dtype, clips)
     for processes in (1, 2):
         store = f"{dtype}-{processes}"
         shutil.rmtree(out / store, ignore_errors=True)
         run = extract(out, store, clips, dtype, processes)
-        needed = clips * (decoding + bare)
+        # Before and behind it: the machine may have become slower meanwhile.
+        after = parts(out, dtype, clips)
+        decoding, bare = ((x + y) / 2 for x, y in zip(before, after, strict=True))
+        before = after
+        limit, needed = CORES / (decoding + bare), clips * (decoding + bare)
         print(
-            f"  {processes} process(es): {clips / run.seconds:.3f} clips/s, "
-            f"{100 * clips / run.seconds / limit:.0f} % of the limit; without others' part "
-            f"{100 * needed / (run.cpu + run.idle):.0f} % "
-            f"({run.cpu / clips:.3f} CPU-s a clip, cores idle {run.idle:.1f} s)",
+            f"  {processes} process(es): {run.cpu / clips:.3f} CPU-s a clip, where decoding takes "
+            f"{decoding:.3f} and the bare tower {bare:.3f}: "
+            f"{100 * needed / (run.cpu + run.idle):.0f} % of the limit without others' part (cores "
+            f"idle {run.idle:.1f} s). By the wall {clips / run.seconds:.3f} clips/s, "
+            f"{100 * clips / run.seconds / limit:.0f} % of {limit:.3f}",
             flush=True,
         )
         if dtype == "float32" and processes == 1:
             wall, cpu = part("simple", out, min(clips, 4), copies=1, threads=CORES)
             print(
-                f"    the simple way: {1 / wall:.3f} clips/s, {cpu:.3f} CPU-s a clip: extraction "
-                f"is {wall * clips / run.seconds:.2f} times as fast, with "
-                f"{cpu * clips / run.cpu:.2f} times fewer CPU-s",
+                f"    the simple way: {cpu:.3f} CPU-s a clip, {cpu * clips / run.cpu:.2f} times as "
+                f"many; {1 / wall:.3f} clips/s, {wall * clips / run.seconds:.2f} times as long",
                 flush=True,
             )
     same = contents(out / f"{dtype}-1") == contents(out / f"{dtype}-2")
     print(f"  stores of one process and of two are {'' if same else 'NOT '}byte-identical")
+
+
+def parts(out: Path, dtype: str, clips: int) -> tuple[float, float]:
+    """CPU-seconds a clip of decoding and of the bare tower."""
+    (decoding,) = part("decode", out, min(clips, 12))
+    (bare,) = part("tower", out, dtype, 4)
+    return decoding, bare
 
 
 # --------------------------------------------------------------------------------------- kills
@@ -292,7 +298,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("out/benchmark_extract"))
-    parser.add_argument("--clips", type=int, default=32)
+    parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--bfloat16_clips", type=int, help="default: as many")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--kills", type=int, default=5)

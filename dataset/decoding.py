@@ -13,7 +13,8 @@ ever returns a frame that it isn't sure of: what can't be read raises `VideoErro
 import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from itertools import compress, pairwise
+from contextlib import suppress
+from itertools import compress
 from pathlib import Path
 
 import av
@@ -32,6 +33,15 @@ CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,gif,"
     "h264,hevc,m4v,av1,obu,ivf,mjpeg,dv,mxf,rm,nut,yuv4mpegpipe"
 )
+# "explode" makes damage an error instead of a concealed, invented picture; "bitstream" and "buffer"
+# find most of it in WMV and MS-MPEG-4. "aggressive" would refuse what other encoders write.
+ERRORS = "crccheck+bitstream+buffer+explode"
+# Streams without a container: nothing says how long their last picture is.
+BARE = ("h264", "hevc", "m4v", "mpegvideo")
+# Their decoders leave out by themselves what leans on frames before the first keyframe.
+MARK_LEADING = ("hevc", "vvc")
+MAX_DELAY = 17  # a decoder holds back 16 frames at most
+LAST_BYTES = {"gif": b";", "mjpeg": b"\xff\xd9"}
 HELD_BYTES = 16 << 20  # packets up to this size stay in memory: no second read, no seek
 
 
@@ -106,9 +116,9 @@ def _open(request: Request):
         raise
     context = stream.codec_context
     # One thread: workers run side by side anyway, and starting threads costs more than decoding a
-    # short clip. "explode" makes damage an error instead of a concealed, invented picture.
+    # short clip.
     context.thread_count, context.thread_type = 1, "SLICE"
-    context.options = {"err_detect": "crccheck+explode", "max_pixels": max_pixels}
+    context.options = {"err_detect": ERRORS, "max_pixels": max_pixels}
     return container, stream
 
 
@@ -130,6 +140,11 @@ def _info(container, stream) -> ContainerInfo:
 
 def _demux(container, stream) -> Iterator:
     """The stream's packets, to the end of the file or to where it was cut."""
+    packets = _whole_in_their_container(container, stream)
+    return _whole_pictures(stream, packets) if container.format.name in BARE else packets
+
+
+def _whole_in_their_container(container, stream) -> Iterator:
     packets, packet = container.demux(stream), None
     while True:
         try:
@@ -153,11 +168,39 @@ def _is_cut(container) -> bool:
         return all(size % packet for packet in (188, 192, 204))
     if name == "dv":
         return all(size % frame for frame in (120_000, 144_000))
-    if name == "gif":
+    if name in LAST_BYTES:
         with open(container.name, "rb") as file:
             file.seek(-min(size, 64), os.SEEK_END)
-            return not file.read().rstrip(b"\0").endswith(b";")
+            return not file.read().rstrip(b"\0").endswith(LAST_BYTES[name])
     return False
+
+
+def _whole_pictures(stream, packets: Iterator) -> Iterator:
+    """The packets of a bare stream; the last one only if it is whole.
+
+    Then its picture is the same whatever follows it: a decoder that reads on where the file was cut
+    draws what it finds there.
+    """
+    group, last = [], None  # from a keyframe on
+    for packet in packets:
+        if last is not None:
+            yield last
+        if packet.is_keyframe:
+            group = []
+        group.append(packet)
+        last = packet
+    if group and len({_look(stream, group, bytes([value]) * 64) for value in (0x55, 0xAA)}) == 1:
+        yield last
+
+
+def _look(stream, group: list, behind: bytes) -> tuple[int, ...]:
+    context = av.CodecContext.create(stream.codec_context.name, "r")
+    context.extradata, context.thread_count = stream.codec_context.extradata, 1
+    frames = []
+    with suppress(av.FFmpegError):  # the decoding proper will say so
+        for packet in [*group[:-1], av.Packet(bytes(group[-1]) + behind), None]:
+            frames += context.decode(packet)
+    return tuple(hash(frame.to_ndarray(format="rgb24").tobytes()) for frame in frames[-MAX_DELAY:])
 
 
 class _Packets:
@@ -187,9 +230,20 @@ class _Packets:
         first = next((number for number, is_key in enumerate(self.is_key) if is_key), None)
         if first is None or None in self.pts:
             return
+        start = self.pts[first]
+        asks = self.stream.codec_context.name in MARK_LEADING and min(self.pts[first:]) < start
+        leading = set(self._leading(first)) if asks else ()
         for number, time in enumerate(self.pts):
-            if number < first or time < self.pts[first]:
+            if number < first or (time < start and time not in leading):
                 self.is_visible[number] = False
+
+    def _leading(self, first: int) -> Iterator[int]:
+        """Times of the frames that the decoder gives before the one of the first keyframe."""
+        for packet in self.since(first):
+            for frame in self.stream.codec_context.decode(packet):
+                if frame.pts is None or frame.pts >= self.pts[first]:
+                    return
+                yield frame.pts
 
     def since(self, first: int) -> Iterator:
         """Packets from number `first` (a keyframe) on in file order; None is the flush."""
@@ -285,9 +339,10 @@ def _read_in_order(request: Request) -> Frames:
         rate = float(stream.average_rate or stream.guessed_rate or 25)
     if not times:
         raise VideoError(request.path, "no_frames", "no frame of the video can be decoded")
-    if None in times or any(b <= a for a, b in pairwise(times)):
-        times = [number / rate for number in range(len(times))]
-    seconds = np.array(times) - times[0]
+    seconds = np.array(times, np.float64)  # what has no time is NaN
+    if not (np.isfinite(seconds).all() and (np.diff(seconds) > 0).all()):
+        seconds = np.arange(len(times)) / rate
+    seconds -= seconds[0]
     request.check_length(seconds[-1])
 
     indices = request.choose(seconds)

@@ -44,13 +44,19 @@ def read_number(frame: np.ndarray, bar: float = 1 / 8) -> int:
     return sum(int(row[int((bit + 0.5) * width / 16)] > 128) << bit for bit in range(16))
 
 
-def make_clip(path, total, codec="libx264", size=(64, 128), pix_fmt="yuv420p", **options):
+def make_clip(
+    path, total, codec="libx264", size=(64, 128), pix_fmt="yuv420p", noise=0, **options
+) -> Path:
+    random = np.random.default_rng(0)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=10, options=options)
         stream.height, stream.width = size
         stream.pix_fmt, stream.codec_context.thread_count = pix_fmt, 1
         for number in range(total):
-            frame = av.VideoFrame.from_ndarray(draw_number(number, *size), format="rgb24")
+            picture = draw_number(number, *size)
+            below = picture[size[0] // 8 :]
+            below += random.integers(0, noise + 1, below.shape, np.uint8)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
@@ -210,6 +216,42 @@ def test_a_cut_file_gives_what_came_before_the_cut(tmp_path, suffix, codec, pix_
     for frame, seconds in zip(clip.frames, clip.timestamps, strict=True):
         same = np.flatnonzero(np.isclose(whole.timestamps, seconds, atol=1e-3))
         np.testing.assert_array_equal(frame, whole.frames[same[0]])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "options"),
+    [
+        ("h264", "libx264", {"bf": "2"}),
+        ("hevc", "libx265", {"x265-params": "log-level=none:keyint=8:pools=none"}),
+        ("m2v", "mpeg2video", {"bf": "2", "b": "4000k"}),
+        ("mjpeg", "mjpeg", {"pix_fmt": "yuvj420p", "b": "4000k"}),
+    ],
+)
+def test_a_bare_stream_shows_no_half_picture(tmp_path, suffix, codec, options):
+    """Nothing says where its last picture ends; some decoders go on as if it hadn't been cut."""
+    path = make_clip(tmp_path / f"clip.{suffix}", 20, codec, noise=60, **options)
+    whole, data = read_frames(path, 99), path.read_bytes()
+    assert numbers(whole) == list(range(20))
+    for left in (*range(-8, 0), -20, -40, -100, len(data) // 2):
+        path.write_bytes(data[:left])
+        clip = read_frames(path, 99)
+        assert 5 <= len(clip.frames) <= 20 and (np.diff(clip.timestamps) > 0).all()
+        for frame, number in zip(clip.frames, numbers(clip), strict=True):
+            np.testing.assert_array_equal(frame, whole.frames[number])
+
+
+@pytest.mark.parametrize(("options", "first"), [("open-gop=0:radl=2", 8), ("open-gop=1", 10)])
+def test_what_is_shown_before_the_first_keyframe(tmp_path, options, first):
+    """Two frames shown before the one that is cut at need nothing from before it, and HEVC says so;
+    in an open group they do."""
+    options = f"log-level=none:pools=none:keyint=10:min-keyint=10:scenecut=0:bframes=3:{options}"
+    path = make_clip(tmp_path / "whole.mkv", 30, "libx265", **{"x265-params": options})
+    with av.open(str(path)) as container:
+        packets = list(container.demux(video=0))
+    cut = next(n for n, packet in enumerate(packets) if packet.pts == 1000 and packet.is_keyframe)
+    path = remux(path, tmp_path / "late.mkv", keep=lambda number: number >= cut)
+    assert numbers(read_frames(path, 40)) == list(range(first, 30))
+    assert numbers(read_frames(path, 2)) == [first + i for i in uniform_indices(30 - first, 2)]
 
 
 def remux(source: Path, target: Path, keep=lambda number: True, every_key=False, **options) -> Path:
