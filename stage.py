@@ -41,6 +41,7 @@ from trainer.device import choose_device
 from trainer.distributed import World, setup
 from trainer.dry_run import dry_run
 from trainer.engine import train
+from trainer.interrupt import obey_training_alone
 
 
 @dataclass
@@ -327,6 +328,7 @@ def make_loader(
         batch_sampler=batches,
         collate_fn=partial(collate, pad_id=pad_id),
         num_workers=config.num_workers,
+        worker_init_fn=obey_training_alone,
         persistent_workers=training and config.num_workers > 0,
         pin_memory=world.device.type == "cuda",
     )

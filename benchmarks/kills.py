@@ -94,6 +94,8 @@ def _child(main, arguments: list, log: Path, environment: dict[str, str]) -> Non
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ |= environment
+    # Its loader's processes come about as in any run, not from a server of their own.
+    multiprocessing.set_start_method(None, force=True)
     torch.set_num_threads(1)
     sys.argv = ["train"]
     main(*arguments)

@@ -6,10 +6,13 @@ import os
 import random
 import re
 import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import toy_training
@@ -246,6 +249,30 @@ def test_torchrun_restarts_after_a_death_and_ends_as_if_there_had_been_none():
     codes, _ = together("whole", "--epochs", "2")
     assert codes == [0, 0] and same("out", "whole")
     assert lines("out", "quarantine.jsonl") == lines("whole", "quarantine.jsonl")
+
+
+def test_a_signal_to_loading_processes_too_lets_the_run_save(tmp_path):
+    """As torchrun and Slurm send it: to all of a job's processes, in whatever order."""
+    kills.preload()
+    kills.make_data(tmp_path)
+    arguments, log = kills.command(tmp_path, "out", 1, 9999), tmp_path / "log"
+    arguments += ["--num_workers", "2", "--eval_interval", "0"]
+    (process,) = kills.start(kills.pretrain, [arguments], log)
+    run = tmp_path / "out/run"
+    while process.is_alive() and kills.last_update(run) < 10:
+        time.sleep(0.01)
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    for victim in (*workers, process):
+        os.kill(victim.pid, signal.SIGTERM)
+        time.sleep(0.05)
+    process.join(60)
+    said = log.read_text()
+    assert process.exitcode == 143, said[-2000:]
+    saved = int(re.search(r"SIGTERM: saved update (\d+) of 9999", said)[1])
+    assert saved == states(tmp_path / "out")[0] >= 10
+    psutil.wait_procs(workers, timeout=10)
+    assert not any(worker.is_running() for worker in workers)
 
 
 def test_three_kills_leave_no_trace(tmp_path):

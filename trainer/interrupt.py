@@ -12,6 +12,24 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SECONDS_OF_ONE_WISH = 3.0
 
 
+def obey_training_alone(worker_id: int) -> None:
+    """Has a loader's process (as its `worker_init_fn`) end when the training process says so, and
+    at nobody else's signal.
+
+    torchrun and Slurm signal every process of a job. A loader's process that dies of it raises an
+    error in the training process, at whatever line that is, before anything is saved.
+    """
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _wait_for_parent(parent: int) -> None:
+    while signal.sigwaitinfo(SIGNALS).si_pid != parent:
+        pass
+    os._exit(0)
+
+
 class StopRequest:
     """As a context, turns the signals into `signum`, which the training loop looks at."""
 
