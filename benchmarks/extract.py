@@ -164,6 +164,7 @@ def start(out: Path, store: str, clips: int, dtype: str, shard: str, threads: in
             *("--images_path", out, "--features_path", out / store, "--shard", shard),
             *("--vision_path", out / "tower", "--dtype", dtype, "--device", "cpu"),
             *("--num_frames", str(NUM_FRAMES), "--batch_size", str(BATCH_SIZE)),
+            *("--num_workers", str(threads)),
         ],
         cwd=ROOT,
         env={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(threads)},

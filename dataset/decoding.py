@@ -20,6 +20,7 @@ from pathlib import Path
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
+from PIL import Image
 
 from dataset.clip import ContainerInfo, Frames, Request, VideoError
 from dataset.frame_transform import FrameTransform
@@ -61,6 +62,8 @@ def decode(request: Request, data: bytes | None = None) -> Frames:
         return clip
     except VideoError:
         raise
+    except Image.DecompressionBombError as error:  # Pillow's own limit, above ours by default
+        raise VideoError(path, "too_large", str(error)) from error
     except MemoryError as error:
         raise VideoError(path, "too_large", "the frames don't fit into memory") from error
     except ImportError as error:

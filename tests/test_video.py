@@ -7,6 +7,7 @@ import signal
 import struct
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -177,7 +178,17 @@ def test_every_turn_and_flip_comes_upright(tmp_path, a, b, c, d):
 
 
 @pytest.mark.parametrize(
-    "name", ["видео 视频 é.mp4", "100%d, a#b?.mp4", "concat:x|y.mp4", b"\xff.mp4"]
+    "name",
+    [
+        "видео 视频 é 😀.mp4",
+        "100%d, a#b?*.mp4",
+        "concat:x|y.mp4",
+        "-i.mp4",
+        "new\nline.mp4",
+        "x" * 251 + ".mp4",
+        b"\xff.mp4",
+        "none",
+    ],
 )
 def test_any_name_will_do(tmp_path, name):
     path = make_clip(tmp_path / "clip.mp4", 3).rename(tmp_path / os.fsdecode(name))
@@ -397,6 +408,29 @@ def test_too_many_pixels_are_refused_before_decoding(tmp_path):
         with pytest.raises(VideoError, match="128×64 pixels"):
             read_frames(tmp_path / name, max_pixels=128 * 64 - 1)
         assert len(read_frames(tmp_path / name, max_pixels=128 * 64).frames)
+
+
+def test_a_picture_that_announces_gigabytes(tmp_path):
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(99))), (b"IEND", b"")]
+    data = b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+    with pytest.raises(VideoError, match="too_large"):
+        read_frames(tmp_path / "bomb.png")
+
+
+def test_what_is_no_file_is_never_opened(tmp_path):
+    os.mkfifo(tmp_path / "fifo.mp4")  # to open it would wait for who writes to it
+    os.symlink("fifo.mp4", tmp_path / "link.mp4")
+    os.symlink("loop.mp4", tmp_path / "loop.mp4")
+    names = "fifo.mp4 link.mp4 loop.mp4 a\0b.mp4 /dev/zero /dev/stdin . http://127.0.0.1/a.mp4"
+    for name in names.split(" "):
+        for timeout in (60, None):
+            with pytest.raises(VideoError, match="missing"):
+                read_frames(tmp_path / name, timeout=timeout)
 
 
 def test_too_long_a_clip_is_refused(tmp_path):
