@@ -19,6 +19,7 @@ One `Answerer` may serve several threads: nothing in it changes. A `Chat` or a `
 by one thread at a time. Training's counterpart of this file is `stage.py`.
 """
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -43,6 +44,7 @@ from model.cinego import Cinego
 from model.generate import GREEDY, Generation, Row, Sampling
 from model.inference import prepare
 from model.minimind import KVCache
+from model.vision_tower import VisionTower
 from trainer.device import choose_device
 
 # Clips in memory as pixels at a time; their features stay, a hundredth of the size.
@@ -181,14 +183,15 @@ class Answerer:
         compile: bool = False,
     ) -> "Answerer":
         """checkpoint: a .pth, or a directory that convert_checkpoint wrote, which brings its own
-        tower and tokenizer along; else None means the usual ones. num_frames, sampling and fps:
-        None for what they were in training. weights, compile: see model/inference.py.
+        tower and tokenizer along. vision_path, tokenizer_path: None for those that go with the
+        checkpoint, see `parts_of`. num_frames, sampling and fps: None for what they were in
+        training. weights, compile: see model/inference.py.
         Raises ValueError, with the mend, where a part is missing or isn't the one that the
         checkpoint was trained with."""
         checkpoint = Path(checkpoint)
-        brings_all = (checkpoint / "processor_config.json").is_file()
-        vision_path = vision_path or (checkpoint if brings_all else VISION_PATH)
-        tokenizer_path = tokenizer_path or (checkpoint if brings_all else TOKENIZER_PATH)
+        if vision_path is None or tokenizer_path is None:
+            own = parts_of(checkpoint)
+            vision_path, tokenizer_path = vision_path or own[0], tokenizer_path or own[1]
         if not Path(tokenizer_path, "tokenizer_config.json").is_file():
             raise ValueError(
                 f"no tokenizer in {tokenizer_path}: name a directory with tokenizer.json and "
@@ -235,15 +238,26 @@ class Answerer:
         num_frames and fps (frames a second, up to `num_frames`): None for what `load` got.
         frames: size in pixels of the longer side of the small pictures to keep; 0: none.
         """
-        clip = self._decode(path, num_frames, fps)
-        features = self.see(self.transform(clip.frames))
-        pictures = [_thumbnail(frame, frames) for frame in clip.frames] if frames else []
-        return Visual(str(path), features, clip.timestamps.tolist(), pictures)
+        return self.view(str(path), self.decode(path, num_frames, fps), frames)
 
-    def _decode(self, path, num_frames: int | None = None, fps: float | None = None) -> Frames:
+    def decode(
+        self,
+        path: str | Path,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        **limits: float | None,
+    ) -> Frames:
+        """The first half of `read`, without the model. limits: `timeout`, `max_pixels`,
+        `max_seconds` and `max_bytes` of `read_frames`, for files of strangers."""
         fps = fps or self.fps
         sampling = "fps" if fps else "uniform"
-        return read_frames(path, num_frames or self.num_frames, sampling, fps)
+        return read_frames(path, num_frames or self.num_frames, sampling, fps, **limits)
+
+    def view(self, name: str, clip: Frames, frames: int = 0) -> Visual:
+        """The other half: what the tower sees."""
+        features = self.see(self.transform(clip.frames))
+        pictures = [_thumbnail(frame, frames) for frame in clip.frames] if frames else []
+        return Visual(name, features, clip.timestamps.tolist(), pictures)
 
     def look(self, paths: list[Path]) -> tuple[dict[Path, Visual], dict[Path, str]]:
         """Decodes each file once and runs the tower once: visuals by path, and the reasons of the
@@ -251,7 +265,7 @@ class Answerer:
 
         def read(path: Path) -> tuple[Tensor, list[float]] | VideoError:
             try:
-                clip = self._decode(path)
+                clip = self.decode(path)
                 return self.transform(clip.frames), clip.timestamps.tolist()
             except VideoError as error:
                 return error
@@ -523,6 +537,18 @@ class Chat:
             self._forget()
             raise
 
+    def written(self, kind: str) -> str:
+        """The transcript as a file of the suffix `kind`: .json for programs, .md as Markdown, else
+        plain lines."""
+        if kind == ".json":
+            return json.dumps(self.transcript, indent=1, ensure_ascii=False) + "\n"
+        marks, between = ("**{}:** ", "\n\n") if kind == ".md" else ("{}: ", "\n")
+        lines = []
+        for turn in self.transcript:
+            lines += [f"[{name}]" for name in turn.get("visuals", ())]
+            lines.append(marks.format("Q" if turn["role"] == "user" else "A") + turn["content"])
+        return between.join(lines) + "\n"
+
     def _forget(self) -> None:
         """What was read. What was said stays, and will be read again."""
         self._memory, self._batch = Memory(), self.answerer.batch()
@@ -547,6 +573,37 @@ class Chat:
             first = {"role": "user", "content": VISUAL_TAG.sub("", turns[0]["content"], 1).lstrip()}
             turns, visuals = [first, *turns[1:]], visuals[1:]
         return turns, visuals
+
+
+def parts_of(checkpoint: str | Path) -> tuple[Path, Path]:
+    """The directories of the vision tower and of the tokenizer that go with a checkpoint.
+
+    An exported directory is both. Else they are those that training was given, where they still
+    are. A tower that has moved is looked for beside the usual one, by its weights; where there is
+    none, or nobody knows which (files of others), it is the usual one.
+    """
+    checkpoint = Path(checkpoint)
+    if (checkpoint / "processor_config.json").is_file():
+        return checkpoint, checkpoint
+    about = read_about(checkpoint)
+    training = about.get("training", {})
+    tokenizer = Path(training.get("tokenizer_path") or TOKENIZER_PATH)
+    if not (tokenizer / "tokenizer_config.json").is_file():
+        tokenizer = Path(TOKENIZER_PATH)
+    usual = Path(VISION_PATH)
+    trained_with = training.get("vision_path")
+    if trained_with and Path(trained_with, "config.json").is_file():
+        return Path(trained_with), tokenizer
+    fingerprint = about.get("lineage", {}).get("vision_tower")
+    if fingerprint is not None:
+        for about_tower in sorted(usual.parent.glob("*/config.json")):
+            try:
+                found = VisionTower.from_pretrained(about_tower.parent).fingerprint()
+            except ValueError:  # something else lies there
+                continue
+            if found == fingerprint:
+                return about_tower.parent, tokenizer
+    return usual, tokenizer
 
 
 def _thumbnail(frame: np.ndarray, size: int) -> Image.Image:

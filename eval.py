@@ -29,16 +29,12 @@ from answering import TOKENIZER_PATH, VISION_PATH, Answerer, Question, Visual
 from dataset.conversation import ConversationError
 from dataset.samples import Sample, read_samples
 from dataset.scoring import fact_vocabulary, format_table, score_turn, summarise
-from dataset.video import VideoError
+from dataset.video import SUFFIXES, VideoError
 from model.generate import Sampling
 from model.inference import WEIGHTS
 from terminal import Terminal
 
 STAGES = {0: "pretrain", 1: "sft"}
-SUFFIXES = {
-    *(".mp4", ".mkv", ".webm", ".avi", ".mov", ".ts", ".mpg", ".mpeg", ".m4v", ".gif"),
-    *(".png", ".jpg", ".jpeg", ".webp", ".bmp"),
-}
 DEFAULT_QUESTION = "What happens in this video?"
 
 

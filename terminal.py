@@ -1,6 +1,5 @@
 """The chat in the terminal: many turns about several videos and images. `eval.py` opens it."""
 
-import json
 import shlex
 import signal
 import sys
@@ -17,7 +16,7 @@ HELP = """\
   /image FILE …     the same with images
   /set NAME VALUE   temperature, top_k, top_p, min_p, repetition_penalty, seed, max_new_tokens
   /reset            forget what was shown and said
-  /save FILE        write the chat; name.json for programs, anything else for people
+  /save FILE        write the chat; name.json for programs, .md as Markdown, else plain text
   /help             these lines
   /quit             end (or Ctrl-D); Ctrl-C stops an answer"""
 PROMPT = "Q: "
@@ -99,20 +98,9 @@ class Terminal:
 
     def save(self, path: Path) -> None:
         """The whole chat, also what the model was told no more."""
-        turns = self.chat.transcript
-        if path.suffix == ".json":
-            text = json.dumps(turns, indent=1, ensure_ascii=False)
-        else:
-            text = "\n".join(_lines(turns))
         with open(path, "x", encoding="utf-8") as file:  # never over another file
-            file.write(text + "\n")
+            file.write(self.chat.written(path.suffix))
         print(f"wrote {path}")
-
-
-def _lines(turns: list[dict]) -> Iterator[str]:
-    for turn in turns:
-        yield from (f"[{name}]" for name in turn.get("visuals", ()))
-        yield f"{'Q' if turn['role'] == 'user' else 'A'}: {turn['content']}"
 
 
 @contextmanager

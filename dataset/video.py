@@ -38,6 +38,7 @@ from dataset.parquet import is_image as is_in_parquet
 from dataset.parquet import read_image
 
 __all__ = [
+    "SUFFIXES",
     "ContainerInfo",
     "FrameTransform",
     "Frames",
@@ -48,6 +49,11 @@ __all__ = [
     "uniform_indices",
 ]
 
+# Of files that are taken for videos and images in a folder; what they are is told by content.
+SUFFIXES = {
+    *(".mp4", ".mkv", ".webm", ".avi", ".mov", ".ts", ".mpg", ".mpeg", ".m4v", ".gif"),
+    *(".png", ".jpg", ".jpeg", ".webp", ".bmp"),
+}
 MAX_PIXELS = 8192 * 4352  # a frame of 8K; a 400 kB file can announce frames of gigabytes
 MAX_SECONDS = 12 * 3600.0
 MAX_BYTES = 2 << 30  # of the frames handed over: 345 of full HD

@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from answering import Answerer
 from dataset.conversation import ConversationError, encode
-from dataset.video import VideoError, read_frames
+from dataset.video import VideoError
 from model.generate import Sampling
 from serving.batching import Batcher, Finished, Job
 from serving.media import MediaSource, path_of
@@ -319,22 +319,12 @@ class Service:
 
     def _decode(self, file: BinaryIO) -> np.ndarray:
         """(F, S, S, 3) uint8 frames at the tower's size; raises APIError with the reason."""
-        num_frames, max_pixels = self.answerer.num_frames, self.settings.max_pixels
-        fps = self.answerer.fps
+        limits = self.settings.media_limits(self.answerer.num_frames)
         # Closed here, not by a reader who may have left: its number must not become another's file
         # while it is being decoded.
         with file:
             try:
-                clip = read_frames(
-                    path_of(file),
-                    num_frames,
-                    "fps" if fps else "uniform",
-                    fps,
-                    timeout=self.settings.media_timeout,
-                    max_pixels=max_pixels,
-                    max_seconds=self.settings.max_video_seconds,
-                    max_bytes=num_frames * max_pixels * 3,
-                )
+                clip = self.answerer.decode(path_of(file), **limits)
             except VideoError as error:
                 detail = error.detail.replace(error.path, "the file")  # its path means nothing
                 found = f"{error.reason}: {detail}"

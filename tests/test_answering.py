@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,10 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from answering import Answerer, Question, Visual
+from answering import TOKENIZER_PATH, VISION_PATH, Answerer, Question, Visual, parts_of
 from dataset.conversation import ConversationError
 from dataset.video import VideoError
+from model.cinego import Cinego
+from model.config import SUMMARY_KINDS
 from model.generate import Sampling
+from model.video_summary import VideoSummary
+from model.vision_tower import VisionTower
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "model/text_tokenizer"
 
@@ -96,6 +101,56 @@ def test_the_frame_that_shows_something_else_weighs_most(answerer):
     assert weights.index(max(weights)) == 4 and sum(weights) == pytest.approx(1)
     assert weights[4] > 3 * max(weights[:4] + weights[5:]) > 0
     assert answerer.frame_weights(Visual("image", frames[:1], [])) == [1.0]
+
+
+@pytest.mark.parametrize("kind", SUMMARY_KINDS)
+def test_frames_are_weighed_whatever_the_summary(answerer, folder, kind):
+    torch.manual_seed(0)
+    summary = VideoSummary(kind, 32, 50).eval()
+    model = Cinego(replace(answerer.model.config, summary=kind), answerer.model.vision_tower)
+    model.video_summary = summary
+    other = replace(answerer, model=model)
+    clip = other.read(folder / "clip.gif")
+    weights = other.frame_weights(clip)
+    assert len(weights) == 4 and sum(weights) == pytest.approx(1) and min(weights) > 0
+    # By hand, for one frame: how far the summary moves when the clip's mean stands in its place.
+    frames = clip.features.float()
+    moves = []
+    with torch.inference_mode():
+        for index in range(4):
+            changed = torch.cat([frames[:index], frames.mean(0, True), frames[index + 1 :]])
+            moves.append((summary(changed, [4]) - summary(frames, [4])).norm().item())
+    assert weights == pytest.approx([move / sum(moves) for move in moves], rel=1e-4)
+
+
+# ---- what goes with a checkpoint
+
+
+def test_the_tower_and_the_tokenizer_of_training_are_found(tmp_path, monkeypatch, tiny_tower):
+    """Where they lay then; a tower that moved by its weights; else the usual ones."""
+    monkeypatch.chdir(tmp_path)
+    record = tmp_path / "sft.json"
+
+    def found(**about) -> tuple[str, str]:
+        record.write_text(json.dumps(about))
+        return tuple(map(str, parts_of(tmp_path / "sft.pth")))
+
+    usual = (VISION_PATH, TOKENIZER_PATH)
+    assert tuple(map(str, parts_of("nowhere.pth"))) == usual and found() == usual
+    trained = {"vision_path": str(tiny_tower), "tokenizer_path": str(TOKENIZER)}
+    assert found(training=trained) == (str(tiny_tower), str(TOKENIZER))
+    moved = {"vision_path": "gone", "tokenizer_path": "gone"}
+    tower = Path(VISION_PATH).parent / "other"
+    shutil.copytree(tiny_tower, tower)
+    (tower.parent / "empty").mkdir()
+    (tower.parent / "broken").mkdir()
+    (tower.parent / "broken/config.json").write_text("{}")
+    weights = VisionTower.from_pretrained(tiny_tower).fingerprint()
+    assert found(training=moved, lineage={"vision_tower": weights})[0] == str(tower)
+    assert found(training=moved, lineage={"vision_tower": "0" * 16})[0] == VISION_PATH
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/processor_config.json").write_text("{}")
+    assert parts_of("hf") == (Path("hf"), Path("hf"))
 
 
 # ---- batches

@@ -124,7 +124,7 @@ def test_a_chat_of_many_turns_about_several_visuals(folder):
     user.type("/set max_new_tokens 5\nStill there?\n")
     user.until(TIMES)
 
-    for name in ("chat.json", "chat.txt"):
+    for name in ("chat.json", "chat.txt", "chat.md"):
         user.type(f"/save {folder}/{name}\n")
         user.until(f"wrote .*{name}")
     user.type(f"/save {folder}/chat.txt\n")
@@ -147,6 +147,7 @@ def test_a_chat_of_many_turns_about_several_visuals(folder):
     ]
     assert turns[2]["visuals"] == [f"{folder}/a.png", f"{folder}/b c.png"]
     assert "Q: Tell me all.\nA: " in (folder / "chat.txt").read_text()
+    assert "\n\n**Q:** Tell me all.\n\n**A:** " in (folder / "chat.md").read_text()
 
 
 def run(monkeypatch, capsys, folder, *flags) -> str:
