@@ -1,7 +1,7 @@
 """Serves a trained model to OpenAI's client library and whatever else speaks its API.
 
     python serve.py                                           # out/sft_videolm_512.pth, port 8000
-    python serve.py --load_from out/quickstart/sft.pth --vision_path model/vision_model/demo_tower
+    python serve.py --load_from out/quickstart/sft.pth
     curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"model": "cinego", "messages": [{"role": "user", "content": "Hello!"}]}'
 

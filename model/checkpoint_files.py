@@ -5,6 +5,7 @@ are is for model/convert.py to say. Nothing in a file is ever run.
 """
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -25,6 +26,8 @@ _SETTINGS = {  # of LanguageModelConfig ← of MiniMind's own config.json, where
     "max_position_embeddings": None,
     "rope_theta": None,
 }
+# What every generation's video-language model has and no language model does.
+_VISION = re.compile(r"(module\.|_orig_mod\.)*(vision_proj|video_summar)")
 # The tower's tensors in an exported directory: a loader takes the tower from one of its own.
 _TOWER = "vision_tower."
 
@@ -52,6 +55,21 @@ def read_about(path: str | Path) -> dict:
         return _read_json(path / "config.json").get("cinego", {})
     about = path.with_suffix(".json")
     return _read_json(about) if about.is_file() else {}
+
+
+def is_video_language_model(path: str | Path) -> bool:
+    """A look at what lies beside the weights, or at their names: nothing is loaded. False for what
+    can't be read, too."""
+    path = Path(path)
+    try:
+        if kind := read_about(path).get("model"):
+            return kind == "Cinego"
+        if path.suffix != ".pth":
+            return False
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return any(_VISION.match(name) for name in state)
+    except Exception:  # as in _read_tensors
+        return False
 
 
 def _read_tensors(path: Path, unneeded: str | None = None) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from answering import TOKENIZER_PATH, VISION_PATH, Answerer, Question, Visual, parts_of
 from dataset.conversation import ConversationError
@@ -139,15 +140,26 @@ def test_the_tower_and_the_tokenizer_of_training_are_found(tmp_path, monkeypatch
     assert tuple(map(str, parts_of("nowhere.pth"))) == usual and found() == usual
     trained = {"vision_path": str(tiny_tower), "tokenizer_path": str(TOKENIZER)}
     assert found(training=trained) == (str(tiny_tower), str(TOKENIZER))
-    moved = {"vision_path": "gone", "tokenizer_path": "gone"}
-    tower = Path(VISION_PATH).parent / "other"
-    shutil.copytree(tiny_tower, tower)
-    (tower.parent / "empty").mkdir()
-    (tower.parent / "broken").mkdir()
-    (tower.parent / "broken/config.json").write_text("{}")
-    weights = VisionTower.from_pretrained(tiny_tower).fingerprint()
-    assert found(training=moved, lineage={"vision_tower": weights})[0] == str(tower)
-    assert found(training=moved, lineage={"vision_tower": "0" * 16})[0] == VISION_PATH
+    # What training named isn't there any more, or (it read features) never was its tower.
+    others = Path(VISION_PATH).parent
+    shutil.copytree(tiny_tower, others / "other")
+    twin = CLIPVisionModel(CLIPVisionConfig.from_pretrained(tiny_tower))
+    twin.save_pretrained(others / "twin")
+    narrow = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1
+    )
+    CLIPVisionModel(narrow).save_pretrained(VISION_PATH)
+    (others / "empty").mkdir()
+    (others / "broken").mkdir()
+    (others / "broken/config.json").write_text("{}")
+    about = {"model_config": {"vision_hidden_size": 32}}
+    for name in ("other", "twin"):
+        weights = VisionTower.from_pretrained(others / name).fingerprint()
+        for named in ("gone", VISION_PATH):
+            training = {"vision_path": named, "tokenizer_path": "gone"}
+            expected = (str(others / name), TOKENIZER_PATH)
+            assert found(training=training, lineage={"vision_tower": weights}, **about) == expected
+    assert found(lineage={"vision_tower": "0" * 16}, **about)[0] == VISION_PATH
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/processor_config.json").write_text("{}")
     assert parts_of("hf") == (Path("hf"), Path("hf"))

@@ -18,8 +18,6 @@ from contextlib import suppress
 from itertools import permutations
 from pathlib import Path
 
-import av
-import numpy as np
 import openai
 import pytest
 from PIL import Image
@@ -31,6 +29,7 @@ from serving.batching import Batcher, Job
 from serving.media import is_public
 from serving.metrics import Metrics
 from serving.settings import Settings
+from tests.clips import make_clip
 
 ROOT = Path(__file__).resolve().parents[1]
 LONG = {"max_tokens": 3000, "seed": 1, "temperature": 2.0}  # goes on until somebody ends it
@@ -101,18 +100,6 @@ def until(condition, seconds: float = 15) -> None:
     while not condition():
         assert time.monotonic() < end, "it didn't happen in time"
         time.sleep(0.02)
-
-
-def make_clip(path: Path, shade: int, size=(96, 128), frames=8, rate=8) -> Path:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=rate)
-        stream.height, stream.width = size
-        for number in range(frames):
-            picture = np.full((*size, 3), shade, np.uint8)
-            picture[:, number * 8 : number * 8 + 32] = 255 - shade
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-    return path
 
 
 def data_url(path: Path) -> str:

@@ -1,0 +1,204 @@
+"""The page as its users meet it: a streamlit process of its own, and Chromium in front of it.
+
+python -m tests.browser docs/page.png               # the picture in docs/web.md, anew
+python -m tests.browser dark.png --dark --phone --chinese
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+CHROMEDRIVER = shutil.which("chromedriver")
+MISSING = None
+if not (CHROMIUM and CHROMEDRIVER):
+    MISSING = "no Chromium with its driver: apt-get install chromium chromium-driver"
+# Notes each text that an element ever had, as a user sees it grow.
+WATCH = """
+window.seen = [];
+new MutationObserver(() => {
+    const found = document.querySelectorAll('[data-testid="stText"]');
+    const text = found.length ? found[found.length - 1].textContent : '';
+    if (text !== window.seen[window.seen.length - 1]) window.seen.push(text);
+}).observe(document.body, {childList: true, subtree: true, characterData: true});
+"""
+
+
+class Page:
+    """`streamlit run web_demo.py` on a free port, with a temporary folder of its own."""
+
+    def __init__(self, folder: Path, *flags, **options):
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir(parents=True)
+        given = [f"--server.{name}={value}" for name, value in options.items()]
+        command = [sys.executable, "-m", "streamlit", "run", "web_demo.py", *given]
+        command += ["--server.port=0", "--server.headless=true", "--", *map(str, flags)]
+        own = {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary), "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | own,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.log = []
+        for line in self.process.stdout:
+            self.log.append(line)
+            if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+                self.url = found[0]
+                break
+        else:
+            raise AssertionError("".join(self.log))
+        threading.Thread(target=lambda: self.log.extend(self.process.stdout), daemon=True).start()
+
+    def uploads(self) -> list[Path]:
+        return [path for path in self.temporary.rglob("*") if path.is_file()]
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=60)
+
+
+class Browser:
+    """One user's browser: nothing is shared with another one."""
+
+    def __init__(self, profile: Path, width: int = 1280, height: int = 900, language: str = "en"):
+        options = webdriver.ChromeOptions()
+        options.binary_location = CHROMIUM
+        for flag in (
+            *("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run"),
+            *("disable-background-networking", "disable-component-update", "disable-sync"),
+            *("disable-dev-shm-usage", "hide-scrollbars"),
+            *(f"user-data-dir={profile}", f"window-size={width},{height}"),
+        ):
+            options.add_argument(f"--{flag}")
+        options.add_experimental_option("prefs", {"intl.accept_languages": language})
+        self.driver = webdriver.Chrome(options, webdriver.ChromeService(CHROMEDRIVER))
+
+    def open(self, url: str) -> None:
+        self.driver.get(url)
+        self.until(lambda: self.all('[data-testid="stChatInputTextArea"]'), "a place to type")
+
+    def until(self, condition, what: str, seconds: float = 120):
+        waiting = WebDriverWait(self.driver, seconds, 0.1)
+        return waiting.until(lambda _: condition(), f"{what} on {self.text()[-2000:]!r}")
+
+    def all(self, selector: str) -> list:
+        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+
+    def text(self) -> str:
+        return self.driver.execute_script("return document.body.innerText")
+
+    def see(self, text: str) -> None:
+        self.until(lambda: text in self.text(), repr(text))
+
+    def is_at_rest(self) -> bool:
+        return bool(self.all('[data-testid="stApp"][data-test-script-state="notRunning"]'))
+
+    def rest(self) -> None:
+        """Until the page has nothing under way."""
+        self.until(self.is_at_rest, "a page at rest")
+
+    def answers(self) -> list[str]:
+        """All of them; none while the page is at work."""
+        texts = self.driver.execute_script(
+            "return [...document.querySelectorAll('[data-testid=\"stChatMessage\"]')]"
+            ".map(it => [...it.querySelectorAll('[data-testid=\"stText\"]')]"
+            ".map(text => text.textContent).join(''))"
+        )
+        return texts[1::2] if self.is_at_rest() else []
+
+    def press(self, label: str) -> None:
+        buttons = [it for it in self.all('[data-testid="stButton"] button') if label in it.text]
+        buttons[0].click()
+
+    def choose(self, *files: Path) -> None:
+        (place,) = self.all('[data-testid="stChatInput"] input[type="file"]')
+        place.send_keys("\n".join(map(str, files)))
+
+    def attach(self, *files: Path) -> None:
+        """Chooses files and waits until they are sent."""
+        self.choose(*files)
+        chips = "[data-testid=stFileChip]"
+        self.until(
+            lambda: (
+                len(self.all(chips)) == len(files)
+                and not self.all("[data-testid=stFileChipIconSpinner]")
+            ),
+            f"{len(files)} files attached",
+        )
+
+    def say(self, text: str) -> None:
+        (place,) = self.all('[data-testid="stChatInputTextArea"]')
+        place.send_keys(text, Keys.ENTER)
+
+    def shoot(self, path: Path) -> None:
+        self.driver.save_screenshot(str(path))
+
+    def be_dark(self) -> None:
+        dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
+
+    def be_a_phone(self) -> None:
+        size = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+    def quit(self) -> None:
+        if self.driver.session_id is not None:
+            self.driver.quit()
+            self.driver.session_id = None
+
+
+def take_picture(args: argparse.Namespace, flags: list[str]) -> None:
+    """Of the first example and the answer about it, by the model that stands first."""
+    with tempfile.TemporaryDirectory() as folder:
+        page = Page(Path(folder, "page"), *flags)
+        language = "zh-CN" if args.chinese else "en"
+        browser = Browser(Path(folder, "profile"), 1180, 940, language)
+        try:
+            if args.dark:
+                browser.be_dark()
+            if args.phone:
+                browser.be_a_phone()
+            browser.open(page.url)
+            browser.until(lambda: browser.all(".st-key-examples img"), "examples")
+            browser.rest()
+            browser.all(".st-key-examples [data-testid=stButton] button")[args.example].click()
+            browser.until(lambda: browser.all(".cinego-frame"), "frames")
+            browser.rest()
+            browser.press("这个视频里" if args.chinese else "What happens")
+            browser.until(browser.answers, "an answer")
+            ready = "return document.querySelector('video').readyState === 4"
+            browser.until(lambda: browser.driver.execute_script(ready), "a film to play")
+            browser.shoot(args.picture)
+        finally:
+            browser.quit()
+            page.stop()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("--example", type=int, default=0, help="which of those on the page")
+    parser.add_argument("--dark", action="store_true")
+    parser.add_argument("--phone", action="store_true")
+    parser.add_argument("--chinese", action="store_true")
+    # What stands behind -- are flags of web_demo.py.
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    arguments = parser.parse_args(sys.argv[1:end])
+    take_picture(arguments, sys.argv[end + 1 :])
