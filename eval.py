@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from answering import TOKENIZER_PATH, VISION_PATH, Answerer, Question, Visual
+from answering import TOKENIZER_PATH, VISION_PATH, Answerer, Question, Visual, find_models
 from dataset.conversation import ConversationError
 from dataset.samples import Sample, read_samples
 from dataset.scoring import fact_vocabulary, format_table, score_turn, summarise
@@ -43,9 +43,11 @@ def load(args: argparse.Namespace) -> Answerer:
     checkpoint = Path(args.load_from or f"out/{stage}_videolm_{dim}.pth")
     if not checkpoint.exists():
         size = "768_16" if dim == 768 else "512_8"
+        found = find_models("out")
+        hint = f"{found[0]} is there" if found else "bash scripts/quickstart.sh trains a small one"
         raise ValueError(
             f"no checkpoint {checkpoint}: train it (bash scripts/train/train_{stage}_{size}.sh) "
-            "or name another (--load_from PATH)"
+            f"or name another (--load_from PATH); {hint}"
         )
     answerer = Answerer.load(
         *(checkpoint, args.vision_path, args.tokenizer_path, args.num_frames, args.device),

@@ -1,24 +1,32 @@
 """The chat in the terminal: many turns about several videos and images. `eval.py` opens it."""
 
+import os
 import shlex
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from glob import glob
+from itertools import chain
 from pathlib import Path
 
 from answering import Answerer
 from model.generate import Sampling
 
-HELP = """\
-  /video FILE …     show videos; they belong to your next question
-  /image FILE …     the same with images
-  /set NAME VALUE   temperature, top_k, top_p, min_p, repetition_penalty, seed, max_new_tokens
-  /reset            forget what was shown and said
-  /save FILE        write the chat; name.json for programs, .md as Markdown, else plain text
-  /help             these lines
-  /quit             end (or Ctrl-D); Ctrl-C stops an answer"""
+COMMANDS = {  # → what follows it, and what it does
+    "/video": ("FILE …", "show videos; they belong to your next question"),
+    "/image": ("FILE …", "the same with images"),
+    "/set": (
+        "NAME VALUE",
+        "temperature, top_k, top_p, min_p, repetition_penalty, seed, max_new_tokens;\n"
+        f"{'':20}/set alone shows them",
+    ),
+    "/reset": ("", "forget what was shown and said"),
+    "/save": ("FILE", "write the chat; name.json for programs, .md as Markdown, else plain text"),
+    "/help": ("", "these lines"),
+    "/quit": ("", "end (or Ctrl-D); Ctrl-C stops an answer"),
+}
 PROMPT = "Q: "
 
 
@@ -78,29 +86,55 @@ class Terminal:
         )
 
     def command(self, line: str) -> None:
-        name, *words = shlex.split(line)
+        """Raises ValueError with what is wrong with it."""
+        try:
+            name, *words = shlex.split(line)
+        except ValueError:
+            raise ValueError(f"a quotation mark isn't closed in {line}") from None
         if name in ("/video", "/image") and words:
-            self.show(*words)
+            self.show(*chain.from_iterable(map(_matching, words)))
+        elif name == "/set" and not words:
+            print("  ".join(f"{name} {value}" for name, value in vars(self.sampling).items()))
         elif name == "/set" and len(words) == 2:
             self.set(*words)
         elif name == "/reset" and not words:
             self.chat = self.answerer.chat()
+            print("(what was shown and said is forgotten)")
         elif name == "/save" and len(words) == 1:
-            self.save(Path(words[0]))
+            self.save(Path(words[0]).expanduser())
+        elif name == "/help":
+            for name, (words, what) in COMMANDS.items():
+                print(f"  {f'{name} {words}':18}{what}")
+        elif name in COMMANDS:
+            raise ValueError(f"type {name} {COMMANDS[name][0]}".strip())
         else:
-            print(HELP if name == "/help" else f"{line!r} isn't one of\n{HELP}")
+            raise ValueError(f"{name} isn't one of the commands; /help lists them")
 
     def set(self, name: str, value: str) -> None:
         kinds = {field: type(default) for field, default in vars(Sampling(seed=0)).items()}
         if name not in kinds:
             raise ValueError(f"{name!r} isn't one of {', '.join(kinds)}")
-        self.sampling = replace(self.sampling, **{name: kinds[name](value)})
+        try:
+            number = kinds[name](value)
+        except ValueError:
+            kind = "a whole number" if kinds[name] is int else "a number"
+            raise ValueError(f"{name} must be {kind}, not {value!r}") from None
+        self.sampling = replace(self.sampling, **{name: number})
 
     def save(self, path: Path) -> None:
         """The whole chat, also what the model was told no more."""
-        with open(path, "x", encoding="utf-8") as file:  # never over another file
-            file.write(self.chat.written(path.suffix))
+        try:
+            with open(path, "x", encoding="utf-8") as file:  # never over another file
+                file.write(self.chat.written(path.suffix))
+        except OSError as error:
+            raise ValueError(f"{path} can't be written: {error.strerror}") from None
         print(f"wrote {path}")
+
+
+def _matching(name: str) -> list[str]:
+    """The files that a pattern such as `*.mp4` means; a name that is none stays as it is."""
+    name = os.path.expanduser(name)
+    return [name] if os.path.exists(name) else sorted(glob(name)) or [name]
 
 
 @contextmanager

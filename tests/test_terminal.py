@@ -172,3 +172,23 @@ def test_questions_come_from_a_pipe_with_chat(folder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"/image {folder}/a.png\nWhat is it?\n"))
     said = run(monkeypatch, capsys, folder, "--chat")
     assert re.search(r"Q: A: .*\n +" + TIMES + r"\nQ: \n$", said, re.DOTALL)
+
+
+def test_what_is_mistyped_is_told(folder, monkeypatch, capsys):
+    typed = {
+        "/set": "top_k 0  top_p 1.0",
+        "/set top_k 1.5": "top_k must be a whole number, not '1.5'",
+        "/set temperature hot": "temperature must be a number, not 'hot'",
+        "/set warmth 1": "'warmth' isn't one of max_new_tokens, temperature",
+        "/video": "type /video FILE …",
+        '/video "a b.mp4': "a quotation mark isn't closed",
+        f"/image {folder}/*.png": "b c.png: 1 frames",
+        "/save /nowhere/chat.md": "/nowhere/chat.md can't be written: No such file or directory",
+        "/reset now": "type /reset",
+        "/reset": "is forgotten",
+        "/help": "/quit             end",
+    }
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed) + "\n"))
+    said = run(monkeypatch, capsys, folder, "--chat").split("Q: ")[1:]
+    for (line, told), answer in zip(typed.items(), said, strict=False):
+        assert told in answer, line
