@@ -86,7 +86,12 @@ subprocess.run([sys.executable, "-c", child], check=True)
 
 def test_an_interrupt_ends_the_command_and_is_recorded(stages):
     code = stages.adding("a") + "import time; time.sleep(60)"
-    process = subprocess.Popen(stages.command("a", code), start_new_session=True)
+    process = subprocess.Popen(
+        stages.command("a", code),
+        start_new_session=True,
+        # As in a terminal: what runs behind a shell's `&` inherits that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not (stages.root / "a").exists():
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does: the whole group gets it

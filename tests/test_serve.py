@@ -499,7 +499,7 @@ def test_keys_a_full_house_and_a_graceful_stop(narrow):
     body = {"model": "cinego", "messages": [{"role": "user", "content": "Go on."}]}
 
     # Three talk: the fourth is told to come back.
-    streams = [narrow.ask("Go on.", stream=True, **LONG | {"max_tokens": 300}) for _ in range(3)]
+    streams = [narrow.ask("Go on.", stream=True, **LONG | {"max_tokens": 1500}) for _ in range(3)]
     full = narrow.raw(post(json.dumps(body).encode(), key))
     assert " 503 " in full[:20] and "retry-after: 1" in full.lower()
     assert "server_busy" in full
