@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 from selenium import webdriver
@@ -69,7 +70,7 @@ class Page:
 
     def stop(self) -> None:
         self.process.terminate()
-        self.process.wait(timeout=60)
+        self.process.wait(timeout=300)
 
 
 class Browser:
@@ -92,7 +93,7 @@ class Browser:
         self.driver.get(url)
         self.until(lambda: self.all('[data-testid="stChatInputTextArea"]'), "a place to type")
 
-    def until(self, condition, what: str, seconds: float = 120):
+    def until(self, condition, what: str, seconds: float = 300):
         waiting = WebDriverWait(self.driver, seconds, 0.1)
         return waiting.until(lambda _: condition(), f"{what} on {self.text()[-2000:]!r}")
 
@@ -183,6 +184,7 @@ def take_picture(args: argparse.Namespace, flags: list[str]) -> None:
             browser.until(browser.answers, "an answer")
             ready = "return document.querySelector('video').readyState === 4"
             browser.until(lambda: browser.driver.execute_script(ready), "a film to play")
+            time.sleep(2)  # the player's own signs of loading fade
             browser.shoot(args.picture)
         finally:
             browser.quit()
