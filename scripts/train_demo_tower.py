@@ -6,9 +6,14 @@ CLIP comes to a user trained by others; the demo world needs a tower that comes 
 one has CLIP's class and format (`transformers.CLIPVisionModel`, 7 × 7 patches + CLS = 50 tokens a
 frame). It learns on random stills of the demo world, not by contrast with text, which is slow from
 zero, but from what the renderer knows of every patch: which thing covers it, whether a centre lies
-in it and where, how large the thing is and how it is turned. The CLS token learns how many of each
-kind there are and where they stand. Combinations thing × count that the test set holds out never
-appear.
+in it and where, how large the thing is and how it is turned. The CLS token learns which things
+there are, how many in all, and where they stand.
+
+Combinations thing × count that the test set holds out never appear, and this must not teach that
+they can't: a tower that learned how many of each kind it sees took 15 % of the held-out pairs for
+another number. So a third of all kinds are *strangers*, which are no things of this world: random
+blobs, its shapes in other colours, its icons with their colours exchanged. Of these, as of CLIP's
+things, there are as many as one likes, and no number can be foretold from what they are.
 """
 
 from __future__ import annotations
@@ -18,23 +23,27 @@ import io
 import json
 import math
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from dataset.demo_objects import THINGS
+from dataset.demo_objects import COLOURS, DRAWINGS, ICONS, SHAPES, SPRITE_SIZE, THINGS, Pen, Thing
+from dataset.demo_objects import sprite as sprite_of
 from dataset.demo_world import FRAME_SIZE, background, paste, split_of
 
 PATCH_SIZE = 16
 GRID = FRAME_SIZE // PATCH_SIZE
 BACKGROUND = len(THINGS)  # class of a patch that shows no thing
+IGNORED = -100  # class of a patch that shows a stranger: cross-entropy's own word
+STRANGERS = 0.35  # share of the kinds in a picture that are of no known kind
 MAX_COUNT = 4
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's own
 
@@ -42,33 +51,39 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 class Stills(IterableDataset):
     """Endless random stills with their labels; worker w of seed s always makes the same ones."""
 
-    def __init__(self, seed: int, batch_size: int):
-        self.seed, self.batch_size = seed, batch_size
+    def __init__(self, seed: int, batch_size: int, split: str = "train"):
+        self.seed, self.batch_size, self.split = seed, batch_size, split
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
         rng = np.random.default_rng([self.seed, worker.id if worker else 0])
         while True:
-            stills = [still(rng) for _ in range(self.batch_size)]
+            stills = [still(rng, self.split) for _ in range(self.batch_size)]
             yield {key: torch.from_numpy(np.stack([s[key] for s in stills])) for key in stills[0]}
 
 
-def _things(rng: np.random.Generator) -> list:
-    """Up to four things, often three or four, and no (thing, count) that the splits hold out."""
+def _things(rng: np.random.Generator, split: str) -> list[Thing | None]:
+    """Up to four things, often three or four; `None` is a stranger, in training only.
+
+    Training holds no (thing, count) of the other splits; another split's most numerous thing has a
+    count of that split, as in the demo world.
+    """
     while True:
         total = rng.choice(MAX_COUNT + 1, p=[0.04, 0.33, 0.19, 0.22, 0.22])
-        kinds = rng.permutation(len(THINGS))[: max(1, rng.integers(1, 4))]
-        if rng.random() < 0.4:
-            kinds = kinds[:1]
-        chosen = [THINGS[i] for i in rng.choice(kinds, total)]
-        if all(split_of(("count", thing, chosen.count(thing))) == "train" for thing in set(chosen)):
+        kinds = [THINGS[i] for i in rng.permutation(len(THINGS))[: rng.integers(1, 4)]]
+        if split == "train":
+            kinds = [None if rng.random() < STRANGERS else kind for kind in kinds]
+        chosen = [kinds[i] for i in rng.integers(len(kinds), size=total)]
+        counts = Counter(thing for thing in chosen if thing)
+        splits = [split_of(("count", thing, n)) for thing, n in counts.most_common()]
+        if all(s == "train" for s in splits) if split == "train" else splits[:1] == [split]:
             return chosen
 
 
-def still(rng: np.random.Generator) -> dict[str, np.ndarray]:
+def still(rng: np.random.Generator, split: str = "train") -> dict[str, np.ndarray]:
     """One picture and all that is known of it (see the module's docstring)."""
     picture = background(rng)
-    things = _things(rng)
+    things = _things(rng, split)
     alone = len(things) == 1
     spots: list[tuple[float, float, float]] = []
     while len(spots) < len(things):
@@ -83,24 +98,33 @@ def still(rng: np.random.Generator) -> dict[str, np.ndarray]:
 
     patch = np.full(GRID * GRID, BACKGROUND, dtype=np.int64)
     covered = np.full(GRID * GRID, 0.15, dtype=np.float32)  # less than this is background
-    centre = np.zeros(
-        (GRID * GRID, 6), dtype=np.float32
-    )  # is one, x, y, log size, cos and sin of the turn
-    counts = np.zeros(len(THINGS), dtype=np.int64)
+    # Is one; x, y, log size; cosine and sine of the turn.
+    centre = np.zeros((GRID * GRID, 6), dtype=np.float32)
+    present = np.zeros(len(THINGS), dtype=np.float32)
+    strange = stranger(rng)  # all strangers of a picture are of one kind
     for thing, (x, y, d) in zip(things, spots, strict=True):
         angle = rng.uniform(0, 360) if rng.random() < 0.5 else rng.uniform(-16, 16)
-        paste(picture, thing, x, y, d, angle)
         shadow = Image.new("L", (FRAME_SIZE, FRAME_SIZE))
-        paste(shadow, thing, x, y, d, angle, ink=255)
+        if thing is None:
+            size = (round(d), round(d))
+            stamp = strange.rotate(angle, Image.BILINEAR).resize(size, Image.BOX)
+            corner = (round(x - d / 2), round(y - d / 2))
+            picture.paste(stamp, corner, stamp)
+            shadow.paste(255, corner, stamp)
+            kind, order = IGNORED, 0
+        else:
+            paste(picture, thing, x, y, d, angle)
+            paste(shadow, thing, x, y, d, angle, ink=255)
+            kind, order = THINGS.index(thing), thing.rotation_order
+            present[kind] = 1
         coverage = np.asarray(shadow.reduce(PATCH_SIZE), dtype=np.float32).ravel() / 255
-        patch[coverage > covered] = THINGS.index(thing)
+        patch[coverage > covered] = kind
         covered = np.maximum(covered, coverage)
         column, row = int(x // PATCH_SIZE), int(y // PATCH_SIZE)
-        turn = math.radians(angle) * thing.rotation_order
-        turn = (math.cos(turn), math.sin(turn)) if thing.rotation_order else (0, 0)
+        turn = math.radians(angle) * order
+        turn = (math.cos(turn), math.sin(turn)) if order else (0, 0)
         place = (x / PATCH_SIZE - column - 0.5, y / PATCH_SIZE - row - 0.5, math.log(d / 26))
         centre[row * GRID + column] = (1, *place, *turn)
-        counts[THINGS.index(thing)] += 1
     # mp4 halves the colour's resolution and blurs edges: JPEG does the same and is quick.
     if rng.random() < 0.8:
         file = io.BytesIO()
@@ -111,9 +135,40 @@ def still(rng: np.random.Generator) -> dict[str, np.ndarray]:
         "picture": np.asarray(picture).transpose(2, 0, 1),
         "patch": patch,
         "centre": centre,
-        "counts": counts,
+        "present": present,
+        "total": np.int64(len(things)),
+        "one_kind": np.bool_(len(set(things)) == 1 and len(things) > 1),
         "middle": middle.astype(np.float32),
     }
+
+
+def stranger(rng: np.random.Generator) -> Image.Image:
+    """A sprite of something that is none of the things (see the module's docstring)."""
+    form = rng.integers(3)
+    if form == 0:
+        icon = sprite_of(Thing(rng.choice(list(ICONS))))
+        red, green, blue, alpha = icon.split()
+        bands = (green, blue, red) if rng.random() < 0.5 else (blue, red, green)
+        return Image.merge("RGBA", (*bands, alpha)).reduce(2)
+    colour = rng.integers(20, 256, 3)
+    while min(np.linalg.norm(colour - known) for _, known in COLOURS.values()) < 80:
+        colour = rng.integers(20, 256, 3)
+    fill = tuple(colour.tolist())
+    picture = Image.new("RGBA", (SPRITE_SIZE, SPRITE_SIZE), (0, 0, 0, 0))
+    pen = Pen(ImageDraw.Draw(picture))
+    if form == 1:
+        DRAWINGS[rng.choice(list(SHAPES))](pen, fill)
+        return picture.reduce(2)
+    corners = rng.integers(4, 10)
+    angles = 2 * math.pi * (np.arange(corners) + rng.uniform(-0.3, 0.3, corners)) / corners
+    radii = rng.uniform(0.45, 1, corners)
+    pen.polygon(list(zip(radii * np.cos(angles), radii * np.sin(angles), strict=True)), fill)
+    if rng.random() < 0.5:
+        x, y, wide, high = *rng.uniform(-0.25, 0.25, 2), *rng.uniform(0.1, 0.3, 2)
+        pen.ellipse(
+            x - wide, y - high, x + wide, y + high, tuple(rng.integers(20, 256, 3).tolist())
+        )
+    return picture.reduce(2)
 
 
 def build_tower(width: int, layers: int) -> CLIPVisionModel:
@@ -149,7 +204,7 @@ class Heads(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.patch = nn.Linear(width, len(THINGS) + 1)
         self.centre = nn.Linear(width, 6)
-        self.counts = nn.Linear(width, len(THINGS) * (MAX_COUNT + 1))
+        self.present = nn.Linear(width, len(THINGS))
         self.total = nn.Linear(width, MAX_COUNT + 1)
         self.middle = nn.Linear(width, 3)
 
@@ -159,7 +214,7 @@ class Heads(nn.Module):
         return {
             "patch": self.patch(patches),
             "centre": self.centre(patches),
-            "counts": self.counts(cls).view(-1, len(THINGS), MAX_COUNT + 1),
+            "present": self.present(cls),
             "total": self.total(cls),
             "middle": self.middle(cls),
         }
@@ -168,14 +223,10 @@ class Heads(nn.Module):
 def losses(out: dict, batch: dict) -> dict[str, torch.Tensor]:
     weight = torch.ones(len(THINGS) + 1)
     weight[BACKGROUND] = 0.25  # most patches are background
-    present = batch["counts"] > 0
-    counts = F.cross_entropy(
-        out["counts"].flatten(0, 1), batch["counts"].flatten(), reduction="none"
-    ).view_as(present)
     is_centre = batch["centre"][..., 0] > 0
     found, true = out["centre"][is_centre], batch["centre"][is_centre]
     turns = (true[:, 4:].abs().sum(1, keepdim=True) > 0).float()
-    some = batch["counts"].sum(1) > 0
+    some = batch["total"] > 0
     return {
         "patch": F.cross_entropy(out["patch"].flatten(0, 1), batch["patch"].flatten(), weight),
         "centre": F.binary_cross_entropy_with_logits(
@@ -183,38 +234,49 @@ def losses(out: dict, batch: dict) -> dict[str, torch.Tensor]:
         ),
         "place": (found[:, 1:4] - true[:, 1:4]).abs().mean(),
         "turn": 0.3 * ((found[:, 4:] - true[:, 4:]) ** 2 * turns).mean(),
-        # One absent thing of 48 says little, a present one much.
-        "counts": (counts * present).sum() / present.sum() * 0.5
-        + (counts * ~present).sum() / len(counts) * 0.25,
-        "total": 0.5 * F.cross_entropy(out["total"], batch["counts"].sum(1)),
+        # 46 or more of 48 things are absent: that one is here must weigh as much as all of these.
+        "present": 5.0
+        * F.binary_cross_entropy_with_logits(
+            out["present"], batch["present"], pos_weight=torch.tensor(5.0)
+        ),
+        "total": F.cross_entropy(out["total"], batch["total"]),
         "middle": 2.0 * (out["middle"] - batch["middle"])[some].abs().mean(),
     }
 
 
 @torch.no_grad()
-def score(tower, heads, batches: list[dict]) -> dict[str, float]:
-    """Shares of right answers on stills that were never trained on; places in pixels."""
+def score(tower, heads, batches: list[dict], unseen: list[dict]) -> dict[str, float]:
+    """Shares of right answers on stills that were never trained on; places in pixels.
+
+    The total is scored on combinations (thing, count) of the test set, which training never shows.
+    """
     tower.eval()
     sums: dict[str, list[float]] = {}
+
+    def add(results: dict) -> None:
+        for key, value in results.items():
+            sums.setdefault(key, []).append(value.float().flatten())
+
     for batch in batches:
         out = heads(encode(tower, batch["picture"]))
-        shown = batch["patch"] != BACKGROUND
-        total = batch["counts"].sum(1)
-        right = out["total"].argmax(1) == total
-        exact = (out["counts"].argmax(2) == batch["counts"]).all(1)
-        results = {
-            "patch": (out["patch"].argmax(2) == batch["patch"])[shown],
-            "background": (out["patch"].argmax(2) == batch["patch"])[~shown],
-            "all counts": exact,
-            "middle (px)": (out["middle"] - batch["middle"])[total == 1][:, :2].abs() * FRAME_SIZE,
-        }
-        results |= {f"total {n}": right[total == n] for n in range(1, MAX_COUNT + 1)}
-        for key, value in results.items():
-            sums.setdefault(key, []).append(value.float())
+        shown = (batch["patch"] != BACKGROUND) & (batch["patch"] != IGNORED)
+        right = out["patch"].argmax(2) == batch["patch"]
+        off = (out["middle"] - batch["middle"])[batch["total"] == 1][:, :2].abs() * FRAME_SIZE
+        add(
+            {
+                "patch": right[shown],
+                "background": right[batch["patch"] == BACKGROUND],
+                "present": ((out["present"] > 0) == batch["present"].bool()).all(1),
+                "middle (px)": off,
+            }
+        )
+    for batch in unseen:
+        total = batch["total"]
+        right = heads(encode(tower, batch["picture"]))["total"].argmax(1) == total
+        add({f"unseen total {n}": right[total == n] for n in range(1, MAX_COUNT + 1)})
+        add({"unseen total of one kind": right[batch["one_kind"]]})
     tower.train()
-    return {
-        key: torch.cat([v.flatten() for v in values]).mean().item() for key, values in sums.items()
-    }
+    return {key: torch.cat(values).mean().item() for key, values in sums.items()}
 
 
 def encode(tower: CLIPVisionModel, pictures: torch.Tensor) -> torch.Tensor:
@@ -259,7 +321,7 @@ def main() -> None:
         "--width", type=int, default=128, help="hidden size; the features are this wide"
     )
     parser.add_argument("--layers", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2400, help="training steps")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps")
     parser.add_argument("--batch_size", type=int, default=128, help="stills a step")
     parser.add_argument(
         "--learning_rate", type=float, default=2e-3, help="AdamW: embeddings, norms, heads"
@@ -289,8 +351,8 @@ def main() -> None:
     schedulers = [torch.optim.lr_scheduler.LambdaLR(o, schedule) for o in optimizers]
     print(f"tower: {sum(p.numel() for p in tower.parameters()) / 1e6:.2f} M parameters")
 
-    held_out = iter(Stills(args.seed + 10_000, 200))
-    held_out = [next(held_out) for _ in range(5)]
+    stills = [iter(Stills(args.seed + 10_000, 200, split)) for split in ("train", "test")]
+    held_out = [[next(batches) for _ in range(5)] for batches in stills]
     loader = iter(
         DataLoader(
             Stills(args.seed, args.batch_size), batch_size=None, num_workers=1, prefetch_factor=8
@@ -311,7 +373,7 @@ def main() -> None:
         if step % 20 == 0:
             bar.set_postfix({key: f"{value.item():.3f}" for key, value in parts.items()})
         if (step + 1) % 200 == 0 or step + 1 == args.steps:
-            scores = score(tower, heads, held_out)
+            scores = score(tower, heads, *held_out)
             tqdm.write(f"step {step + 1}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
             trained = {
                 "command": vars(args) | {"out": str(args.out)},
