@@ -244,22 +244,6 @@ def test_a_clips_features_do_not_depend_on_its_company(tiny_tower, dtype):
         assert torch.equal(together[name], features([name])[name])
 
 
-def test_a_file_that_hangs_costs_itself(data, extract):
-    """decord 0.6 never comes back from this valid file, and holds Python's lock meanwhile."""
-    pytest.importorskip("decord")
-    with av.open(str(data / "clips" / "hangs.ts"), "w") as container:
-        stream = container.add_stream("libx264", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for _ in range(300):
-            container.mux(stream.encode(av.VideoFrame(64, 48, "yuv420p")))
-        container.mux(stream.encode())
-    how = ("--video_backend", "decord", "--decode_seconds", 2, "--num_workers", 2)
-    assert "1 timeout" in extract("--videos", "clips", *how)
-    manifest = FeatureStore(data / "features").manifest
-    assert manifest["failures"]["clips/hangs.ts"]["reason"] == "timeout"
-    assert {"clips/a.mp4", "clips/b.mp4", "clips/c.mkv"} <= manifest["sources"].keys()
-
-
 def test_a_clip_with_another_date_is_not_decoded_again(data, extract):
     extract(*DATA, "--num_workers", 0)
     before = (data / "features" / "clips" / "a.mp4.npy").stat().st_mtime_ns
