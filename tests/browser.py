@@ -5,13 +5,9 @@ python -m tests.browser dark.png --dark --phone --chinese
 """
 
 import argparse
-import os
-import re
 import shutil
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -20,7 +16,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.service import Service
+
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 CHROMEDRIVER = shutil.which("chromedriver")
 MISSING = None
@@ -37,40 +34,17 @@ new MutationObserver(() => {
 """
 
 
-class Page:
-    """`streamlit run web_demo.py` on a free port, with a temporary folder of its own."""
+class Page(Service):
+    """`streamlit run web_demo.py`."""
 
     def __init__(self, folder: Path, *flags, **options):
-        self.temporary = folder / "tmp"
-        self.temporary.mkdir(parents=True)
         given = [f"--server.{name}={value}" for name, value in options.items()]
         command = [sys.executable, "-m", "streamlit", "run", "web_demo.py", *given]
-        command += ["--server.port=0", "--server.headless=true", "--", *map(str, flags)]
-        own = {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary), "PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=os.environ | own,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.log = []
-        for line in self.process.stdout:
-            self.log.append(line)
-            if found := re.search(r"http://127\.0\.0\.1:\d+", line):
-                self.url = found[0]
-                break
-        else:
-            raise AssertionError("".join(self.log))
-        threading.Thread(target=lambda: self.log.extend(self.process.stdout), daemon=True).start()
+        command += ["--server.port=0", "--server.headless=true", "--", *flags]
+        super().__init__(command, folder)
 
     def uploads(self) -> list[Path]:
         return [path for path in self.temporary.rglob("*") if path.is_file()]
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(timeout=300)
 
 
 class Browser:

@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -30,36 +29,17 @@ from serving.media import is_public
 from serving.metrics import Metrics
 from serving.settings import Settings
 from tests.clips import make_clip
+from tests.service import ROOT, Service
 
-ROOT = Path(__file__).resolve().parents[1]
 LONG = {"max_tokens": 3000, "seed": 1, "temperature": 2.0}  # goes on until somebody ends it
 
 
-class Server:
-    """`python serve.py` on a free port."""
+class Server(Service):
+    """`python serve.py` and OpenAI's client for it."""
 
     def __init__(self, checkpoint: Path, tower: Path, folder: Path, *flags, **environment):
-        self.temporary = folder / "tmp"
-        self.temporary.mkdir(parents=True)
         command = [sys.executable, "serve.py", "--load_from", checkpoint, "--vision_path", tower]
-        own = {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary)}
-        self.process = subprocess.Popen(
-            [*map(str, command), "--port", "0", *map(str, flags)],
-            cwd=ROOT,
-            env=os.environ | own | environment,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        self.log = []
-        for line in self.process.stderr:
-            self.log.append(line)
-            if found := re.search(r"running on (http://127.0.0.1:(\d+))", line):
-                self.url, self.port = found[1], int(found[2])
-                break
-        else:
-            raise AssertionError("".join(self.log))
-        threading.Thread(target=lambda: self.log.extend(self.process.stderr), daemon=True).start()
+        super().__init__([*command, "--port", "0", *flags], folder, **environment)
         self.client = openai.OpenAI(
             base_url=f"{self.url}/v1", api_key="sesame", max_retries=0, timeout=60
         )
@@ -79,10 +59,6 @@ class Server:
         with socket.create_connection(("127.0.0.1", self.port), timeout=wait) as connection:
             connection.sendall(request)
             return b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode()
-
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(timeout=60)
 
 
 def post(body: bytes, *headers: str, length: int | None = None) -> bytes:

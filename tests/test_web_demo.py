@@ -24,8 +24,9 @@ from page.settings import PageSettings
 from page.texts import TEXTS, language_of
 from page.view import escaped
 from scripts.convert_checkpoint import main as convert
-from tests.browser import MISSING, ROOT, WATCH, Browser, Page
+from tests.browser import MISSING, WATCH, Browser, Page
 from tests.clips import make_clip
+from tests.service import ROOT
 
 TOKENIZER = ROOT / "model/text_tokenizer"
 QUICKSTART = ROOT / "out/quickstart"
