@@ -101,8 +101,14 @@ class Browser:
         buttons[0].click()
 
     def choose(self, *files: Path) -> None:
-        (place,) = self.all('[data-testid="stChatInput"] input[type="file"]')
-        place.send_keys("\n".join(map(str, files)))
+        self._only('[data-testid="stChatInput"] input[type="file"]').send_keys(
+            "\n".join(map(str, files))
+        )
+
+    def _only(self, selector: str):
+        """The one such element; a new conversation has two for a moment, its own and the last's."""
+        self.until(lambda: len(self.all(selector)) == 1, f"a single {selector}")
+        return self.all(selector)[0]
 
     def attach(self, *files: Path) -> None:
         """Chooses files and waits until they are sent."""
@@ -117,8 +123,7 @@ class Browser:
         )
 
     def say(self, text: str) -> None:
-        (place,) = self.all('[data-testid="stChatInputTextArea"]')
-        place.send_keys(text, Keys.ENTER)
+        self._only('[data-testid="stChatInputTextArea"]').send_keys(text, Keys.ENTER)
 
     def shoot(self, path: Path) -> None:
         self.driver.save_screenshot(str(path))
