@@ -453,6 +453,7 @@ class Batch:
     def _go_on(self, answer: Answer) -> None:
         """Reads what the question's memory doesn't hold yet."""
         memory, columns = answer.question.memory, answer.columns
+        # Not strict: the prompt goes on where the memory ends, or was cut shorter than it.
         both = zip(memory.columns, columns, strict=False)
         known = next((i for i, (a, b) in enumerate(both) if a != b), len(memory.columns))
         # The last token is always read: the first one of the answer follows from it.

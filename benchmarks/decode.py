@@ -181,7 +181,8 @@ def compare(clip: Path, seconds: int, num_frames: int, rounds: int) -> None:
         process.wait()
     for name, rows in costs.items():
         wall, cpu = (statistics.median(row[i] for row in rows) for i in (0, 1))
-        # Round by round: the two sides of a ratio saw the same machine.
+        # Round by round: the two sides of a ratio saw the same machine. Decoding everything of a
+        # long clip has one round only, the first: no strict zip.
         ratios = [ours[1] / other[1] for ours, other in zip(rows, costs["decord"], strict=False)]
         print(
             f"{seconds:>4} s {num_frames:>6} {name:>12} {wall:>7.3f} {cpu:>7.3f} "

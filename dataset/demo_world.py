@@ -186,7 +186,7 @@ def _track(rng: np.random.Generator, actor: Actor, diameter: float) -> Track:
     scale = np.full(
         NUM_FRAMES, 0.7 if "grow" in actor.steps else 1.45 if "shrink" in actor.steps else 1.0
     )
-    visible = np.ones(NUM_FRAMES, dtype=bool)
+    visible = np.full(NUM_FRAMES, True)
     angle += rng.uniform(-15, 15)
     halves = len(actor.steps)
     for i, step in enumerate(actor.steps):

@@ -65,10 +65,10 @@ def draw_answers(answers: list[dict], root: Path, num_frames: int, path: Path) -
     figure.subplots_adjust(edge, 0.02, 1 - edge, 1 - 0.25 / rows, wspace=0.05, hspace=0.3)
     for axis in axes.flat:
         axis.axis("off")
-    # Not strict: one empty row stands where nothing was answered, and short clips have few frames.
+    # Not strict: an empty row stands where nothing was answered.
     for row, answer in zip(axes, answers, strict=False):
         frames = read_frames(root / answer["visuals"][0], num_frames=num_frames).frames
-        for axis, frame in zip(row, frames, strict=False):
+        for axis, frame in zip(row, frames, strict=False):  # short clips have fewer frames
             axis.imshow(frame)
         right = answer["score"] == 1
         truth = "" if right else f"   (true: {answer['answer']})"

@@ -190,5 +190,6 @@ def test_what_is_mistyped_is_told(folder, monkeypatch, capsys):
     }
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed) + "\n"))
     said = run(monkeypatch, capsys, folder, "--chat").split("Q: ")[1:]
-    for (line, told), answer in zip(typed.items(), said, strict=False):
+    assert len(said) == len(typed) + 1  # the last one waits, and the pipe has ended
+    for (line, told), answer in zip(typed.items(), said[:-1], strict=True):
         assert told in answer, line

@@ -36,7 +36,7 @@ class Average:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for mean, parameter in zip(self.means, self.parameters, strict=False):
+        for mean, parameter in zip(self.means, self.parameters if self.means else [], strict=True):
             weight = parameter.clone()
             parameter.copy_(mean)
             mean.copy_(weight)
