@@ -5,9 +5,7 @@ Names, questions and answers are shown as plain text or escaped: a file's name m
 link or a picture of another host.
 """
 
-import html
 import json
-import re
 import shutil
 import tempfile
 import uuid
@@ -23,13 +21,12 @@ from answering import Answerer, find_models
 from dataset.conversation import ConversationError
 from dataset.video import SUFFIXES, VideoError, read_frames, uniform_indices
 from model.generate import Sampling
-from page.conversation import Conversation, Model, Shown, TooManyVisuals, Turn
+from page.conversation import Conversation, Model, TooManyVisuals, Turn
 from page.settings import MAX_FRAMES, PageSettings
 from page.texts import LANGUAGES, TEXTS, language_of
+from page.visual import escaped, show
 
 ICON, USER, ASSISTANT = ":material/movie:", ":material/person:", ":material/movie:"
-PLAYED = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mp4", ".webm": "webm"}  # by browsers
-MOVING_PICTURES = (".gif", ".webp", ".png")
 EXAMPLES = 4
 # Reasons of VideoError whose mend isn't that of a broken file.
 OWN_MENDS = ("too_large", "too_long", "timeout")
@@ -291,7 +288,7 @@ class View:
         if conversation.waiting and not question:
             with st.chat_message("user", avatar=USER):
                 for shown in conversation.waiting:
-                    self._show(shown)
+                    show(shown, self.texts)
             self._suggest()
         for notice in self.state.get("notices", ()):
             st.error(notice, icon=":material/error:")
@@ -363,7 +360,7 @@ class View:
     def _answer(self, conversation: Conversation, question: str, sampling: Sampling) -> None:
         with st.chat_message("user", avatar=USER):
             for shown in conversation.waiting:
-                self._show(shown)
+                show(shown, self.texts)
             st.text(question)
         with st.chat_message("assistant", avatar=ASSISTANT):
             place = st.empty()
@@ -389,7 +386,7 @@ class View:
     def _turn(self, turn: Turn) -> None:
         with st.chat_message("user", avatar=USER):
             for shown in turn.shown:
-                self._show(shown)
+                show(shown, self.texts)
             st.text(turn.question)
         with st.chat_message("assistant", avatar=ASSISTANT):
             st.text(turn.answer)
@@ -407,60 +404,6 @@ class View:
         if end := ends.get(about.finish_reason):
             line += " · " + self.texts[end]
         st.caption(line)
-
-    # ---- a video or an image
-
-    def _show(self, shown: Shown) -> None:
-        taken, texts = len(shown.pictures), self.texts
-        with st.container(border=True):
-            facts = (texts["facts"] if taken == 1 else texts["facts_video"]).format(
-                width=shown.info.width,
-                height=shown.info.height,
-                seconds=shown.info.seconds or shown.visual.timestamps[-1],
-                taken=taken,
-                total=shown.num_frames_total,
-            )
-            st.markdown(f"**{escaped(shown.name)}** :gray[:small[{facts}]]")
-            self._play(shown)
-            if taken > 1:
-                st.caption(texts["strip"], help=texts["strip_help"])
-                st.html(strip(shown, texts))
-
-    def _play(self, shown: Shown) -> None:
-        suffix, is_there = shown.file.suffix.lower(), shown.file.is_file()
-        # Not larger than 360 x 240 pixels, whichever way it stands.
-        width, height = shown.poster.size
-        width = max(1, round(min(360, 240 * width / height)))
-        if len(shown.pictures) == 1:
-            st.image(shown.poster, width=width)
-        elif is_there and suffix in PLAYED:
-            st.video(str(shown.file), f"video/{PLAYED[suffix]}", width=width)
-        elif is_there and suffix in MOVING_PICTURES:
-            st.image(str(shown.file), width=width)
-        else:
-            st.image(shown.poster, width=width)
-            st.caption(self.texts["not_played" if is_there else "gone"])
-
-
-def strip(shown: Shown, texts: dict[str, str]) -> str:
-    """HTML: the frames side by side, under each its weight as a colour, and its second."""
-    most, cells = max(shown.weights), []
-    for picture, seconds, weight in zip(
-        shown.pictures, shown.visual.timestamps, shown.weights, strict=True
-    ):
-        about = html.escape(texts["frame"].format(seconds=seconds, percent=100 * weight))
-        cells.append(
-            f'<div class="cinego-frame" title="{about}"><img src="{picture}" alt="{about}">'
-            f'<div class="cinego-heat"><i style="opacity:{weight / most:.2f}"></i>'
-            f"<b>{100 * weight:.0f} %</b></div><time>{seconds:.1f} s</time></div>"
-        )
-    width = f"max-width: {9 * len(cells)}rem"  # a few frames don't fill the page
-    return f'<div class="cinego-strip" style="{width}">{"".join(cells)}</div>'
-
-
-def escaped(text: str) -> str:
-    """Markdown that shows `text` as it is."""
-    return re.sub(r"([\\`*_{}\[\]()<>#+\-.!|~$:&^=])", r"\\\1", " ".join(text.split()))
 
 
 def max_upload_mib() -> int:

@@ -22,7 +22,7 @@ from model.generate import GREEDY, Sampling
 from page.conversation import Conversation, Model, TooManyVisuals
 from page.settings import PageSettings
 from page.texts import TEXTS, language_of
-from page.view import escaped
+from page.visual import escaped
 from scripts.convert_checkpoint import main as convert
 from tests.browser import MISSING, WATCH, Browser, Page
 from tests.clips import make_clip
