@@ -40,6 +40,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from dataset.demo_objects import COLOURS, DRAWINGS, ICONS, SHAPES, SPRITE_SIZE, THINGS, Pen, Thing
 from dataset.demo_objects import sprite as sprite_of
 from dataset.demo_world import FRAME_SIZE, background, paste, split_of
+from model.vision_tower import VisionTower
 
 PATCH_SIZE = 16
 GRID = FRAME_SIZE // PATCH_SIZE
@@ -346,9 +347,15 @@ def main() -> None:
     tower = build_tower(args.width, args.layers)
     before = {}
     if args.start_from:
-        trained_before = CLIPVisionModel.from_pretrained(args.start_from, dtype=torch.float32)
-        tower.load_state_dict(trained_before.state_dict())
-        before = {"before": json.loads((args.start_from / "training.json").read_text())}
+        try:
+            begun = VisionTower.from_pretrained(args.start_from).model
+            before = {"before": json.loads((args.start_from / "training.json").read_text())}
+        except (ValueError, OSError) as error:
+            parser.error(f"--start_from {args.start_from}: {error}")
+        size = (begun.config.hidden_size, begun.config.num_hidden_layers)
+        if size != (args.width, args.layers):
+            parser.error(f"--start_from has --width {size[0]} --layers {size[1]}: give these")
+        tower.load_state_dict(begun.state_dict())
     heads = Heads(args.width)
     matrices = [p for p in tower.encoder.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
