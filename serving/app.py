@@ -152,7 +152,7 @@ class Gate:
             await _drain(receive, headers, 4 * int(self.settings.max_body_mb * 2**20))
             response = JSONResponse(error.body(), error.status, error.headers)
             await response(scope, receive, watched)
-        except Exception:  # counted only: the server answers and logs what isn't ours to know
+        except Exception:  # counted only: uvicorn logs it and answers 500
             status = status or 500
             raise
         finally:
