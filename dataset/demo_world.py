@@ -59,7 +59,7 @@ KINDS = ("single", "two_step", "order", "count")
 # Who does what, and how many there are, is learnt last: training shows such scenes more often.
 TRAINING_SHARES = (0.12, 0.15, 0.35, 0.38)
 LOOK_ALIKE = 0.3  # share of training's pairs that have the same colour, or are both icons
-ONE_KIND = 0.25  # share of training's counts of two and more that are of one kind
+ONE_KIND = 0.4  # share of training's counts of two and more that are of one kind
 SPLITS = ("train", "val", "test")
 
 

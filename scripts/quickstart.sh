@@ -26,7 +26,7 @@ stage() {
 }
 
 stage data-train "render clips of moving things, with captions and questions" $out/data/train -- \
-    $python -m dataset.demo_world --split train --seed 0 --clips 5600 --out $out/data/train
+    $python -m dataset.demo_world --split train --seed 0 --clips 6200 --out $out/data/train
 stage data-val "held-out clips to watch training by" $out/data/val -- \
     $python -m dataset.demo_world --split val --seed 0 --clips 200 --out $out/data/val
 stage data-test "clips of combinations that training never shows" $out/data/test -- \
@@ -58,7 +58,7 @@ stage sft "learn to answer questions" $out/sft.pth $out/sft -- \
     $train train_sft.py --out_dir $out --run_name sft $size $features \
     --load_from $out/pretrain.pth \
     --data_path $out/data/train/questions.jsonl --val_path $out/data/val/questions.jsonl \
-    --epochs 3 --max_steps 1400 --batch_size 16 $optimizer --eval_interval 200 --save_interval 200
+    --epochs 3 --max_steps 1700 --batch_size 16 $optimizer --eval_interval 200 --save_interval 200
 
 model="--load_from $out/sft.pth --vision_path $tower"
 stage eval "answer about unseen clips; then with the time order changed, and with no video" \
