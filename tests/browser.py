@@ -1,6 +1,6 @@
 """The page as its users meet it: a streamlit process of its own, and Chromium in front of it.
 
-python -m tests.browser docs/page.png               # the picture in docs/web.md, anew
+python -m tests.browser docs/page.png --example 2    # the picture in docs/web.md, anew
 python -m tests.browser dark.png --dark --phone --chinese
 """
 
