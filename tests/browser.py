@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from selenium import webdriver
+from selenium.common.exceptions import TimeoutException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
@@ -68,8 +69,10 @@ class Browser:
         self.until(lambda: self.all('[data-testid="stChatInputTextArea"]'), "a place to type")
 
     def until(self, condition, what: str, seconds: float = 300):
-        waiting = WebDriverWait(self.driver, seconds, 0.1)
-        return waiting.until(lambda _: condition(), f"{what} on {self.text()[-2000:]!r}")
+        try:
+            return WebDriverWait(self.driver, seconds, 0.1).until(lambda _: condition())
+        except TimeoutException as error:
+            raise TimeoutException(f"still without {what} on {self.text()[-2000:]!r}") from error
 
     def all(self, selector: str) -> list:
         return self.driver.find_elements(By.CSS_SELECTOR, selector)
@@ -99,6 +102,12 @@ class Browser:
     def press(self, label: str) -> None:
         buttons = [it for it in self.all('[data-testid="stButton"] button') if label in it.text]
         buttons[0].click()
+
+    def start_anew(self) -> None:
+        """A new conversation. It has a place to type of its own: a file in the old one is lost."""
+        self.press("New conversation")
+        self.until(lambda: not self.all('[data-testid="stChatMessage"]'), "a new conversation")
+        self.rest()
 
     def choose(self, *files: Path) -> None:
         self._only('[data-testid="stChatInput"] input[type="file"]').send_keys(

@@ -469,11 +469,10 @@ def test_two_users_in_their_browsers(server, new_user, answerer, folder):
     # What was uploaded goes with its user.
     bob.quit()
     alice.until(lambda: len(server.uploads()) == 1, "bob's file deleted")
-    alice.press("New conversation")
+    alice.start_anew()
     alice.until(lambda: not server.uploads(), "alice's file deleted")
     alice.see("Show it a video")
-    alice.rest()
-    assert not alice.answers() and alice.all("textarea")[0].get_property("value") == ""
+    assert alice.all("textarea")[0].get_property("value") == ""
     alice.attach(folder / "b.mp4")
     alice.say(QUESTION)
     alice.until(lambda: alice.answers() == [expected["b"]], "an answer")
@@ -516,8 +515,7 @@ def test_the_quickstarts_model_answers_right_on_its_page(needs_browser, tmp_path
             (said,) = user.answers()
             print(f"{clip.name}: {said!r}, true: {answer!r}")
             right.append(said == answer)
-            user.press("New conversation")
-            user.until(lambda: user.is_at_rest() and not user.answers(), "a new conversation")
+            user.start_anew()
         assert sum(right) >= 4
     finally:
         user.quit()
