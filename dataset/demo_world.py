@@ -101,9 +101,10 @@ class Scene:
             things = Counter(actor.thing for actor in self.actors)  # the most numerous comes first
             keys += [("count", thing, number) for thing, number in things.items()]
             # If three boats are held out, training must not show "two boats and a key" either: it
-            # would teach that three with boats in front are never all boats.
-            most, total = max(things.values()), len(self.actors)
-            keys += [("count", thing, total) for thing, number in things.items() if number == most]
+            # would teach that three things with several boats in front are never all boats.
+            front = self.actors[0].thing
+            if things[front] > 1:
+                keys.append(("count", front, len(self.actors)))
         for actor in self.actors:
             waits = self.kind == "order"  # standing still until it is one's turn isn't "stay"
             for step in actor.steps:
@@ -143,8 +144,8 @@ def _sample_actors(rng: np.random.Generator, kind: str, training: bool) -> list[
         return options[rng.integers(len(options))]
 
     if kind == "single":
-        axis = pick([*AXES, *(HARD_TO_TELL if training else ())])
-        return [Actor(pick(THINGS), (pick(AXES[axis]),))]
+        thing, axis = pick(THINGS), pick([*AXES, *(HARD_TO_TELL if training else ())])
+        return [Actor(thing, (pick(AXES[axis]),))]
     if kind == "two_step":
         axes = rng.permutation(["horizontal", "vertical", "size"])[:2]
         return [Actor(pick(THINGS), tuple(pick(AXES[axis]) for axis in axes))]
