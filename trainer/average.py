@@ -36,7 +36,7 @@ class Average:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for mean, parameter in zip(self.means, self.parameters if self.means else [], strict=True):
+        for mean, parameter in zip(self.means, self.parameters if self.means else (), strict=True):
             weight = parameter.clone()
             parameter.copy_(mean)
             mean.copy_(weight)
@@ -45,4 +45,5 @@ class Average:
         return self.means
 
     def load_state_dict(self, means: list[torch.Tensor]) -> None:
-        self.means = [mean.to(p.device) for mean, p in zip(means, self.parameters, strict=False)]
+        own = zip(means, self.means, strict=True)
+        self.means = [mean.to(current.device) for mean, current in own]
