@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from answering import TOKENIZER_PATH, VISION_PATH, Answerer, Question, Visual, find_models
 from dataset.conversation import ConversationError
 from dataset.samples import Sample, read_samples
 from dataset.scoring import fact_vocabulary, format_table, score_turn, summarise
 from dataset.video import SUFFIXES, VideoError
+from inference import TOKENIZER_PATH, VISION_PATH, Answerer, Question, Visual, find_models
+from inference.terminal import Terminal
 from model.generate import Sampling
 from model.inference import WEIGHTS
-from terminal import Terminal
 
 STAGES = {0: "pretrain", 1: "sft"}
 DEFAULT_QUESTION = "What happens in this video?"

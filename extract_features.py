@@ -33,15 +33,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cli import launch
 from dataset import parquet
 from dataset.feature_store import FLOAT16, INT8, FeatureStore, relative_error
 from dataset.parallel import in_any_order
 from dataset.samples import read_samples, resolve_under
 from dataset.video import FrameTransform, VideoError, ending_workers, read_frames
-from launch import launch
+from device import choose_device, choose_dtype
 from model.vision_tower import VisionTower
-from trainer.device import choose_device, choose_dtype
-from trainer.journal import cpu_seconds
+from trainer.logger import cpu_seconds
 
 VIDEO_SUFFIXES = ".mp4 .m4v .mov .mkv .webm .avi .ts .mpg .mpeg .flv .wmv .3gp .ogv .gif"
 IMAGE_SUFFIXES = ".jpg .jpeg .png .webp .bmp .tif .tiff"

@@ -11,8 +11,8 @@ what opens local files and other hosts. Of a request it writes down path and sta
 
 import sys
 
-from launch import launch
-from serving.settings import Settings
+from cli import launch
+from inference.server.settings import Settings
 from trainer.config import parse
 
 # The model is imported once the flags are right: --help and its errors come at once.
@@ -21,7 +21,7 @@ from trainer.config import parse
 def main(settings: Settings) -> None:
     import uvicorn
 
-    from serving.app import build_app
+    from inference.server.app import build_app
 
     if not settings.is_local and settings.api_key is None:
         print("open to the network without --api_key: anyone may ask", file=sys.stderr)

@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from cli import launch as launch  # the stages' scripts call it by this module's name
 from dataset.conversation import placeholder_ids
 from dataset.feature_store import FeatureStore
 from dataset.samples import read_samples
@@ -30,14 +31,13 @@ from dataset.video_dataset import (
     VideoSource,
     collate,
 )
-from launch import launch as launch  # the stages' scripts call it by this module's name
+from device import choose_device
 from model.checkpoint import save_model
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
 from model.lora import add_adapters
 from model.vision_tower import VisionTower
 from trainer.config import TrainConfig, flag, local_flag, parse, side_flag
-from trainer.device import choose_device
 from trainer.distributed import World, setup
 from trainer.dry_run import dry_run
 from trainer.engine import train

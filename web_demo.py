@@ -15,7 +15,7 @@ import sys
 
 from streamlit import runtime
 
-from page.settings import PageSettings
+from inference.page.settings import PageSettings
 from trainer.config import parse
 
 
@@ -28,7 +28,7 @@ def main() -> None:
         )
         command = shlex.join([*streamlit, "run", "web_demo.py", *flags])
         raise SystemExit(f"web_demo.py: streamlit runs this page; type:\n\n    {command}\n")
-    from page.view import View, show_wrong_flags
+    from inference.page.view import View, show_wrong_flags
 
     try:
         settings = parse(PageSettings, __doc__)

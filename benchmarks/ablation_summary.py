@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 
 KINDS = ("ours", "mean", "concat", "gpt4video")
-TOWER = "model/vision_model/demo_tower"
+TOWER = "demo/tower"
 NUM_FRAMES = 8
 BATCH_SIZE = 16
 CALIBRATION_STEPS, WARM_UP_STEPS = 40, 20  # the first steps pay for what is made once
@@ -38,7 +38,7 @@ def make_world(out: Path, clips: int) -> None:
         folder = out / split
         if not (folder / "questions.jsonl").exists():
             world = ("--split", split, "--clips", str(number), "--out", folder)
-            run("-m", "dataset.demo_world", *world)
+            run("-m", "demo.world", *world)
     run(
         *("extract_features.py", "--data_path", out / "train/questions.jsonl"),
         *("--images_path", out / "train", "--features_path", out / "features"),

@@ -23,8 +23,8 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from dataset.clip import ContainerInfo, Frames, Request, VideoError
-from dataset.frame_transform import FrameTransform
 from dataset.images import is_image, on_white, read_image
+from dataset.transforms import FrameTransform
 
 av.logging.set_level(None)  # FFmpeg's own lines on stderr; what matters is raised
 

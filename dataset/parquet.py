@@ -53,7 +53,7 @@ def read_rows(
     if not with_bytes and (largest := _largest_group(file)) > MAX_GROUP_BYTES:
         raise ValueError(
             f"{path}: a row group holds {largest >> 20} MiB of pictures, to be read for each of "
-            f"them; rewrite it once: python -m dataset.convert.chinese_llava --data_path {path} "
+            f"them; rewrite it once: python -m scripts.convert.chinese_llava --data_path {path} "
             f"--output {Path(path).stem}_small.parquet"
         )
     wanted = [name for name in schema.names if name != IMAGES or with_bytes or is_list]

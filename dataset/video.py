@@ -33,9 +33,9 @@ from dataset.clip import (
 )
 from dataset.decode_worker import main as decode_requests
 from dataset.decoding import decode
-from dataset.frame_transform import FrameTransform
 from dataset.parquet import is_image as is_in_parquet
 from dataset.parquet import read_image
+from dataset.transforms import FrameTransform
 
 __all__ = [
     "SUFFIXES",

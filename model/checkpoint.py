@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from model.checkpoint_files import read_checkpoint
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
-from model.convert import LLM, SUMMARY, Recognised, pair_halves, recognise
+from model.import_weights import LLM, SUMMARY, Recognised, pair_halves, recognise
 from model.lora import merged_state
 from model.minimind import MiniMind
 from model.video_summary import VideoSummary

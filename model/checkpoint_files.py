@@ -1,7 +1,7 @@
 """What lies on disk as weights: a .pth, a .safetensors or a transformers directory.
 
 Here is only read: the tensors as they stand there, and the settings that lie beside them. What they
-are is for model/convert.py to say. Nothing in a file is ever run.
+are is for model/import_weights.py to say. Nothing in a file is ever run.
 """
 
 import json
@@ -110,7 +110,7 @@ def _read_directory(directory: Path) -> tuple[dict[str, Tensor], dict]:
     if not about.is_file():
         raise ValueError(f"{about} is missing: copy the model's config there")
     config = _read_json(about)
-    # What scripts/convert_checkpoint.py wrote brings our own settings along, and its tower.
+    # What scripts/export_hf.py wrote brings our own settings along, and its tower.
     exported = config.get("cinego")
     known = _flat(exported, about) if exported is not None else {}
     is_ours = exported is not None and config.get("model_type") == "cinego"  # 2025's is so, too

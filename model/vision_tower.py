@@ -66,7 +66,7 @@ class VisionTower:
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "VisionTower":
         """Loads a directory that holds a CLIP or SigLIP, whole or its vision half, in float32; or
-        the tower within a directory that scripts/convert_checkpoint.py wrote.
+        the tower within a directory that scripts/export_hf.py wrote.
 
         Raises ValueError where the directory is missing, is of another model, or lacks weights.
         """

@@ -29,6 +29,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from cli import launch
 from dataset.conversation import IGNORED, ConversationError, encode, truncate
 from dataset.feature_store import FeatureStore
 from dataset.parallel import in_any_order
@@ -36,7 +37,6 @@ from dataset.records import read_records
 from dataset.samples import parse_sample, resolve_under
 from dataset.video import VideoError, ending_workers, read_frames
 from extract_features import num_cores
-from launch import launch
 
 CHUNK = 256  # records that a worker gets at once
 LISTED = 20  # problems on the terminal
@@ -283,7 +283,7 @@ def write_clean(path: str, bad: set[int], output: Path) -> None:
         is_parquet = file.read(4) == b"PAR1"
     if is_parquet:  # its pictures aren't files that a jsonl could name
         if bad:
-            print(f"{path}: no clean copy of a parquet; python -m dataset.convert.chinese_llava")
+            print(f"{path}: no clean copy of a parquet; python -m scripts.convert.chinese_llava")
         return
     unfinished = output.with_suffix(".tmp")
     with open(unfinished, "w", encoding="utf-8") as file:

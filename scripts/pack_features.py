@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from cli import launch
 from dataset.feature_store import (
     FLOAT16,
     INT8,
@@ -28,7 +29,6 @@ from dataset.feature_store import (
     relative_error,
     row_type,
 )
-from launch import launch
 
 
 def main(argv: list[str] | None = None) -> None:

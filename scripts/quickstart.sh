@@ -10,7 +10,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 out=out/quickstart
-tower=model/vision_model/demo_tower
+tower=demo/tower
 python=.venv/bin/python
 # A language model of two million parameters is enough for this world; the named sizes are 512 x 8
 # and 768 x 16.
@@ -26,11 +26,11 @@ stage() {
 }
 
 stage data-train "render clips of moving things, with captions and questions" $out/data/train -- \
-    $python -m dataset.demo_world --split train --seed 0 --clips 6200 --out $out/data/train
+    $python -m demo.world --split train --seed 0 --clips 6200 --out $out/data/train
 stage data-val "held-out clips to watch training by" $out/data/val -- \
-    $python -m dataset.demo_world --split val --seed 0 --clips 200 --out $out/data/val
+    $python -m demo.world --split val --seed 0 --clips 200 --out $out/data/val
 stage data-test "clips of combinations that training never shows" $out/data/test -- \
-    $python -m dataset.demo_world --split test --seed 0 --clips 620 --out $out/data/test
+    $python -m demo.world --split test --seed 0 --clips 620 --out $out/data/test
 
 # One worker decodes while the tower computes.
 extraction="--num_frames 8 --num_workers 1"

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from trainer.device import choose_device, choose_dtype
+from device import choose_device, choose_dtype
 
 
 def test_a_named_precision_is_taken_as_it_is():

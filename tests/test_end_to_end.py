@@ -32,7 +32,7 @@ def world(tmp_path_factory, tiny_tower) -> Path:
     out = tmp_path_factory.mktemp("world")
     for split, clips in (("train", 16), ("test", 6)):
         run(
-            *("-m", "dataset.demo_world", "--split", split, "--clips", clips),
+            *("-m", "demo.world", "--split", split, "--clips", clips),
             *("--workers", 2, "--out", out / split),
         )
     run(

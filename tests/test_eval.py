@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 import eval as evaluation
-from answering import Answerer, Question
 from dataset.samples import read_samples
+from inference import Answerer, Question
 from model.checkpoint import save_model
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer.device import choose_device
+from device import choose_device
 
 # How long the survivors of a broken connection wait for each other before they name who is silent.
 SECONDS_TO_ANSWER = 3.0

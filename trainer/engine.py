@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from device import choose_dtype
 from trainer.average import Average
 from trainer.checkpoint import find_state, forget_after, list_states, save_state
 from trainer.config import TrainConfig
-from trainer.device import choose_dtype
 from trainer.distributed import World, code_fingerprint, restarted
 from trainer.interrupt import StopRequest
-from trainer.journal import Journal, losses_of
+from trainer.logger import Journal, losses_of
 from trainer.optim import Optimizers, rate_factor
 
 Batch = dict[str, Any]  # "inputs" for the model's forward, counts, "sample_ids", "bad"

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from trainer.device import choose_dtype
+from device import choose_dtype
 
 # Of the quintic a x + b x³ + c x⁵, which drives all singular values to about 1 in five rounds.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

@@ -15,7 +15,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
-from answering import Answerer, Question, Visual
+from inference import Answerer, Question, Visual
 from model.generate import Sampling
 
 MANIFEST = ModelManifest("cinego", chat_class_path="cinego_lmms_eval.CinegoModel")

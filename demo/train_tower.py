@@ -1,0 +1,409 @@
+"""Train the stand-in vision tower that ships in `demo/tower/`.
+
+    python -m demo.train_tower      # about 30 CPU-minutes
+    python -m demo.train_tower --start_from demo/tower --seed 1 \\
+        --steps 1300 --learning_rate 1e-3 --muon_learning_rate 5e-3      # about 20 more
+
+CLIP comes to a user trained by others; the demo world needs a tower that comes the same way. This
+one has CLIP's class and format (`transformers.CLIPVisionModel`, 7 × 7 patches + CLS = 50 tokens a
+frame). It learns on random stills of the demo world, not by contrast with text, which is slow from
+zero, but from what the renderer knows of every patch: which thing covers it, whether a centre lies
+in it and where, how large the thing is and how it is turned. The CLS token learns which things
+there are, how many in all, and where they stand.
+
+Combinations thing × count that the test set holds out never appear, and this must not teach that
+they can't: a tower that learned how many of each kind it sees took 15 % of the held-out pairs for
+another number. So a third of all kinds are *strangers*, which are no things of this world: random
+blobs, its shapes in other colours, its icons with their colours exchanged. Of these, as of CLIP's
+things, there are as many as one likes, and no number can be foretold from what they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from demo.objects import COLOURS, DRAWINGS, ICONS, SHAPES, SPRITE_SIZE, THINGS, Pen, Thing
+from demo.objects import sprite as sprite_of
+from demo.world import FRAME_SIZE, background, paste, split_of
+from model.vision_tower import VisionTower
+
+PATCH_SIZE = 16
+GRID = FRAME_SIZE // PATCH_SIZE
+BACKGROUND = len(THINGS)  # class of a patch that shows no thing
+IGNORED = -100  # class of a patch that shows a stranger: cross-entropy's own word
+STRANGERS = 0.35  # share of the kinds in a picture that are of no known kind
+MAX_COUNT = 4
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's own
+
+
+class Stills(IterableDataset):
+    """Endless random stills with their labels; worker w of seed s always makes the same ones."""
+
+    def __init__(self, seed: int, batch_size: int, split: str = "train"):
+        self.seed, self.batch_size, self.split = seed, batch_size, split
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        rng = np.random.default_rng([self.seed, worker.id if worker else 0])
+        while True:
+            stills = [still(rng, self.split) for _ in range(self.batch_size)]
+            yield {key: torch.from_numpy(np.stack([s[key] for s in stills])) for key in stills[0]}
+
+
+def _things(rng: np.random.Generator, split: str) -> list[Thing | None]:
+    """Up to four things, often three or four; `None` is a stranger, in training only.
+
+    Training holds no (thing, count) of the other splits; another split's most numerous thing has a
+    count of that split, as in the demo world.
+    """
+    while True:
+        total = rng.choice(MAX_COUNT + 1, p=[0.04, 0.33, 0.19, 0.22, 0.22])
+        kinds = [THINGS[i] for i in rng.permutation(len(THINGS))[: rng.integers(1, 4)]]
+        if split == "train":
+            kinds = [None if rng.random() < STRANGERS else kind for kind in kinds]
+        chosen = [kinds[i] for i in rng.integers(len(kinds), size=total)]
+        counts = Counter(thing for thing in chosen if thing)
+        splits = [split_of(("count", thing, n)) for thing, n in counts.most_common()]
+        if all(s == "train" for s in splits) if split == "train" else splits[:1] == [split]:
+            return chosen
+
+
+def still(rng: np.random.Generator, split: str = "train") -> dict[str, np.ndarray]:
+    """One picture and all that is known of it (see the module's docstring)."""
+    picture = background(rng)
+    things = _things(rng, split)
+    alone = len(things) == 1
+    spots: list[tuple[float, float, float]] = []
+    while len(spots) < len(things):
+        spots.clear()
+        for _ in range(60):
+            d = rng.uniform(15, 50) if alone else rng.uniform(16, 31)
+            x, y = rng.uniform(d / 2, FRAME_SIZE - d / 2, 2)
+            if all(math.hypot(x - a, y - b) > (d + c) / 2 + 2 for a, b, c in spots):
+                spots.append((x, y, d))
+                if len(spots) == len(things):
+                    break
+
+    patch = np.full(GRID * GRID, BACKGROUND, dtype=np.int64)
+    covered = np.full(GRID * GRID, 0.15, dtype=np.float32)  # less than this is background
+    # Is one; x, y, log size; cosine and sine of the turn.
+    centre = np.zeros((GRID * GRID, 6), dtype=np.float32)
+    present = np.zeros(len(THINGS), dtype=np.float32)
+    strange = stranger(rng)  # all strangers of a picture are of one kind
+    for thing, (x, y, d) in zip(things, spots, strict=True):
+        angle = rng.uniform(0, 360) if rng.random() < 0.5 else rng.uniform(-16, 16)
+        shadow = Image.new("L", (FRAME_SIZE, FRAME_SIZE))
+        if thing is None:
+            size = (round(d), round(d))
+            stamp = strange.rotate(angle, Image.BILINEAR).resize(size, Image.BOX)
+            corner = (round(x - d / 2), round(y - d / 2))
+            picture.paste(stamp, corner, stamp)
+            shadow.paste(255, corner, stamp)
+            kind, order = IGNORED, 0
+        else:
+            paste(picture, thing, x, y, d, angle)
+            paste(shadow, thing, x, y, d, angle, ink=255)
+            kind, order = THINGS.index(thing), thing.rotation_order
+            present[kind] = 1
+        coverage = np.asarray(shadow.reduce(PATCH_SIZE), dtype=np.float32).ravel() / 255
+        patch[coverage > covered] = kind
+        covered = np.maximum(covered, coverage)
+        column, row = int(x // PATCH_SIZE), int(y // PATCH_SIZE)
+        turn = math.radians(angle) * order
+        turn = (math.cos(turn), math.sin(turn)) if order else (0, 0)
+        place = (x / PATCH_SIZE - column - 0.5, y / PATCH_SIZE - row - 0.5, math.log(d / 26))
+        centre[row * GRID + column] = (1, *place, *turn)
+    # mp4 halves the colour's resolution and blurs edges: JPEG does the same and is quick.
+    if rng.random() < 0.8:
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=int(rng.integers(70, 96)), subsampling=2)
+        picture = Image.open(file)
+    middle = np.mean([[x, y, d * 2] for x, y, d in spots] or [[0, 0, 0]], axis=0) / FRAME_SIZE
+    return {
+        "picture": np.asarray(picture).transpose(2, 0, 1),
+        "patch": patch,
+        "centre": centre,
+        "present": present,
+        "total": np.int64(len(things)),
+        "one_kind": np.bool_(len(set(things)) == 1 and len(things) > 1),
+        "middle": middle.astype(np.float32),
+    }
+
+
+def stranger(rng: np.random.Generator) -> Image.Image:
+    """A sprite of something that is none of the things (see the module's docstring)."""
+    form = rng.integers(3)
+    if form == 0:
+        icon = sprite_of(Thing(rng.choice(list(ICONS))))
+        red, green, blue, alpha = icon.split()
+        bands = (green, blue, red) if rng.random() < 0.5 else (blue, red, green)
+        return Image.merge("RGBA", (*bands, alpha)).reduce(2)
+    colour = rng.integers(20, 256, 3)
+    while min(np.linalg.norm(colour - known) for _, known in COLOURS.values()) < 80:
+        colour = rng.integers(20, 256, 3)
+    fill = tuple(colour.tolist())
+    picture = Image.new("RGBA", (SPRITE_SIZE, SPRITE_SIZE), (0, 0, 0, 0))
+    pen = Pen(ImageDraw.Draw(picture))
+    if form == 1:
+        DRAWINGS[rng.choice(list(SHAPES))](pen, fill)
+        return picture.reduce(2)
+    corners = rng.integers(4, 10)
+    angles = 2 * math.pi * (np.arange(corners) + rng.uniform(-0.3, 0.3, corners)) / corners
+    radii = rng.uniform(0.45, 1, corners)
+    pen.polygon(list(zip(radii * np.cos(angles), radii * np.sin(angles), strict=True)), fill)
+    if rng.random() < 0.5:
+        x, y, wide, high = *rng.uniform(-0.25, 0.25, 2), *rng.uniform(0.1, 0.3, 2)
+        pen.ellipse(
+            x - wide, y - high, x + wide, y + high, tuple(rng.integers(20, 256, 3).tolist())
+        )
+    return picture.reduce(2)
+
+
+def build_tower(width: int, layers: int) -> CLIPVisionModel:
+    config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        image_size=FRAME_SIZE,
+        patch_size=PATCH_SIZE,
+    )
+    tower = CLIPVisionModel(config)
+    # The default positions (std 0.02) drown in patch embeddings of about 0.5: a tower trained
+    # from zero would not learn where things are.
+    with torch.no_grad():
+        tower.embeddings.position_embedding.weight[1:] = 0.5 * sine_positions(GRID, width)
+    return tower
+
+
+def sine_positions(grid: int, width: int) -> torch.Tensor:
+    """2-D sine-cosine positions (grid², width): a quarter each for sin, cos of row, column."""
+    frequency = 100.0 ** (-torch.arange(width // 4) / (width // 4))
+    row, column = (torch.arange(grid * grid) // grid, torch.arange(grid * grid) % grid)
+    waves = [axis[:, None] * frequency * math.pi / 2 for axis in (row, column)]
+    return torch.cat([f(wave) for wave in waves for f in (torch.sin, torch.cos)], dim=1)
+
+
+class Heads(nn.Module):
+    """What is read from the tower while it learns, and thrown away afterwards."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.patch = nn.Linear(width, len(THINGS) + 1)
+        self.centre = nn.Linear(width, 6)
+        self.present = nn.Linear(width, len(THINGS))
+        self.total = nn.Linear(width, MAX_COUNT + 1)
+        self.middle = nn.Linear(width, 3)
+
+    def forward(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        hidden = self.norm(features)
+        cls, patches = hidden[:, 0], hidden[:, 1:]
+        return {
+            "patch": self.patch(patches),
+            "centre": self.centre(patches),
+            "present": self.present(cls),
+            "total": self.total(cls),
+            "middle": self.middle(cls),
+        }
+
+
+def losses(out: dict, batch: dict) -> dict[str, torch.Tensor]:
+    weight = torch.ones(len(THINGS) + 1)
+    weight[BACKGROUND] = 0.25  # most patches are background
+    is_centre = batch["centre"][..., 0] > 0
+    found, true = out["centre"][is_centre], batch["centre"][is_centre]
+    turns = (true[:, 4:].abs().sum(1, keepdim=True) > 0).float()
+    some = batch["total"] > 0
+    return {
+        "patch": F.cross_entropy(out["patch"].flatten(0, 1), batch["patch"].flatten(), weight),
+        "centre": F.binary_cross_entropy_with_logits(
+            out["centre"][..., 0], is_centre.float(), pos_weight=torch.tensor(4.0)
+        ),
+        "place": (found[:, 1:4] - true[:, 1:4]).abs().mean(),
+        "turn": 0.3 * ((found[:, 4:] - true[:, 4:]) ** 2 * turns).mean(),
+        # 46 or more of 48 things are absent: that one is here must weigh as much as all of these.
+        "present": 5.0
+        * F.binary_cross_entropy_with_logits(
+            out["present"], batch["present"], pos_weight=torch.tensor(5.0)
+        ),
+        "total": F.cross_entropy(out["total"], batch["total"]),
+        "middle": 2.0 * (out["middle"] - batch["middle"])[some].abs().mean(),
+    }
+
+
+@torch.no_grad()
+def score(tower, heads, batches: list[dict], unseen: list[dict]) -> dict[str, float]:
+    """Shares of right answers on stills that were never trained on; places in pixels.
+
+    The total is scored on combinations (thing, count) of the test set, which training never shows.
+    """
+    tower.eval()
+    sums: dict[str, list[float]] = {}
+
+    def add(results: dict) -> None:
+        for key, value in results.items():
+            sums.setdefault(key, []).append(value.float().flatten())
+
+    for batch in batches:
+        out = heads(encode(tower, batch["picture"]))
+        shown = (batch["patch"] != BACKGROUND) & (batch["patch"] != IGNORED)
+        right = out["patch"].argmax(2) == batch["patch"]
+        off = (out["middle"] - batch["middle"])[batch["total"] == 1][:, :2].abs() * FRAME_SIZE
+        add(
+            {
+                "patch": right[shown],
+                "background": right[batch["patch"] == BACKGROUND],
+                "present": ((out["present"] > 0) == batch["present"].bool()).all(1),
+                "middle (px)": off,
+            }
+        )
+    for batch in unseen:
+        total = batch["total"]
+        right = heads(encode(tower, batch["picture"]))["total"].argmax(1) == total
+        add({f"unseen total {n}": right[total == n] for n in range(1, MAX_COUNT + 1)})
+        add({"unseen total of one kind": right[batch["one_kind"]]})
+    tower.train()
+    return {key: torch.cat(values).mean().item() for key, values in sums.items()}
+
+
+def encode(tower: CLIPVisionModel, pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 (N, 3, H, W) → features (N, P, D) before the final norm, as `VisionTower` gives."""
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+    pixel_values = (pictures.float() / 255 - mean) / std
+    hidden = tower.pre_layrnorm(tower.embeddings(pixel_values))
+    return tower.encoder(inputs_embeds=hidden).last_hidden_state
+
+
+def save(tower: CLIPVisionModel, directory: Path, trained: dict) -> None:
+    """A directory as CLIP's: fp16 weights, config, preprocessor; and how it was trained."""
+    directory.mkdir(parents=True, exist_ok=True)
+    half = CLIPVisionModel(tower.config).half()
+    half.load_state_dict(tower.state_dict())
+    half.save_pretrained(directory)
+    size = {"height": FRAME_SIZE, "width": FRAME_SIZE}
+    preprocessor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": FRAME_SIZE},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": size,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": MEAN,
+        "image_std": STD,
+        "do_convert_rgb": True,
+    }
+    (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+    (directory / "training.json").write_text(json.dumps(trained, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("demo/tower"))
+    parser.add_argument(
+        "--start_from",
+        type=Path,
+        help="a tower that this script trained, to go on with; give another --seed for new stills",
+    )
+    parser.add_argument(
+        "--width", type=int, default=128, help="hidden size; the features are this wide"
+    )
+    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2000, help="training steps")
+    parser.add_argument("--batch_size", type=int, default=128, help="stills a step")
+    parser.add_argument(
+        "--learning_rate", type=float, default=2e-3, help="AdamW: embeddings, norms, heads"
+    )
+    parser.add_argument(
+        "--muon_learning_rate", type=float, default=1e-2, help="Muon: matrices of the layers"
+    )
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="autocast"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    tower = build_tower(args.width, args.layers)
+    before = {}
+    if args.start_from:
+        try:
+            begun = VisionTower.from_pretrained(args.start_from).model
+            before = {"before": json.loads((args.start_from / "training.json").read_text())}
+        except (ValueError, OSError) as error:
+            parser.error(f"--start_from {args.start_from}: {error}")
+        size = (begun.config.hidden_size, begun.config.num_hidden_layers)
+        if size != (args.width, args.layers):
+            parser.error(f"--start_from has --width {size[0]} --layers {size[1]}: give these")
+        tower.load_state_dict(begun.state_dict())
+    heads = Heads(args.width)
+    matrices = [p for p in tower.encoder.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in [*tower.parameters(), *heads.parameters()] if id(p) not in chosen]
+    optimizers = [
+        torch.optim.Muon(
+            matrices, lr=args.muon_learning_rate, weight_decay=0.01, adjust_lr_fn="original"
+        ),
+        torch.optim.AdamW(others, lr=args.learning_rate, weight_decay=0.01, betas=(0.9, 0.98)),
+    ]
+    schedule = lambda step: min((step + 1) / 100, 1 - step / args.steps)  # noqa: E731
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(o, schedule) for o in optimizers]
+    print(f"tower: {sum(p.numel() for p in tower.parameters()) / 1e6:.2f} M parameters")
+
+    stills = [iter(Stills(args.seed + 10_000, 200, split)) for split in ("train", "test")]
+    held_out = [[next(batches) for _ in range(5)] for batches in stills]
+    loader = iter(
+        DataLoader(
+            Stills(args.seed, args.batch_size), batch_size=None, num_workers=1, prefetch_factor=8
+        )
+    )
+    started, scores = time.process_time(), {}
+    for step in (bar := tqdm(range(args.steps), desc="tower", unit="step")):
+        batch = next(loader)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            out = heads(encode(tower, batch["picture"]))
+        parts = losses({key: value.float() for key, value in out.items()}, batch)
+        sum(parts.values()).backward()
+        nn.utils.clip_grad_norm_([*tower.parameters(), *heads.parameters()], 1.0)
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+        if step % 20 == 0:
+            bar.set_postfix({key: f"{value.item():.3f}" for key, value in parts.items()})
+        if (step + 1) % 200 == 0 or step + 1 == args.steps:
+            scores = score(tower, heads, *held_out)
+            tqdm.write(f"step {step + 1}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+            trained = {
+                **before,
+                "command": {
+                    key: str(value) if isinstance(value, Path) else value
+                    for key, value in vars(args).items()
+                },
+                "cpu_seconds": round(time.process_time() - started),
+            }
+            save(tower, args.out, trained | {"held_out_stills": scores})
+
+
+if __name__ == "__main__":
+    main()

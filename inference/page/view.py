@@ -1,0 +1,410 @@
+"""The page itself. Streamlit runs `View.run` anew for each thing that a user does on it; what lasts
+lies in `st.session_state`, which is one user's, and in the caches below.
+
+Names, questions and answers are shown as plain text or escaped: a file's name must not become a
+link or a picture of another host.
+"""
+
+import json
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+from streamlit import config
+
+from dataset.conversation import ConversationError
+from dataset.video import SUFFIXES, VideoError, read_frames, uniform_indices
+from inference import Answerer, find_models
+from inference.page.conversation import Conversation, Model, TooManyVisuals, Turn
+from inference.page.settings import MAX_FRAMES, PageSettings
+from inference.page.texts import LANGUAGES, TEXTS, language_of
+from inference.page.visual import escaped, show
+from model.generate import Sampling
+
+ICON, USER, ASSISTANT = ":material/movie:", ":material/person:", ":material/movie:"
+EXAMPLES = 4
+# Reasons of VideoError whose mend isn't that of a broken file.
+OWN_MENDS = ("too_large", "too_long", "timeout")
+STYLE = """<style>
+.stMainBlockContainer, .stBottomBlockContainer { max-width: 52rem; }
+.stMainBlockContainer { padding-top: 3.4rem; }
+.stChatMessage { background: transparent; padding-left: 0; padding-right: 0; }
+.cinego-strip { display: grid; gap: .35rem 2px; padding-bottom: .3rem;
+  grid-template-columns: repeat(auto-fit, minmax(4.2rem, 1fr)); }
+.cinego-frame { font-size: .74rem; line-height: 1.35; text-align: center;
+  font-variant-numeric: tabular-nums; }
+.cinego-frame img { width: 100%; display: block; border-radius: 3px 3px 0 0; }
+.cinego-heat { position: relative; height: 1.3rem; background: rgba(128, 128, 128, .16); }
+.cinego-heat i { position: absolute; inset: 0; background: #ea580c; }
+.cinego-heat b { position: relative; font-weight: 600; line-height: 1.3rem; }
+.cinego-frame time { opacity: .72; }
+.stChatInput:has([data-testid="stFileChipIconError"])::after { content: REFUSED; color: #dc2626;
+  display: block; font-size: .85rem; padding: .4rem .2rem 0; }
+</style>"""
+
+
+# ---- what users share, and what ends with a session
+
+
+@st.cache_resource(max_entries=2, show_spinner=False)
+def load_model(checkpoint: str, changed: float, _settings: PageSettings) -> Model:
+    """`changed`: when it was written; a model that was trained anew is loaded anew."""
+    own = _settings
+    flags = (own.vision_path, own.tokenizer_path, own.num_frames, own.device)
+    return Model(Answerer.load(checkpoint, *flags, weights=own.weights))
+
+
+@st.cache_data(ttl=10, show_spinner=False)
+def models_in(folder: str) -> list[str]:
+    return [str(path) for path in find_models(folder)]
+
+
+@st.cache_data(ttl=60, show_spinner=False)
+def examples_in(folders: list[str]) -> list[tuple[str, Any]]:
+    """Some clips from all over the folders, each with a picture of it."""
+    files = [file for folder in folders for file in sorted(Path(folder).iterdir())]
+    files = [file for file in files if file.suffix.lower() in SUFFIXES]
+    found = []
+    for index in uniform_indices(len(files), EXAMPLES):
+        with suppress(VideoError):
+            found.append((str(files[index]), read_frames(files[index], 1).frames[0]))
+    return found
+
+
+@st.cache_resource(
+    scope="session", show_spinner=False, on_release=tempfile.TemporaryDirectory.cleanup
+)
+def uploads() -> tempfile.TemporaryDirectory:
+    """The session's files. It goes when the connection is cut, or the server ends."""
+    return tempfile.TemporaryDirectory(prefix="cinego-page-")
+
+
+def folder_of(conversation: Conversation) -> Path:
+    return Path(uploads().name, conversation.key)
+
+
+def show_wrong_flags() -> None:
+    st.error(TEXTS[language_of(st.context.locale)]["wrong_flags"])
+
+
+# ---- the page
+
+
+class View:
+    def __init__(self, settings: PageSettings):
+        self.settings = settings
+
+    def run(self) -> None:
+        st.set_page_config(page_title="Cinego", page_icon=ICON, layout="centered")
+        self.state = st.session_state
+        with st.sidebar:
+            self.texts = TEXTS[self._language()]
+            models = self._models()
+            refused = self.texts["refused"].format(mib=max_upload_mib())
+            st.html(STYLE.replace("REFUSED", json.dumps(refused, ensure_ascii=False)))
+        if not models:
+            self._no_model()
+            return
+        with st.sidebar:
+            chosen = st.selectbox(
+                self.texts["model"],
+                models,
+                format_func=self._name_of,
+                key="model",
+                help=self.texts["model_help"].format(folder=self.settings.out_dir),
+            )
+        model = self._load(chosen)
+        conversation = self._conversation(model)
+        with st.sidebar:
+            sampling, num_frames = self._controls(model)
+            saving = st.container()
+        self._talk(conversation, sampling, num_frames)
+        with saving:
+            self._saving(conversation)
+
+    def _language(self) -> str:
+        if "language" not in self.state:
+            self.state.language = language_of(st.context.locale)
+        return st.segmented_control(
+            "Language · 语言",
+            list(LANGUAGES),
+            format_func=LANGUAGES.get,
+            key="language",
+            required=True,
+            label_visibility="collapsed",
+        )
+
+    # ---- models
+
+    def _models(self) -> list[str]:
+        first = [self.settings.load_from] if self.settings.load_from else []
+        found = models_in(self.settings.out_dir)
+        same = {str(Path(name).resolve()) for name in first}
+        return first + [name for name in found if str(Path(name).resolve()) not in same]
+
+    def _name_of(self, checkpoint: str) -> str:
+        path = Path(checkpoint)
+        if path.is_relative_to(self.settings.out_dir):
+            path = path.relative_to(self.settings.out_dir)
+        return str(path)
+
+    def _no_model(self) -> None:
+        st.title("Cinego")
+        st.info(self.texts["no_model"].format(folder=self.settings.out_dir), icon=ICON)
+        st.code("streamlit run web_demo.py -- --load_from PATH", language="bash")
+
+    def _load(self, checkpoint: str) -> Model:
+        """Stops this run of the page, with the reason, where that can't be."""
+        path = Path(checkpoint)
+        try:
+            changed = path.stat().st_mtime if path.exists() else 0.0
+            with st.spinner(self.texts["loading"].format(name=self._name_of(checkpoint))):
+                return load_model(checkpoint, changed, self.settings)
+        except (ValueError, OSError) as error:
+            st.error(self.texts["bad_model"])
+            st.code(str(error), language=None, wrap_lines=True)
+            st.stop()
+
+    def _conversation(self, model: Model) -> Conversation:
+        old = self.state.get("conversation")
+        if old is None or old.model is not model:
+            self._forget(old)
+            self.state.conversation = Conversation(model, self.settings)
+        return self.state.conversation
+
+    def _forget(self, conversation: Conversation | None) -> None:
+        if conversation is not None:
+            shutil.rmtree(folder_of(conversation), ignore_errors=True)
+        self.state.conversation, self.state.notices, self.state.draft = None, [], None
+
+    # ---- the sidebar
+
+    def _controls(self, model: Model) -> tuple[Sampling, int]:
+        texts, answerer = self.texts, model.answerer
+        parts = {part: count for part, count in answerer.parameters.items() if part != "trainable"}
+        st.caption(
+            texts["model_facts"].format(
+                parameters=sum(parts.values()) / 1e6,
+                summary=answerer.model.config.summary,
+                frames=answerer.num_frames,
+            )
+        )
+        st.button(
+            texts["reset"],
+            icon=":material/refresh:",
+            width="stretch",
+            on_click=self._forget,
+            args=(self.state.conversation,),
+        )
+
+        def slider(name: str, low, high, default, step):
+            return st.slider(
+                *(texts[name], low, high, default, step), key=name, help=texts[f"{name}_help"]
+            )
+
+        with st.expander(texts["answers"], icon=":material/tune:"):
+            longest = self.settings.max_new_tokens
+            sampling = Sampling(
+                temperature=slider("temperature", 0.0, 2.0, 0.0, 0.1),
+                top_p=slider("top_p", 0.05, 1.0, 0.9, 0.05),
+                top_k=slider("top_k", 0, 200, 0, 5),
+                repetition_penalty=slider("repetition_penalty", 1.0, 2.0, 1.0, 0.05),
+                max_new_tokens=st.number_input(
+                    texts["max_new_tokens"], 1, longest, min(128, longest), key="max_new_tokens"
+                ),
+                seed=st.number_input(
+                    texts["seed"], 0, 2**31, 0, key="seed", help=texts["seed_help"]
+                ),
+            )
+        with st.expander(texts["videos"], icon=":material/theaters:"):
+            num_frames = st.slider(
+                texts["num_frames"],
+                *(1, MAX_FRAMES, min(answerer.num_frames, MAX_FRAMES)),
+                key=f"num_frames {answerer.checkpoint}",  # the default is each model's own
+                help=texts["num_frames_help"].format(frames=answerer.num_frames),
+            )
+            st.caption(self._limits_told())
+        return sampling, num_frames
+
+    def _limits_told(self) -> str:
+        return self.texts["limits"].format(mib=max_upload_mib(), **self._limits())
+
+    def _limits(self) -> dict[str, float]:
+        own = self.settings
+        return {
+            "seconds": own.max_video_seconds,
+            "megapixels": own.max_pixels / 1e6,
+            "visuals": own.max_visuals,
+            "timeout": own.media_timeout,
+        }
+
+    def _saving(self, conversation: Conversation) -> None:
+        """Stands behind the answer, of which it writes the end, too."""
+        if not conversation.turns:
+            return
+        st.caption(self.texts["save"])
+        with st.container(horizontal=True):
+            for kind, label, mime in (
+                (".md", "Markdown", "text/markdown"),
+                (".json", "JSON", "application/json"),
+            ):
+                st.download_button(
+                    label,
+                    conversation.chat.written(kind),
+                    f"cinego{kind}",
+                    mime,
+                    on_click="ignore",
+                    icon=":material/download:",
+                )
+
+    # ---- the conversation
+
+    def _talk(self, conversation: Conversation, sampling: Sampling, num_frames: int) -> None:
+        key = f"ask {conversation.key}"  # what was begun to be typed goes with its conversation
+        if draft := self.state.pop("draft", None):
+            self.state[key] = draft
+        said = st.chat_input(
+            self.texts["ask"],
+            key=key,
+            accept_file="multiple",
+            file_type=sorted(SUFFIXES),
+            max_chars=4000,
+            submit_mode="stop",
+        )
+        question = self.state.pop("pressed", None)
+        if said:
+            question = said.text.strip()
+            self._take(conversation, said.files, num_frames, question)
+        is_new = not conversation.turns and not conversation.waiting
+        if is_new and not question:
+            self._introduce(conversation, num_frames)
+        for turn in conversation.turns:
+            self._turn(turn)
+        if conversation.waiting and not question:
+            with st.chat_message("user", avatar=USER):
+                for shown in conversation.waiting:
+                    show(shown, self.texts)
+            self._suggest()
+        for notice in self.state.get("notices", ()):
+            st.error(notice, icon=":material/error:")
+        if question:
+            self._answer(conversation, question, sampling)
+
+    def _introduce(self, conversation: Conversation, num_frames: int) -> None:
+        st.title("Cinego")
+        st.markdown(f"#### {self.texts['lead']}")
+        st.markdown(self.texts["intro"])
+        st.caption(self._limits_told())
+        folders = [str(folder) for folder in self.settings.example_folders() if folder.is_dir()]
+        examples = examples_in(folders)
+        if not examples:
+            return
+        st.markdown(self.texts["examples"])
+        with st.container(horizontal=True, key="examples"):
+            for number, (path, picture) in enumerate(examples):
+                with st.container(width=150, gap="small"):
+                    st.image(picture, width=150)
+                    if st.button(self.texts["try"], key=f"example {number}", width="stretch"):
+                        self._read(conversation, Path(path), Path(path).name, num_frames)
+                        st.rerun()
+
+    def _suggest(self) -> None:
+        def press(text: str) -> None:
+            self.state.pressed, self.state.notices = text, []
+
+        with st.container(horizontal=True):
+            for number, text in enumerate(self.texts["suggestions"]):
+                st.button(text, key=f"suggestion {number}", on_click=press, args=(text,))
+
+    def _take(self, conversation: Conversation, files, num_frames: int, question: str) -> None:
+        """Reads what was attached. Where that fails, the reasons are shown in the next run, and
+        the question goes back where it was typed."""
+        self.state.notices = []
+        folder = folder_of(conversation)
+        folder.mkdir(exist_ok=True)
+        for file in files:
+            # Of the user's name only the kind is kept: it may be any text.
+            path = folder / f"{uuid.uuid4().hex}{Path(file.name).suffix.lower()}"
+            path.write_bytes(file.getbuffer())
+            if not self._read(conversation, path, file.name, num_frames):
+                path.unlink(missing_ok=True)
+        if self.state.notices:
+            if question:
+                self.state.notices[-1] += "\n\n" + self.texts["not_asked"]
+                self.state.draft = question
+            st.rerun()
+        if not question:
+            st.rerun()  # without the greeting, which this run has begun with
+
+    def _read(self, conversation: Conversation, path: Path, name: str, num_frames: int) -> bool:
+        texts, plain = self.texts, escaped(name)
+        try:
+            with st.spinner(texts["reading"].format(name=plain)):
+                conversation.show(path, name, num_frames)
+            return True
+        except TooManyVisuals:
+            notice = texts["too_many"].format(name=plain, visuals=self.settings.max_visuals)
+        except VideoError as error:
+            mend = texts[error.reason if error.reason in OWN_MENDS else "unreadable"]
+            notice = texts["bad_file"].format(name=plain, mend=mend.format(**self._limits()))
+            detail = error.detail.replace(str(path), name)
+            notice += "\n\n" + texts["detail"].format(detail=escaped(detail))
+        self.state.setdefault("notices", []).append(notice)
+        return False
+
+    def _answer(self, conversation: Conversation, question: str, sampling: Sampling) -> None:
+        with st.chat_message("user", avatar=USER):
+            for shown in conversation.waiting:
+                show(shown, self.texts)
+            st.text(question)
+        with st.chat_message("assistant", avatar=ASSISTANT):
+            place = st.empty()
+            place.caption(self.texts["thinking"])
+            # Closed also where Streamlit ends this run: a user who stops it, asks on, or leaves.
+            try:
+                with closing(conversation.ask(question, sampling)) as pieces:
+                    self._stream(place, pieces)
+            except ConversationError as error:
+                self.state.notices = [
+                    self.texts["wrong_question"].format(reason=escaped(str(error)))
+                ]
+                self.state.draft = question
+                st.rerun()
+            self._times(conversation.turns[-1])
+
+    def _stream(self, place, pieces: Iterator[str]) -> None:
+        text = ""
+        for piece in pieces:
+            text += piece
+            place.text(text)
+
+    def _turn(self, turn: Turn) -> None:
+        with st.chat_message("user", avatar=USER):
+            for shown in turn.shown:
+                show(shown, self.texts)
+            st.text(turn.question)
+        with st.chat_message("assistant", avatar=ASSISTANT):
+            st.text(turn.answer)
+            self._times(turn)
+
+    def _times(self, turn: Turn) -> None:
+        if (about := turn.about) is None:
+            return
+        line = self.texts["times"].format(
+            tokens=about.completion_tokens,
+            first=about.time_to_first_token,
+            rate=about.tokens_per_second,
+        )
+        ends = {"length": "cut", "cancelled": "stopped"}
+        if end := ends.get(about.finish_reason):
+            line += " · " + self.texts[end]
+        st.caption(line)
+
+
+def max_upload_mib() -> int:
+    return config.get_option("server.maxUploadSize")

@@ -1,0 +1,155 @@
+"""The chat in the terminal: many turns about several videos and images. `eval.py` opens it."""
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from glob import glob
+from itertools import chain
+from pathlib import Path
+
+from inference import Answerer
+from model.generate import Sampling
+
+COMMANDS = {  # → what follows it, and what it does
+    "/video": ("FILE …", "show videos; they belong to your next question"),
+    "/image": ("FILE …", "the same with images"),
+    "/set": (
+        "NAME VALUE",
+        "temperature, top_k, top_p, min_p, repetition_penalty, seed, max_new_tokens;\n"
+        f"{'':20}/set alone shows them",
+    ),
+    "/reset": ("", "forget what was shown and said"),
+    "/save": ("FILE", "write the chat; name.json for programs, .md as Markdown, else plain text"),
+    "/help": ("", "these lines"),
+    "/quit": ("", "end (or Ctrl-D); Ctrl-C stops an answer"),
+}
+PROMPT = "Q: "
+
+
+class Terminal:
+    """Reads questions and commands line by line, writes answers as they are made."""
+
+    def __init__(self, answerer: Answerer, sampling: Sampling, stop: tuple[str, ...] = ()):
+        self.answerer, self.sampling, self.stop = answerer, sampling, stop
+        self.chat = answerer.chat()
+
+    def show(self, *files: str | Path) -> None:
+        """Puts files before the next question. Raises VideoError."""
+        for file in files:
+            visual = self.answerer.read(file)
+            self.chat.show(visual)
+            times = ", ".join(f"{time:.1f}" for time in visual.timestamps[:32])
+            print(f"{file}: {len(visual.features)} frames, at {times} s")
+
+    def run(self) -> None:
+        """Until /quit or the end of input. What goes wrong is said, and the chat goes on."""
+        if sys.stdin.isatty():
+            import readline  # noqa: F401  input() then edits the line and remembers the last ones
+        print("Type a question, or /help.")
+        while True:
+            try:
+                line = input(PROMPT).strip()
+                if line == "/quit":
+                    return
+                if line.startswith("/"):
+                    self.command(line)
+                elif line:
+                    self.answer(line)
+            except EOFError:  # Ctrl-D
+                print()
+                return
+            except KeyboardInterrupt:  # at the prompt, or while a file is read
+                print("\n(stopped; Ctrl-D or /quit ends the chat)")
+            except (ValueError, OSError) as error:
+                print(error)
+
+    def answer(self, question: str) -> None:
+        """Prints the answer piece by piece and a line of times; Ctrl-C cuts it there."""
+        print("A: ", end="", flush=True)
+        pieces = self.chat.ask(question, self.sampling, self.stop)
+        with _interrupts() as interrupted:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+                if interrupted:
+                    pieces.close()
+                    break
+        last = self.chat.last
+        print(
+            f"\n   ({last.completion_tokens} tokens, the first after "
+            f"{last.time_to_first_token:.2f} s, then {last.tokens_per_second:.0f} a second; "
+            f"{last.prompt_tokens} read, {last.cached_tokens} of them earlier"
+            f"{'; stopped' if last.finish_reason == 'cancelled' else ''})"
+        )
+
+    def command(self, line: str) -> None:
+        """Raises ValueError with what is wrong with it."""
+        try:
+            name, *words = shlex.split(line)
+        except ValueError:
+            raise ValueError(f"a quotation mark isn't closed in {line}") from None
+        if name in ("/video", "/image") and words:
+            self.show(*chain.from_iterable(map(_matching, words)))
+        elif name == "/set" and not words:
+            print("  ".join(f"{name} {value}" for name, value in vars(self.sampling).items()))
+        elif name == "/set" and len(words) == 2:
+            self.set(*words)
+        elif name == "/reset" and not words:
+            self.chat = self.answerer.chat()
+            print("(what was shown and said is forgotten)")
+        elif name == "/save" and len(words) == 1:
+            self.save(Path(words[0]).expanduser())
+        elif name == "/help":
+            for name, (words, what) in COMMANDS.items():
+                print(f"  {f'{name} {words}':18}{what}")
+        elif name in COMMANDS:
+            raise ValueError(f"type {name} {COMMANDS[name][0]}".strip())
+        else:
+            raise ValueError(f"{name} isn't one of the commands; /help lists them")
+
+    def set(self, name: str, value: str) -> None:
+        kinds = {field: type(default) for field, default in vars(Sampling(seed=0)).items()}
+        if name not in kinds:
+            raise ValueError(f"{name!r} isn't one of {', '.join(kinds)}")
+        try:
+            number = kinds[name](value)
+        except ValueError:
+            kind = "a whole number" if kinds[name] is int else "a number"
+            raise ValueError(f"{name} must be {kind}, not {value!r}") from None
+        self.sampling = replace(self.sampling, **{name: number})
+
+    def save(self, path: Path) -> None:
+        """The whole chat, also what the model was told no more."""
+        try:
+            with open(path, "x", encoding="utf-8") as file:  # never over another file
+                file.write(self.chat.written(path.suffix))
+        except OSError as error:
+            raise ValueError(f"{path} can't be written: {error.strerror}") from None
+        print(f"wrote {path}")
+
+
+def _matching(name: str) -> list[str]:
+    """The files that a pattern such as `*.mp4` means; a name that is none stays as it is."""
+    name = os.path.expanduser(name)
+    return [name] if os.path.exists(name) else sorted(glob(name)) or [name]
+
+
+@contextmanager
+def _interrupts() -> Iterator[list]:
+    """A list that the first Ctrl-C fills, so that an answer ends between two tokens. A second one
+    interrupts as usual, in the midst of a step, after which all is read anew."""
+    seen = []
+
+    def note(number, frame):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,46 @@
+"""ShareGPT4Video: 40 thousand videos with captions by GPT-4V.
+
+    python -m scripts.convert.sharegpt4video --data_path sharegpt4video_40k.jsonl \\
+        --images_path sharegpt4video --output dataset/sharegpt4video.jsonl
+
+A line is
+
+    {"video_id": "…", "video_path": "panda/….mp4", "zip_folder": "panda_videos_1.zip",
+     "captions": [{"idx": "1", "content": "…"}, …, {"idx": "-1", "content": "…"}]}
+
+The caption with idx -1 is of the whole video and becomes the answer to a request for a description
+(one of four, always the same for a video); those of single key frames are left out. The video is
+looked for under `video_path`, then in a folder called as its archive, then by its name.
+"""
+
+from pathlib import PurePosixPath
+
+from scripts.convert.common import Media, caption_prompt, main, one_path
+
+
+def convert(record: dict, media: Media) -> dict:
+    captions = record.get("captions")
+    if not isinstance(captions, list):
+        raise ValueError("'captions' must be a list")
+    whole = [
+        c.get("content") for c in captions if isinstance(c, dict) and str(c.get("idx")) == "-1"
+    ]
+    if not whole:
+        raise ValueError("no caption of the whole video (idx -1)")
+    path, archive = one_path(record, "video_path"), record.get("zip_folder")
+    places = [path]
+    if isinstance(archive, str):
+        places.append(f"{PurePosixPath(archive).stem}/{PurePosixPath(path).name}")
+    name = record.get("video_id") or PurePosixPath(path).stem
+    return {
+        "id": name,
+        "video": media.find(*places),
+        "conversations": [
+            {"from": "human", "value": f"<video>\n{caption_prompt(str(name))}"},
+            {"from": "gpt", "value": whole[0]},
+        ],
+    }
+
+
+if __name__ == "__main__":
+    main(__doc__, convert)

@@ -1,0 +1,40 @@
+"""VideoInstruct-100K of Video-ChatGPT: 100 thousand questions about ActivityNet's videos.
+
+    python -m scripts.convert.video_instruct_100k --data_path VideoInstruct100K.json \\
+        --images_path ActivityNet --output dataset/video_instruct.jsonl
+
+A record is {"video_id": "v_k_ZXmr8pmrs", "q": "…", "a": "…"}; the file's suffix is found under
+`--images_path` (without it, .mp4 is assumed). What Video-ChatGPT's own converter makes of these,
+{"id": …, "video": "v_k_ZXmr8pmrs.pkl", "conversations": …}, is taken too, its tags where they are;
+here the tag comes first, so that all questions about a video share a row in training. The ids are
+the videos': later questions about one are called `id#2`, `id#3`, …
+"""
+
+from pathlib import PurePosixPath
+
+from scripts.convert.common import Media, main, one_path, turns
+
+
+def convert(record: dict, media: Media) -> dict:
+    if "conversations" in record:
+        name = str(PurePosixPath(one_path(record, "video")).with_suffix(""))
+        return {
+            "id": record.get("id", name),
+            "video": media.find_stem(name, ".mp4"),
+            "conversations": turns(record),
+        }
+    name, question, answer = (record.get(key) for key in ("video_id", "q", "a"))
+    if not isinstance(name, str) or not isinstance(question, str) or not question.strip():
+        raise ValueError("'video_id' and 'q' must be text")
+    return {
+        "id": name,
+        "video": media.find_stem(name, ".mp4"),
+        "conversations": [
+            {"from": "human", "value": f"<video>\n{question.strip()}"},
+            {"from": "gpt", "value": answer},
+        ],
+    }
+
+
+if __name__ == "__main__":
+    main(__doc__, convert)

@@ -1,0 +1,311 @@
+"""Checkpoints to transformers' directories, and back.
+
+    # A video-language model with its tower, tokenizer, processor and code; it stands alone:
+    python -m scripts.export_hf out/sft_videolm_512.pth out/cinego_512
+
+    # A language model as Llama (as Qwen3, where it normalises queries and keys; its experts as
+    # Qwen3-MoE):
+    python -m scripts.export_hf out/lm_512.pth out/lm_512_llama
+    python -m scripts.export_hf out/sft_videolm_512.pth out/lm_512_llama --llm_only
+
+    # Back, and the tower into a directory of its own for --vision_path:
+    python -m scripts.export_hf out/cinego_512 out/sft_videolm_512.pth --tower_to out/tower
+
+The first argument is anything that model/checkpoint.py loads; other generations of MiniMind come
+out in our names. docs/checkpoints.md has the table of what becomes what.
+"""
+
+import argparse
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from cli import launch
+from dataset.video import FrameTransform
+from model.checkpoint import load_model, save_model
+from model.checkpoint_files import read_about
+from model.cinego import Cinego
+from model.config import LanguageModelConfig
+from model.minimind import MiniMind
+from scripts.transformers_code.configuration_cinego import CinegoHubConfig
+from scripts.transformers_code.modeling_cinego import CinegoForCausalLM
+from scripts.transformers_code.processing_cinego import CinegoProcessor
+
+ROOT = Path(__file__).resolve().parent.parent
+ENTRY_POINTS = sorted((ROOT / "scripts/transformers_code").glob("*_cinego.py"))
+# `from model.cinego import …` in our files; a directory of remote code is flat and relative.
+_OWN_IMPORT = re.compile(r"^( *)from (model|dataset)\.(\w+) import", re.MULTILINE)
+MAX_NEW_TOKENS = 128  # transformers' own default, 20, cuts captions
+
+
+def export_video_language_model(
+    model: Cinego,
+    about: dict,
+    directory: Path,
+    tokenizer_path: str,
+    vision_path: str,
+    num_frames: int | None,
+) -> None:
+    """Writes everything that answering about a video takes into `directory`.
+
+    model: with the tower of `vision_path`. about: what training wrote beside it, if it is ours.
+    """
+    trained_with = about.get("lineage", {}).get("vision_tower")
+    if trained_with not in (None, model.vision_tower.fingerprint()):
+        raise ValueError(
+            f"{vision_path} isn't the vision tower that the model was trained with: its weights "
+            "differ; name that tower (--vision_path)"
+        )
+    resize = about.get("training", {}).get("resize", "tower")
+    transform = FrameTransform.from_pretrained(vision_path, resize)
+    if transform.resize == "pad":
+        raise ValueError(
+            "the model was trained with --resize pad, which transformers' CLIP image processor "
+            "can't do: train it with crop or squash to export it"
+        )
+    tower = model.vision_tower.model
+    config = CinegoHubConfig(
+        cinego={**about, "model": "Cinego", "model_config": model.config.to_dict()},
+        vision_config=tower.config.to_dict() | {"_name_or_path": ""},  # no path of this machine
+    )
+    with torch.device("meta"):
+        exported = CinegoForCausalLM(config)
+    exported.vision_tower.load_state_dict(tower.state_dict(), strict=True, assign=True)
+    exported.cinego.load_state_dict(model.state_dict(), strict=True, assign=True)
+    config.dtype = torch.float32
+
+    tokenizer = load_tokenizer(tokenizer_path, model.config.language_model.vocab_size)
+    exported.generation_config = generation_config(tokenizer)
+    processor = CinegoProcessor(
+        image_processor(transform),
+        tokenizer,
+        num_frames=num_frames or about.get("training", {}).get("num_frames", 8),
+        tokens_per_frame=model.config.tokens_per_frame,
+        summary=model.config.summary,
+    )
+    for part, auto_class in (
+        (config, "AutoConfig"),
+        (exported, "AutoModelForCausalLM"),
+        (processor, "AutoProcessor"),
+    ):
+        type(part).register_for_auto_class(auto_class)
+
+    def write(folder: Path) -> None:
+        exported.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        write_code(folder)
+
+    write_directory(directory, write)
+
+
+def export_language_model(model: MiniMind, about: dict, directory: Path, tokenizer_path: str):
+    """Writes `model` in the layout that transformers, and what reads its models, knows."""
+    tokenizer = load_tokenizer(tokenizer_path, model.config.vocab_size)
+    config = usual_config(model.config)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+    # What this layout has no name for, so that the way back is exact.
+    config.cinego = {**about, "model": "MiniMind", "model_config": model.config.to_dict()}
+    config.dtype = torch.float32
+
+    def write(folder: Path) -> None:
+        config.save_pretrained(folder)
+        generation_config(tokenizer).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        # Our names are these families' own, and the head is tied: there is nothing to rename.
+        save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+
+    write_directory(directory, write)
+
+
+def usual_config(ours: LanguageModelConfig) -> PreTrainedConfig:
+    """The same numbers for the family in transformers that computes the same."""
+    same = (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+        *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+        *("rms_norm_eps", "initializer_range", "head_dim"),
+    )
+    settings = {name: getattr(ours, name) for name in same} | {
+        "hidden_act": "silu",
+        "attention_dropout": ours.dropout,
+        "rope_parameters": {"rope_type": "default", "rope_theta": ours.rope_theta},
+        "tie_word_embeddings": True,
+    }
+    if not ours.num_experts:
+        family = "Qwen3" if ours.qk_norm else "Llama"
+        config_class = Qwen3Config if ours.qk_norm else LlamaConfig
+        return config_class(**settings, architectures=[f"{family}ForCausalLM"])
+    if not ours.qk_norm or ours.num_shared_experts:
+        # Qwen2-MoE weighs its shared expert, Mixtral always scales its routed ones' weights to 1.
+        raise ValueError(
+            "transformers has one family for experts like ours, Qwen3-MoE: it normalises queries "
+            "and keys and has no shared expert. This model "
+            + ("has one" if ours.num_shared_experts else "doesn't normalise them")
+            + ": convert it to a .pth, or export the whole video-language model, which takes any"
+        )
+    return Qwen3MoeConfig(
+        **settings,
+        moe_intermediate_size=ours.intermediate_size,
+        num_experts=ours.num_experts,
+        num_experts_per_tok=ours.num_experts_per_tok,
+        norm_topk_prob=ours.norm_topk_prob,
+        router_aux_loss_coef=ours.router_aux_loss_coef,
+        architectures=["Qwen3MoeForCausalLM"],
+    )
+
+
+def to_pth(source: Path, path: Path, tower_to: Path | None) -> None:
+    """Any checkpoint, or exported directory, as our .pth and .json."""
+    model = load_model(source)
+    print(model.load_report)
+    meta = {k: v for k, v in read_about(source).items() if k not in ("model", "model_config")}
+    if tower_to:
+        write_directory(tower_to, lambda folder: write_tower(source, folder))
+    save_model(path, model, meta)
+
+
+def write_tower(source: Path, folder: Path) -> None:
+    """The vision tower out of an exported directory, in the form that it once came in."""
+    if not (source / "processor_config.json").is_file():
+        raise ValueError(f"{source} has no vision tower: --tower_to is for exported directories")
+    config = CinegoHubConfig.from_pretrained(source)
+    tower = AutoModel.from_config(config.vision_config)
+    with safe_open(source / "model.safetensors", "pt") as file:
+        names = [name for name in file.keys() if name.startswith("vision_tower.")]  # noqa: SIM118
+        state = {name.removeprefix("vision_tower."): file.get_tensor(name) for name in names}
+    tower.load_state_dict(state, strict=True)
+    tower.save_pretrained(folder)
+    CLIPImageProcessorPil.from_pretrained(source).save_pretrained(folder)
+
+
+# ---- parts
+
+
+def load_tokenizer(path: str, vocab_size: int) -> PreTrainedTokenizerBase:
+    if not Path(path, "tokenizer_config.json").is_file():
+        raise ValueError(f"no tokenizer in {path}: name the one of training (--tokenizer_path)")
+    tokenizer = AutoTokenizer.from_pretrained(path)  # it is there: nothing is fetched
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"{path} has {len(tokenizer)} entries, the model {vocab_size}: name the tokenizer of "
+            "training (--tokenizer_path)"
+        )
+    return tokenizer
+
+
+def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+
+
+def image_processor(transform: FrameTransform) -> CLIPImageProcessorPil:
+    """The tower's settings under transformers' names."""
+    size, is_crop = transform.image_size, transform.resize == "crop"
+    square = {"height": size, "width": size}
+    return CLIPImageProcessorPil(
+        do_resize=True,
+        size={"shortest_edge": size} if is_crop else square,
+        do_center_crop=is_crop,
+        crop_size=square,
+        resample=transform.resample,
+        rescale_factor=transform.rescale,
+        image_mean=list(transform.mean),
+        image_std=list(transform.std),
+    )
+
+
+def write_code(folder: Path) -> None:
+    """The entry points and all of our files that they import, as a flat package."""
+    waiting = {path: path.name for path in ENTRY_POINTS}
+    written = set()
+    while waiting:
+        path, name = waiting.popitem()
+        text = path.read_text(encoding="utf-8")
+        for _, room, module in _OWN_IMPORT.findall(text):
+            if (found := ROOT / room / f"{module}.py") not in written:
+                waiting[found] = f"{room}_{module}.py"
+        text = _OWN_IMPORT.sub(r"\1from .\2_\3 import", text)
+        assert not re.search(r"^\s*(from|import) (model|dataset)\b", text, re.MULTILINE), path
+        origin = path.relative_to(ROOT).as_posix()
+        head = f"# Cinego's {origin}, copied by scripts/export_hf.py; Apache-2.0.\n"
+        (folder / name).write_text(head + text, encoding="utf-8")
+        written.add(path)
+
+
+def write_directory(directory: Path, write: Callable[[Path], None]) -> None:
+    """Writes beside `directory` and renames: never half of a model, nor two mixed."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"{directory} is there already: remove it, or name another")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        for weights in temporary.glob("*.safetensors"):  # 0600, which a web server can't read
+            shutil.copymode(temporary / "config.json", weights)
+        os.replace(temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, help=".pth, .safetensors or a transformers directory")
+    parser.add_argument("target", type=Path, help="a new directory, or a file name.pth")
+    parser.add_argument(
+        "--vision_path",
+        default="model/vision_model/clip-vit-base-patch32",
+        help="the vision tower that the model was trained with",
+    )
+    parser.add_argument("--tokenizer_path", default="model/text_tokenizer")
+    parser.add_argument(
+        "--num_frames", type=int, help="taken from a video (default: as in training, or 8)"
+    )
+    parser.add_argument(
+        "--llm_only", action="store_true", help="the language model of a video-language model alone"
+    )
+    parser.add_argument("--tower_to", type=Path, help="on the way back: a directory for the tower")
+    args = parser.parse_args(argv)
+
+    if args.target.suffix == ".pth":
+        to_pth(args.source, args.target, args.tower_to)
+    else:
+        if args.tower_to:
+            raise ValueError("--tower_to goes with a target name.pth")
+        model = load_model(args.source, None if args.llm_only else args.vision_path)
+        print(model.load_report)
+        about = read_about(args.source)
+        if isinstance(model, Cinego) and not args.llm_only:
+            export_video_language_model(
+                model, about, args.target, args.tokenizer_path, args.vision_path, args.num_frames
+            )
+        else:
+            language_model = getattr(model, "language_model", model)
+            export_language_model(language_model, about, args.target, args.tokenizer_path)
+    print(f"wrote {args.target}")
+
+
+if __name__ == "__main__":
+    launch(main)

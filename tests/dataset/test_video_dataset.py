@@ -1,0 +1,450 @@
+"""jsonl → samples → rows → batches, with a source that makes its visuals up."""
+
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
+
+from dataset.conversation import IGNORED, encode
+from dataset.samples import read_samples, resolve_under
+from dataset.video_dataset import (
+    FeatureSource,
+    LengthGroupedBatchSampler,
+    VideoDataset,
+    VideoSource,
+    collate,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+P, D = 6, 4  # tokens a visual and width
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ROOT / "model" / "text_tokenizer")
+
+
+class MadeUpSource:
+    """`clips/3.mp4` has 3 frames, which hold 0, 1 and 2; a name with `broken` can't be read."""
+
+    kind = "visual_features"
+
+    def __init__(self):
+        self.loaded = []
+
+    def load(self, relative):
+        self.loaded.append(relative)
+        if "broken" in relative:
+            raise ValueError(f"{relative}: corrupt")
+        frames = torch.arange(int(Path(relative).stem), dtype=torch.float16)
+        return frames[:, None, None].expand(-1, P, D)
+
+
+def line(question="What?", answer="A cat.", **fields) -> dict:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"conversations": turns, **fields}
+
+
+def write(path, *records) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def make(tmp_path, tokenizer):
+    def make(*records, **options):
+        samples = read_samples(write(tmp_path / "data.jsonl", *records))
+        return VideoDataset(samples, tokenizer, MadeUpSource(), lambda frames: P, **options)
+
+    return make
+
+
+# ------------------------------------------------------------------------------------- samples
+
+
+def test_the_forms_of_a_sample(tmp_path):
+    records = [
+        line(id=7, video="a.mp4", reverse=True, scoring=[{"type": "x"}], language="en", other=1),
+        line("<image><image>", image="a.jpg, b.png"),
+        line("<image> <image>", image=["a.jpg", "b.png"]),
+        line(image=None),
+    ]
+    path = write(tmp_path / "data.jsonl", *records)
+    path.write_text("\n" + path.read_text())  # a blank line is no sample, but counts as a line
+    one, two, three, text = read_samples(path)
+    assert (one.id, one.visuals, one.reverse) == ("7", ["a.mp4"], True)
+    assert (one.scoring, one.language, one.where) == ([{"type": "x"}], "en", f"{path}:2")
+    assert one.messages[1] == {"role": "assistant", "content": "A cat."}
+    assert two.visuals == three.visuals == ["a.jpg", "b.png"]
+    assert (text.visuals, text.reverse, text.scoring, text.id) == ([], False, None, "data-5")
+
+    array = tmp_path / "data.json"
+    array.write_text("\ufeff" + json.dumps(records), encoding="utf-8")
+    assert [sample.visuals for sample in read_samples(array)] == [
+        sample.visuals for sample in (one, two, three, text)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"conversations": [}', "not JSON"),
+        ("\xff", "not JSON in UTF-8"),
+        ("[1, 2]", "must be a JSON object, not list"),
+        ("{}", "'conversations' is missing"),
+        (json.dumps(line(video=3)), "must be a path or a list of paths"),
+        (json.dumps(line(video="a", image="b")), "both 'video' and 'image'"),
+        (json.dumps(line("<video><video>", video="a")), "2 visual tags .* for 1 visuals"),
+        (json.dumps(line(answer=" ")), "the answer is empty"),
+        (json.dumps(line(answer="\ud800")), "surrogates not allowed"),
+        (json.dumps(line(reverse="no")), "'reverse' must be true or false"),
+        (json.dumps(line(scoring=[{}, {}])), "2 entries for 1 answers; one for each"),
+        (json.dumps(line(scoring="all")), "'scoring' must be a list"),
+        (json.dumps(line(language=3)), "'language' must be a string"),
+        (json.dumps(line(id=float("nan"))), "'id' must be a string or a whole number, not nan"),
+        (json.dumps(line(id=True)), "'id' must be a string"),
+        (json.dumps(line(id="\ud800")), "surrogates not allowed"),
+        (json.dumps(line(video="\ud800.mp4")), "surrogates not allowed"),
+        (json.dumps(line(video=float("nan"))), "must be a path or a list of paths"),
+        (json.dumps(line(videos=["a.mp4"])), "the key is 'video', not 'videos'"),
+        ("[" * 99_999, "recursion"),
+        (json.dumps(line(video="/etc/passwd")), "must be relative"),
+        (json.dumps(line(video="a/../../b.mp4")), r"without '\.\.'"),
+        (json.dumps(line(video="a\\..\\..\\b.mp4")), r"without '\.\.'"),
+        (json.dumps(line(video="C:b.mp4")), "names a drive"),
+        (json.dumps(line(video="a\0.mp4")), "must be relative"),
+        (json.dumps(line("<video><video>", video="a.mp4,")), "must be relative"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, text, reason):
+    path = write(tmp_path / "data.jsonl", line())
+    path.write_bytes(path.read_bytes() + text.encode("latin-1") + b"\n")
+    with pytest.raises(ValueError, match=rf"data\.jsonl:2: .*{reason}"):
+        read_samples(path)
+
+
+@pytest.mark.parametrize(("text", "reason"), [("", "holds no sample"), ("[{]", "array is broken")])
+def test_a_bad_file_is_named(tmp_path, text, reason):
+    (tmp_path / "data.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=f"data.jsonl: .*{reason}"):
+        read_samples(tmp_path / "data.jsonl")
+    with pytest.raises(ValueError, match="missing.jsonl: can't be read"):
+        read_samples(tmp_path / "missing.jsonl")
+
+
+def test_a_path_stays_under_its_root(tmp_path):
+    root, outside = tmp_path / "root", tmp_path / "root_two"
+    for folder in (root / "clips", outside):
+        folder.mkdir(parents=True)
+        (folder / "a.mp4").touch()
+    os.symlink(outside / "a.mp4", root / "out.mp4")
+    os.symlink(root / "clips", root / "in")
+    assert resolve_under(root, "clips/a.mp4") == root / "clips" / "a.mp4"
+    assert resolve_under(root, "in/a.mp4") == root / "clips" / "a.mp4"
+    for relative in ("out.mp4", "../root_two/a.mp4", str(outside / "a.mp4"), ""):
+        with pytest.raises(ValueError, match="path "):
+            resolve_under(root, relative)
+
+
+# ---------------------------------------------------------------------------------------- rows
+
+
+def test_a_row_is_one_conversation_with_its_visuals(make, tokenizer):
+    dataset = make(
+        line(video="2.mp4"), line("Say it."), line("<image>, <image>", image="1.jpg,3.jpg")
+    )
+    (row,) = dataset[0]
+    alone = encode(tokenizer, dataset.samples[0].messages, [P])
+    end = len(row.input_ids)
+    assert row.input_ids == alone.input_ids[:end] and row.labels == alone.labels[:end]
+    assert row.labels[-1] == tokenizer.eos_token_id  # nothing after it is worth computing
+    assert [len(visual) for visual in row.visuals] == [2]
+    assert dataset[1][0].visuals == [] and not any(dataset[1][0].visual_mask)
+    assert [len(visual) for visual in dataset[2][0].visuals] == [1, 3]
+    assert len(dataset) == len(dataset.lengths) == 3
+
+
+def test_reverse_plays_the_frames_backwards(make):
+    dataset = make(line(video="3.mp4"), line(video="3.mp4", reverse=True))
+    order = [dataset[i][0].visuals[0][:, 0, 0].tolist() for i in range(2)]
+    assert order == [[0, 1, 2], [2, 1, 0]]
+
+
+def test_a_visual_that_cannot_be_read_is_reported_not_raised(make):
+    dataset = make(line(id="x", video="broken.mp4"), line(id="y"))
+    batch = collate([dataset[0], dataset[1]], pad_id=0)
+    (bad,) = batch["bad"]
+    assert (bad["id"], bad["path"], bad["line"]) == ("x", "broken.mp4", 1)
+    assert "corrupt" in bad["reason"] and bad["file"].endswith("data.jsonl")
+    assert batch["sample_ids"] == ["y"] and batch["inputs"]["input_ids"].shape[0] == 1
+
+    nothing = collate([dataset[0]], pad_id=0)
+    assert (
+        nothing["inputs"] == {} and nothing["supervised_tokens"] == 0 and len(nothing["bad"]) == 1
+    )
+
+
+def test_a_conversation_that_is_too_long_is_cut_or_reported(make):
+    dataset = make(line(answer="long " * 50), line("long " * 50), max_length=30)
+    (cut,) = dataset[0]
+    assert len(cut.input_ids) == 30 and cut.labels[-1] != IGNORED
+    (reported,) = dataset[1]
+    assert reported.input_ids == [] and "--max_seq_len" in reported.bad[0]["reason"]
+
+
+def test_a_sample_without_an_answer_stops_at_once(make):
+    question = {"conversations": [{"from": "human", "value": "What?"}]}
+    with pytest.raises(ValueError, match=r"data\.jsonl:2: the last turn must be an answer"):
+        make(line(), question)
+
+
+# ------------------------------------------------------------------------------- shared prefix
+
+
+def conversations_of(row, pad=IGNORED):
+    """Each conversation of a packed row again: what it sees, in order."""
+    for number in sorted(set(row.segment_ids)):
+        if number or set(row.segment_ids) == {0}:
+            seen = [i for i, s in enumerate(row.segment_ids) if s in (0, number)]
+            yield [[values[i] for i in seen] for values in (row.input_ids, row.labels)]
+            assert [row.position_ids[i] for i in seen] == list(range(len(seen)))
+
+
+QUESTIONS = [
+    line("<video>\nWhat is it?", "A cat.", video="2.mp4"),
+    line("<video>\nWhat is it doing?", "It sleeps.", video="2.mp4"),
+    line("<video>\n它在做什么？", "睡觉。", video="2.mp4"),
+]
+OTHERS = [
+    line("Where? <video>", "There.", video="2.mp4"),  # its text begins otherwise
+    line("<video>\nWhat is it?", "A dog.", video="3.mp4"),  # another clip
+    line("<video>\nWhat is it?", "A cat?", video="2.mp4", reverse=True),
+    line("What is it?", "A text."),
+]
+
+
+def test_conversations_about_one_visual_share_a_row(make, tokenizer):
+    dataset = make(*QUESTIONS, *OTHERS, share_prefix=True)
+    assert dataset.rows == [[0, 1, 2], [3], [4], [5], [6]]
+    (row,) = dataset[0]
+    assert dataset.source.loaded == ["2.mp4"] and len(row.visuals) == 1
+    assert sum(row.visual_mask) == P
+    assert len(set(row.segment_ids)) == 4 and len(row.sample_ids) == 3
+    alone = [encode(tokenizer, sample.messages, [P]) for sample in dataset.samples[:3]]
+    for (ids, labels), one in zip(conversations_of(row), alone, strict=True):
+        assert ids == one.input_ids[: len(ids)] and labels == one.labels[: len(ids)]
+        assert ids[-1] == tokenizer.eos_token_id
+    # The last shared token predicts nothing supervised: each answer is predicted by its own.
+    for i in range(1, len(row.labels)):
+        if row.labels[i] != IGNORED:
+            assert row.segment_ids[i - 1] == row.segment_ids[i] > 0
+
+
+def test_the_same_question_keeps_a_token_of_its_own(make):
+    (row,) = make(QUESTIONS[0], QUESTIONS[0], share_prefix=True)[0]
+    first = next(i for i, label in enumerate(row.labels) if label != IGNORED)
+    assert row.segment_ids[first - 2 : first + 1] == [0, 1, 1]
+
+
+def test_a_shared_row_never_exceeds_max_length(make):
+    loose = make(*QUESTIONS * 4, share_prefix=True)
+    tight = make(*QUESTIONS * 4, share_prefix=True, max_length=40)
+    assert len(loose[0]) == 1 and len(loose[0][0].input_ids) > 40
+    # However wrong the estimate that planned the rows was.
+    tight.rows = loose.rows
+    rows = tight[0]
+    assert all(len(row.input_ids) <= 40 for row in rows) and len(rows) > 1
+    assert [c for row in rows for c in conversations_of(row)] == list(conversations_of(loose[0][0]))
+    assert all(len(row.visuals) == 1 and sum(row.visual_mask) == P for row in rows)
+
+
+def test_texts_that_look_alike_only_when_joined_are_not_shared(make):
+    system = {"from": "system", "value": "a"}
+    one, other = line("b<video>", video="2.mp4"), line("a\0b<video>", video="2.mp4")
+    one["conversations"].insert(0, system)
+    dataset = make(one, other, share_prefix=True)
+    assert dataset.rows == [[0], [1]] and dataset[0] and dataset[1]
+
+
+def test_visuals_after_an_answer_are_not_shared(make):
+    turns = [("human", "Hi"), ("gpt", "Hello"), ("human", "<video>?"), ("gpt", "A cat.")]
+    late = {"video": "2.mp4", "conversations": [{"from": f, "value": v} for f, v in turns]}
+    assert make(late, late, share_prefix=True).rows == [[0], [1]]
+
+
+def test_shared_rows_give_the_loss_of_the_conversations_alone(make):
+    from model.config import LanguageModelConfig
+    from model.minimind import MiniMind
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = MiniMind(LanguageModelConfig(**small, num_key_value_heads=2, embedding_std=0.4)).eval()
+
+    def loss(rows):
+        inputs = collate(rows, pad_id=0)["inputs"]
+        for name in ("visual_mask", "visual_features", "frames_per_visual"):
+            inputs.pop(name)  # the placeholders' own embeddings serve here
+        return model(**inputs).loss.item()
+
+    shared, alone = make(*QUESTIONS, *OTHERS, share_prefix=True), make(*QUESTIONS, *OTHERS)
+    together = loss([shared[i] for i in range(len(shared))])
+    one_by_one = sum(loss([alone[i]]) for i in (3, 0, 1, 2, 4, 5)) + _text_loss(model, alone[6])
+    assert together == pytest.approx(one_by_one, rel=1e-5)
+
+
+def _text_loss(model, rows) -> float:
+    inputs = collate([rows], pad_id=0)["inputs"]
+    assert "visual_features" not in inputs and "segment_ids" not in inputs
+    return model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss.item()
+
+
+# ------------------------------------------------------------------------------------- batches
+
+
+def test_text_image_video_and_several_share_a_batch(make):
+    dataset = make(
+        line(video="3.mp4"),
+        line("Just text, and more of it than elsewhere.", "Yes, it is so."),
+        line("<image> or <video>?", "Both.", video="1.jpg,2.mp4"),
+    )
+    batch = collate([dataset[i] for i in range(3)], pad_id=9)
+    inputs = batch["inputs"]
+    rows = [dataset[i][0] for i in range(3)]
+    lengths = [len(row.input_ids) for row in rows]
+    shape = (3, max(lengths))
+    assert {n: tuple(t.shape) for n, t in inputs.items() if n != "frames_per_visual"} == {
+        "input_ids": shape,
+        "labels": shape,
+        "visual_mask": shape,
+        "visual_features": (6, P, D),
+    }
+    assert inputs["frames_per_visual"] == [3, 1, 2]
+    assert inputs["visual_features"][:, 0, 0].tolist() == [0, 1, 2, 0, 0, 1]
+    for i, row in enumerate(rows):
+        end = lengths[i]
+        assert inputs["input_ids"][i].tolist() == row.input_ids + [9] * (shape[1] - end)
+        assert inputs["labels"][i].tolist() == row.labels + [IGNORED] * (shape[1] - end)
+    assert inputs["visual_mask"].sum(1).tolist() == [P, 0, 2 * P]
+    assert batch["real_tokens"] == sum(lengths) and batch["padded_tokens"] == 3 * shape[1]
+    assert batch["supervised_tokens"] == sum(x != IGNORED for row in rows for x in row.labels)
+    assert batch["sample_ids"] == ["data-1", "data-2", "data-3"] and batch["bad"] == []
+
+
+def test_segments_come_only_with_shared_rows(make):
+    dataset = make(*QUESTIONS, *OTHERS, share_prefix=True)
+    inputs = collate([dataset[0], dataset[1]], pad_id=0)["inputs"]
+    assert inputs["segment_ids"].amax(1).tolist() == [3, 0]
+    padding = inputs["segment_ids"] == -1
+    assert padding.sum().item() == padding[1].sum().item() > 0
+    assert (inputs["position_ids"][padding] == 0).all()
+    plain = collate([dataset[1], dataset[2]], pad_id=0)["inputs"]
+    assert "segment_ids" not in plain and "position_ids" not in plain
+
+
+def test_a_loader_with_workers_gives_the_same_batches(make):
+    dataset = make(*QUESTIONS, *OTHERS, share_prefix=True)
+    sampler = LengthGroupedBatchSampler(dataset.lengths, 2, seed=1)
+    loaders = [
+        DataLoader(
+            dataset, batch_sampler=sampler, collate_fn=partial(collate, pad_id=0), num_workers=n
+        )
+        for n in (0, 1)
+    ]
+    here, there = ([batch["inputs"]["input_ids"].tolist() for batch in x] for x in loaders)
+    assert here == there and len(here) == len(sampler) == 3
+
+
+def test_features_and_videos_come_from_their_sources(tmp_path):
+    class Store:
+        def read(self, relative):
+            return f"features of {relative}"
+
+    assert FeatureSource(Store()).load("a.mp4") == "features of a.mp4"
+    assert FeatureSource(Store()).kind == "visual_features"
+    from PIL import Image
+
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png")
+    source = VideoSource(tmp_path, transform=torch.tensor)
+    assert source.kind == "pixel_values" and source.load("a.png").shape == (1, 6, 8, 3)
+    with pytest.raises(ValueError, match="b.png"):
+        source.load("b.png")
+
+
+# ------------------------------------------------------------------------------------- sampler
+
+LENGTHS = [(i * 37) % 101 for i in range(203)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "world"), [(203, 8, 1), (203, 8, 3), (5, 1, 4), (4, 9, 4)]
+)
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_every_row_once_and_every_rank_equally_many_batches(rows, size, world, shuffle):
+    lengths = LENGTHS[:rows]
+    ranks = [
+        LengthGroupedBatchSampler(lengths, size, 0, rank, world, shuffle) for rank in range(world)
+    ]
+    batches = [list(sampler) for sampler in ranks]
+    assert {len(own) for own in batches} == {len(ranks[0])}
+    assert sorted(row for own in batches for batch in own for row in batch) == list(range(rows))
+    sizes = [len(batch) for own in batches for batch in own]
+    assert min(sizes) >= 1 and max(sizes) <= size + (size == 1)
+
+
+def test_rows_of_like_length_meet_in_a_batch():
+    sampler = LengthGroupedBatchSampler(LENGTHS, 8, seed=0)
+    spread = [max(LENGTHS[i] for i in batch) - min(LENGTHS[i] for i in batch) for batch in sampler]
+    assert max(spread) < 35 < max(LENGTHS) - min(LENGTHS)
+    longest = [max(LENGTHS[i] for i in batch) for batch in sampler]
+    assert longest != sorted(longest)  # the batches themselves come in random order
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    def order(seed, epoch):
+        sampler = LengthGroupedBatchSampler(LENGTHS, 8, seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert order(0, 1) == order(0, 1)
+    assert order(0, 1) != order(0, 2) and order(0, 1) != order(1, 1)
+    batches = [{frozenset(batch) for batch in order(0, epoch)} for epoch in (1, 2)]
+    assert not batches[0] & batches[1]
+
+
+def test_skip_resumes_in_the_middle_of_one_epoch():
+    sampler = LengthGroupedBatchSampler(LENGTHS, 8, seed=0)
+    whole = list(sampler)
+    sampler.skip(5)
+    assert list(sampler) == whole[5:] and len(sampler) == len(whole)
+    assert list(sampler) == whole  # once only
+
+
+def test_too_few_rows_for_the_processes():
+    with pytest.raises(ValueError, match="2 rows are too few for 3 processes"):
+        LengthGroupedBatchSampler([1, 2], 8, 0, 0, 3)
+
+
+@pytest.mark.parametrize(("rows", "budget", "world"), [(203, 400, 1), (203, 130, 3), (4, 900, 4)])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_budget_of_tokens_gives_batches_of_like_cost(rows, budget, world, shuffle):
+    lengths = [length + 30 for length in LENGTHS[:rows]]
+    ranks = [
+        LengthGroupedBatchSampler(
+            lengths, 1, 0, rank, world, shuffle=shuffle, tokens_per_batch=budget
+        )
+        for rank in range(world)
+    ]
+    batches = [list(sampler) for sampler in ranks]
+    assert {len(own) for own in batches} == {len(ranks[0])}
+    assert sorted(row for own in batches for batch in own for row in batch) == list(range(rows))
+    costs = [sum(lengths[row] for row in batch) for own in batches for batch in own]
+    assert min(costs) > 0 and max(costs) < budget + 131  # the longest row is 130
+    if rows > 100:
+        sizes = [len(batch) for own in batches for batch in own]
+        assert max(sizes) > 2 * min(sizes)  # many short rows or few long ones
+        assert len(ranks[0]) == pytest.approx(sum(lengths) / (budget * world), abs=1)

@@ -1,0 +1,524 @@
+"""The server as its users meet it: a process of its own, OpenAI's client, real clips, and people
+who mean harm, hang up, or come all at once."""
+
+import asyncio
+import base64
+import http.server
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import permutations
+from pathlib import Path
+
+import openai
+import pytest
+from PIL import Image
+
+from inference import Answerer, Question
+from inference.server.app import Gate
+from inference.server.batching import Batcher, Job
+from inference.server.media import is_public
+from inference.server.metrics import Metrics
+from inference.server.settings import Settings
+from model.generate import Sampling
+from tests.clips import make_clip
+from tests.inference.service import ROOT, Service
+
+LONG = {"max_tokens": 3000, "seed": 1, "temperature": 2.0}  # goes on until somebody ends it
+
+
+class Server(Service):
+    """`python serve.py` and OpenAI's client for it."""
+
+    def __init__(self, checkpoint: Path, tower: Path, folder: Path, *flags, **environment):
+        command = [sys.executable, "serve.py", "--load_from", checkpoint, "--vision_path", tower]
+        super().__init__([*command, "--port", "0", *flags], folder, **environment)
+        self.client = openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key="sesame", max_retries=0, timeout=60
+        )
+
+    def ask(self, content, **settings):
+        """`content`: the one user turn. Greedy and short unless told otherwise."""
+        settings = {"model": "cinego", "max_tokens": 8, "temperature": 0} | settings
+        messages = settings.pop("messages", [{"role": "user", "content": content}])
+        return self.client.chat.completions.create(messages=messages, **settings)
+
+    def metric(self, name: str) -> float:
+        lines = self.raw(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        return float(re.search(rf"^{re.escape(name)} (\S+)$", lines, re.MULTILINE)[1])
+
+    def raw(self, request: bytes, wait: float = 30) -> str:
+        """What comes back for these bytes, until the server closes the connection."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=wait) as connection:
+            connection.sendall(request)
+            return b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode()
+
+
+def post(body: bytes, *headers: str, length: int | None = None) -> bytes:
+    lines = (
+        "POST /v1/chat/completions HTTP/1.1",
+        *("Host: localhost", "Connection: close", "Content-Type: application/json"),
+        *headers,
+    )
+    length = len(body) if length is None else length
+    return "\r\n".join([*lines, f"Content-Length: {length}", "", ""]).encode() + body
+
+
+def until(condition, seconds: float = 15) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it didn't happen in time"
+        time.sleep(0.02)
+
+
+def data_url(path: Path) -> str:
+    return f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def about(*urls: str, text: str = "What happens?") -> list[dict]:
+    videos = [{"type": "video_url", "video_url": {"url": url}} for url in urls]
+    return [*videos, {"type": "text", "text": text}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Eight clips, a picture, and what shouldn't be opened; `secret.mp4` lies beside the folder."""
+    folder = tmp_path_factory.mktemp("media") / "open"
+    folder.mkdir()
+    for number in range(8):
+        make_clip(folder / f"{number}.mp4", 30 * number)
+    make_clip(folder.parent / "secret.mp4", 99)
+    make_clip(folder / "long.mp4", 0, (16, 16), frames=40, rate=1)
+    make_clip(folder / "wide.mp4", 0, (16, 2048), frames=2)
+    Image.new("RGB", (64, 64), "red").save(folder / "picture.png")
+    (folder / "broken.mp4").write_bytes((folder / "0.mp4").read_bytes()[:700])
+    (folder / "large.mp4").write_bytes(bytes(3 << 20))
+    (folder / "link.mp4").symlink_to(folder.parent / "secret.mp4")
+    os.mkfifo(folder / "pipe.mp4")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def web(folder):
+    """Another host, on this machine: its address is named in the server's flags."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.strip("/")
+            if name.startswith("to/"):
+                self.send_response(302)
+                self.send_header("Location", base64.b64decode(name[3:]).decode())
+                self.end_headers()
+            elif name == "slow":
+                self.send_response(200)
+                self.end_headers()
+                with suppress(BrokenPipeError):  # nobody waits for all of it
+                    for _ in range(40):
+                        self.wfile.write(b"slow")
+                        time.sleep(0.1)
+            elif (folder / name).is_file():
+                self.send_response(200)
+                self.end_headers()
+                with suppress(BrokenPipeError, ConnectionResetError):
+                    self.wfile.write((folder / name).read_bytes())
+            else:
+                self.send_error(404)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def server(tiny_checkpoint, tiny_tower, folder, web, tmp_path_factory):
+    port = web.rpartition(":")[2]
+    server = Server(
+        *(tiny_checkpoint, tiny_tower, tmp_path_factory.mktemp("server")),
+        *("--allowed_media_path", folder, "--max_new_tokens", 3000, "--max_queue", 16),
+        *("--allowed_media_domains", web, f"localhost:{port}", "--media_timeout", 2),
+        *("--max_body_mb", 2, "--max_visuals", 2, "--max_video_seconds", 30),
+        *("--max_pixels", 128 * 128, "--max_prompt_tokens", 300),
+    )
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def answerer(tiny_checkpoint, tiny_tower) -> Answerer:
+    return Answerer.load(tiny_checkpoint, tiny_tower, ROOT / "model/text_tokenizer", device="cpu")
+
+
+def alone(answerer: Answerer, text: str, *clips: Path) -> str:
+    """What the model says to one question with nobody else there. An untrained model talks
+    nonsense, but another nonsense about each clip, which is all that these tests need."""
+    visuals = [answerer.read(clip) for clip in clips]
+    content = "<video>\n" * len(clips) + text
+    turns = [{"role": "user", "content": content}]
+    return answerer.answer([Question(turns, visuals, Sampling(max_new_tokens=8))])[0]
+
+
+# ---- what clients rely on
+
+
+def test_openais_client_gets_the_answer_about_a_video(server, answerer, folder):
+    clip = folder / "3.mp4"
+    reply = server.ask(about(data_url(clip)))
+    assert reply.choices[0].message.content.strip() == alone(answerer, "What happens?", clip)
+    assert reply.choices[0].finish_reason == "length" and reply.object == "chat.completion"
+    assert reply.usage.completion_tokens == 8
+    assert reply.usage.prompt_tokens > 50  # a video is 50 of them
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + 8
+
+
+def test_streaming_gives_the_same_answer_in_pieces(server, folder):
+    content = about(data_url(folder / "3.mp4"))
+    whole = server.ask(content)
+    chunks = list(server.ask(content, stream=True, stream_options={"include_usage": True}))
+    pieces = [chunk.choices[0].delta.content for chunk in chunks[:-1]]
+    assert "".join(piece or "" for piece in pieces) == whole.choices[0].message.content
+    assert len(pieces) > 4
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * (len(pieces) - 1) + [
+        "length"
+    ]
+    assert chunks[-1].usage == whole.usage and chunks[-1].choices == []
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_a_text_an_image_two_videos_and_a_chat(server, answerer, folder):
+    png = {"type": "image_url", "image_url": {"url": data_url(folder / "picture.png")}}
+    said = server.ask([{"type": "text", "text": "What is it?"}, png]).choices[0].message.content
+    # A visual after the text is moved before it, where training has it.
+    assert said.strip() == alone(answerer, "What is it?", folder / "picture.png")
+    clips = [folder / "1.mp4", folder / "2.mp4"]
+    said = server.ask(about(*map(data_url, clips))).choices[0].message.content
+    assert said.strip() == alone(answerer, "What happens?", *clips)
+    both = [(folder / f"{a}.mp4", folder / f"{b}.mp4") for a, b in permutations((1, 3, 5), 2)]
+    assert len({alone(answerer, "What happens?", *clips) for clips in both}) > 3
+    turns = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": about(data_url(clips[0]))},
+        {"role": "assistant", "content": "A thing moves."},
+        {"role": "user", "content": "Where to? Is that HTML's <video>?"},  # a tag is only text
+    ]
+    assert server.ask(None, messages=turns).usage.prompt_tokens > 50
+    assert server.ask("你好").usage.prompt_tokens < 50
+
+
+def test_settings_have_an_effect(server):
+    greedy = server.ask("Tell me.", max_tokens=12).choices[0]
+    hot = [server.ask("Tell me.", temperature=2, seed=seed, max_tokens=12) for seed in (1, 1, 2)]
+    said = [reply.choices[0].message.content for reply in hot]
+    assert said[0] == said[1] != said[2] and greedy.message.content not in said
+    for settings in ({"temperature": 2, "top_p": 1e-6}, {"temperature": 1e-40}, {"top_p": 1e-300}):
+        settings = {"temperature": 1, "seed": 1} | settings
+        cold = server.ask("Tell me.", max_tokens=12, **settings).choices[0]
+        assert cold.message.content == greedy.message.content
+    stop = greedy.message.content[4:6]
+    cut = server.ask("Tell me.", stop=[stop], max_completion_tokens=12).choices[0]
+    assert cut.finish_reason == "stop"
+    assert cut.message.content == greedy.message.content.partition(stop)[0]
+    # What only informs a provider is ignored, as elsewhere.
+    extra = {"user": "me", "store": False, "metadata": {"a": "b"}, "n": 1, "presence_penalty": 0}
+    assert server.ask("Tell me.", max_tokens=12, **extra).choices[0] == greedy
+
+
+def test_many_users_at_once_each_get_their_own_answer(server, answerer, folder):
+    """Batched with others, joining and leaving at any token, each is answered as if alone."""
+    asked = [(f"What is {n}?", [folder / f"{n % 8}.mp4"] * (n % 3 > 0)) for n in range(48)]
+    truth = [alone(answerer, text, *clips) for text, clips in asked]
+    assert len(set(truth)) > 24
+
+    def ask(question) -> str:
+        text, clips = question
+        reply = server.ask(about(*map(data_url, clips), text=text))
+        return reply.choices[0].message.content.strip()
+
+    with ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(ask, asked)) == truth
+    assert server.metric("cinego_batch_size_sum") > server.metric("cinego_batch_size_count")
+
+
+def test_models_health_and_metrics(server):
+    assert [model.id for model in server.client.models.list()] == ["cinego"]
+    assert server.client.models.retrieve("cinego").owned_by == "cinego"
+    with pytest.raises(openai.NotFoundError):
+        server.client.models.retrieve("gpt-4")
+    before = server.metric('cinego_tokens_total{kind="completion"}')
+    server.ask("Hello", max_tokens=5)
+    assert server.metric('cinego_tokens_total{kind="completion"}') == before + 5
+    assert '{"status":"ok"}' in server.raw(
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    )
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "status", "param", "code"),
+    [
+        ({"model": "gpt-4"}, 404, "model", "model_not_found"),
+        ({"n": 2}, 400, "n", "unsupported_parameter"),
+        ({"logprobs": True}, 400, "logprobs", "unsupported_parameter"),
+        ({"tools": [{"type": "function"}]}, 400, "tools", "unsupported_parameter"),
+        ({"temperature": 3}, 400, "temperature", None),
+        ({"top_p": 0}, 400, "top_p", None),
+        ({"max_tokens": 0}, 400, "max_tokens", None),
+        ({"stop": ["x"] * 99}, 400, "stop", None),
+        ({"messages": []}, 400, "messages", None),
+        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role", None),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "messages", None),
+        ({"content": [{"type": "audio"}]}, 400, "messages.0.content.0", None),
+        ({"content": "word " * 400}, 400, "messages", "context_length_exceeded"),
+        ({"content": "x" * 1_000_000}, 400, "messages", "context_length_exceeded"),
+        ({"content": "x" * 3_000_000}, 413, None, "body_too_large"),
+        ({"content": about("data:video/mp4;base64,AAAA")}, 400, "messages", "media_unreadable"),
+        ({"content": about("data:video/mp4;base64,!")}, 400, "messages", "media_refused"),
+        ({"content": about("data:,x")}, 400, "messages", "media_refused"),
+        ({"content": about(*["data:,x"] * 3)}, 400, "messages", "too_many_visuals"),
+    ],
+    ids=str,
+)
+def test_wrong_requests_are_named_in_openais_form(server, settings, status, param, code):
+    with pytest.raises(openai.APIStatusError) as caught:
+        server.ask(settings.pop("content", "hello"), **settings)
+    error = caught.value
+    assert (error.status_code, error.body["param"], error.body["code"]) == (status, param, code)
+    assert error.body["message"] and error.body["type"]
+
+
+def test_what_is_no_request_at_all(server):
+    for body in (b"", b"{", b"[]", b"[" * 100_000, b"null", b'{"model": "\xff"}', b'"\\ud800"'):
+        assert " 400 " in server.raw(post(body))[:20]
+    assert " 415 " in server.raw(post(b"{}").replace(b"application/json", b"text/plain"))[:20]
+    # A page of the web that has its own name lead here can't talk to it either.
+    assert " 400 " in server.raw(post(b"{}").replace(b"Host: localhost", b"Host: evil.com"))[:20]
+    assert " 405 " in server.raw(post(b"{}").replace(b"POST", b"PUT"))[:20]
+    assert " 404 " in server.raw(post(b"{}").replace(b"/v1/chat", b"/v1/../etc"))[:20]
+    announced = server.raw(post(b"{", length=10 << 20))  # refused before the rest has come
+    assert " 413 " in announced[:20]
+    chunks = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
+    chunked = post(b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked") + 3 * chunks
+    chunked += b"0\r\n\r\n"
+    assert " 413 " in server.raw(chunked)[:20]
+
+
+def refused(server, url: str) -> str:
+    with pytest.raises(openai.APIStatusError) as caught:
+        server.ask(about(url))
+    assert caught.value.status_code in (400, 413)
+    return caught.value.body["message"]
+
+
+def test_only_files_of_the_open_folder(server, answerer, folder):
+    said = server.ask(about(f"file://{folder}/3.mp4")).choices[0].message.content
+    assert said.strip() == alone(answerer, "What happens?", folder / "3.mp4")
+    outside = "isn't in the folder"
+    for path in (
+        *(folder.parent / "secret.mp4", folder / "../secret.mp4", folder / "link.mp4"),
+        *("/etc/passwd", "/proc/self/environ", f"{folder}/%2e%2e/secret.mp4", "/nothing/here"),
+    ):
+        assert outside in refused(server, f"file://{path}"), path
+    assert outside in refused(server, f"file://otherhost{folder}/3.mp4")
+    for path, why in (
+        *(("none.mp4", "no such file"), ("pipe.mp4", "not a file"), ("", "no such file")),
+        *(("large.mp4", "above 2 MiB"), ("a%00.mp4", "not a file URL")),
+    ):
+        assert why in refused(server, f"file://{folder}/{path}")
+    for url in (
+        f"FILE:{folder.parent}/secret.mp4",
+        str(folder / "3.mp4"),
+        "concat:a|b",
+        "ftp://a/b",
+    ):
+        refused(server, url)
+
+
+def test_only_named_hosts_and_public_addresses(server, answerer, folder, web):
+    said = server.ask(about(f"http://{web}/3.mp4")).choices[0].message.content
+    assert said.strip() == alone(answerer, "What happens?", folder / "3.mp4")
+
+    port = web.rpartition(":")[2]
+    not_named = "isn't allowed on this server"
+    hosts = ("127.1", "2130706433", "0177.0.0.1", "0x7f.1", "[::1]", "[::ffff:127.0.0.1]", "0")
+    for host in (*(f"{host}:{port}" for host in hosts), "169.254.169.254", "127.0.0.1"):
+        assert not_named in refused(server, f"http://{host}/3.mp4"), host
+    # A name that is allowed, but leads to a private address, as after DNS rebinding.
+    assert "isn't a public one" in refused(server, f"http://localhost:{port}/3.mp4")
+    for trick in (f"http://{web}@example.com/", f"http://a:b@{web}/3.mp4", f"http://{web}\\@a.b/"):
+        assert "user data or signs" in refused(server, trick)
+
+    def to(url: str) -> str:
+        return f"http://{web}/to/{base64.b64encode(url.encode()).decode()}"
+
+    assert server.ask(about(to(f"http://{web}/3.mp4"))).choices  # a redirect to itself may be
+    for target in ("http://169.254.169.254/", f"http://[::1]:{port}/3.mp4", "http://example.com"):
+        assert not_named in refused(server, to(target))
+    assert "isn't a public one" in refused(server, to(f"http://localhost:{port}/3.mp4"))
+    assert "not an http URL" in refused(server, to(f"file://{folder}/3.mp4"))
+    assert "redirects" in refused(server, to(to(to(to(f"http://{web}/3.mp4")))))
+    assert "above 2 MiB" in refused(server, f"http://{web}/large.mp4")
+    assert "status 404" in refused(server, f"http://{web}/none.mp4")
+    assert "longer than 2 s" in refused(server, f"http://{web}/slow")
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        *(("8.8.8.8", True), ("2606:4700::1111", True)),
+        *((f"{a}", False) for a in ("127.0.0.1", "10.1.2.3", "169.254.169.254", "0.0.0.0")),
+        *(
+            (f"{a}", False)
+            for a in ("100.64.0.1", "224.0.0.1", "::1", "::", "fd00::1", "fe80::1%a")
+        ),
+        # Addresses of IPv6 that carry 127.0.0.1 inside.
+        *(
+            (f"{a}", False)
+            for a in ("::ffff:7f00:1", "::7f00:1", "64:ff9b::7f00:1", "2002:7f00:1::")
+        ),
+    ],
+)
+def test_which_addresses_are_public(address, public):
+    assert is_public(address) == public
+
+
+def test_clips_that_would_cost_too_much(server, folder):
+    assert "too_long" in refused(server, data_url(folder / "long.mp4"))
+    assert "too_large" in refused(server, data_url(folder / "wide.mp4"))
+    for name in ("broken.mp4",):
+        message = refused(server, data_url(folder / name))
+        assert "visual 1 of 1" in message and "/dev/" not in message
+
+
+# ---- who leaves, who comes when it's full, and the end
+
+
+def test_who_hangs_up_is_no_longer_worked_for(server):
+    left = server.metric("cinego_clients_left_total")
+    written = server.metric('cinego_tokens_total{kind="completion"}')
+    stream = server.ask("Go on.", stream=True, **LONG)
+    next(iter(stream))
+    until(lambda: server.metric("cinego_batch_rows") == 1)
+    stream.close()
+    until(lambda: server.metric("cinego_batch_rows") == 0)
+    # One who waits for the whole answer, too.
+    body = {"model": "cinego", "messages": [{"role": "user", "content": "Go on."}], **LONG}
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(post(json.dumps(body).encode()))
+        until(lambda: server.metric("cinego_batch_rows") == 1)
+    until(lambda: server.metric("cinego_batch_rows") == 0)
+    assert server.metric("cinego_clients_left_total") == left + 2
+    assert server.metric("cinego_in_flight") == 0
+    assert server.metric('cinego_tokens_total{kind="completion"}') == written  # none was finished
+
+
+def test_no_upload_is_left_on_the_disk(server, folder):
+    server.ask(about(data_url(folder / "0.mp4")))
+    assert list(server.temporary.rglob("*")) == []
+    assert len(os.listdir(f"/proc/{server.process.pid}/fd")) < 40
+
+
+def test_who_leaves_before_the_model_begins_costs_nothing(answerer):
+    async def scenario() -> str:
+        batcher = Batcher(answerer, Metrics(), max_batch=2, wait=0)
+        batcher.start()
+        turns = [{"role": "user", "content": "What is it?"}]
+        jobs = [Job(turns, [], Sampling(max_new_tokens=8), ()) for _ in range(4)]
+        for job in jobs[:3]:
+            job.cancelled = True
+            batcher.submit(job)
+        await asyncio.sleep(0.1)
+        batcher.submit(jobs[3])
+        text = ""
+        while isinstance(event := await asyncio.wait_for(jobs[3].next(), 20), str):
+            text += event
+        await asyncio.to_thread(batcher.stop)
+        assert event.completion_tokens == 8 and all(job.events.empty() for job in jobs)
+        return text.strip()
+
+    assert asyncio.run(scenario()) == alone(answerer, "What is it?")
+
+
+@pytest.fixture
+def narrow(tiny_checkpoint, tiny_tower, tmp_path):
+    """A server with room for three, a key, and little patience."""
+    server = Server(
+        *(tiny_checkpoint, tiny_tower, tmp_path, "--max_queue", 3, "--max_new_tokens", 3000),
+        *("--upload_timeout", 0.5, "--stop_timeout", 120),
+        CINEGO_API_KEY="sesame",
+    )
+    yield server
+    server.process.kill()
+
+
+def test_keys_a_full_house_and_a_graceful_stop(narrow):
+    for header in ("X: y", "Authorization: Bearer ", "Authorization: Bearer sesam"):
+        answer = narrow.raw(post(b"{}", header))
+        assert " 401 " in answer[:20] and '"code":"invalid_api_key"' in answer
+    key = "Authorization: Bearer sesame"
+    assert " 400 " in narrow.raw(post(b"{}", key))[:20]
+    assert "sesame" not in "".join(narrow.log)
+    # A body that doesn't come.
+    assert " 408 " in narrow.raw(post(b"{", key, length=100))[:20]
+    body = {"model": "cinego", "messages": [{"role": "user", "content": "Go on."}]}
+
+    # Three talk: the fourth is told to come back.
+    streams = [narrow.ask("Go on.", stream=True, **LONG | {"max_tokens": 1500}) for _ in range(3)]
+    full = narrow.raw(post(json.dumps(body).encode(), key))
+    assert " 503 " in full[:20] and "retry-after: 1" in full.lower()
+    assert "server_busy" in full
+    # SIGTERM: those who talk are heard out, nobody else comes in.
+    narrow.process.send_signal(signal.SIGTERM)
+    until(lambda: refuses_connections(narrow.port))
+    for stream in streams:
+        chunks = list(stream)
+        assert chunks[-1].choices[0].finish_reason in ("length", "stop")
+    # uvicorn ends by the signal that it was sent, once all is done.
+    assert narrow.process.wait(timeout=30) in (0, -signal.SIGTERM)
+    until(lambda: "Application shutdown complete" in "".join(narrow.log))
+
+
+def test_a_request_that_takes_too_long_is_ended():
+    """Answered with 504; a stream that has begun is cut."""
+
+    async def hangs(scope, receive, send):
+        if scope["streams"]:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.sleep(60)
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    gate = Gate(hangs, Settings(request_timeout=0.05), Metrics())
+    for streams, wanted in ((False, 504), (True, 200)):
+        sent = []
+
+        async def send(message, sent=sent):
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions"}
+        scope |= {"headers": [(b"content-type", b"application/json")], "streams": streams}
+        asyncio.run(gate(scope, receive, send))
+        assert sent[0]["status"] == wanted
+        assert (b'"timeout"' in sent[-1].get("body", b"")) == (not streams)
+    assert gate.in_flight == 0
+
+
+def refuses_connections(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        return False
+    except ConnectionRefusedError:
+        return True

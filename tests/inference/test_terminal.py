@@ -1,0 +1,195 @@
+"""The chat in the terminal: the real eval.py, typed at through a pseudo-terminal."""
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluation
+from model.checkpoint import save_model
+from model.cinego import Cinego
+from model.config import CinegoConfig, LanguageModelConfig
+from scripts.export_hf import main as convert
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENIZER = ROOT / "model/text_tokenizer"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_tower) -> Path:
+    """sft.pth, two pictures, an animation; hf/ is the model as a directory for transformers."""
+    folder = tmp_path_factory.mktemp("chat")
+    torch.manual_seed(1)
+    language_model = LanguageModelConfig(
+        *(6400, 32, 2, 2, 1), initializer_range=0.3, embedding_std=0.4
+    )
+    model = Cinego(CinegoConfig(language_model, vision_hidden_size=32))
+    save_model(folder / "sft.pth", model, {"training": {"num_frames": 4}})
+    paths = ["--vision_path", str(tiny_tower), "--tokenizer_path", str(TOKENIZER)]
+    convert([str(folder / "sft.pth"), str(folder / "hf"), *paths])
+    random = np.random.default_rng(0)
+    for name in ("a.png", "b c.png"):
+        Image.fromarray(random.integers(0, 255, (112, 112, 3), np.uint8)).save(folder / name)
+    frames = [Image.new("RGB", (112, 112), (60 * i, 0, 255 - 60 * i)) for i in range(4)]
+    frames[0].save(folder / "clip.gif", save_all=True, append_images=frames[1:], duration=100)
+    return folder
+
+
+class Typist:
+    """Types at a program in a terminal of its own, and reads along."""
+
+    def __init__(self, *command):
+        self.pid, self.terminal = pty.fork()
+        if self.pid == 0:
+            os.chdir(ROOT)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a runner in the background ignores it
+            os.environ |= {"TERM": "dumb", "OMP_NUM_THREADS": "1"}
+            os.execv(sys.executable, [sys.executable, *map(str, command)])
+        self.heard, self.read = "", 0
+
+    def type(self, text: str) -> None:
+        os.write(self.terminal, text.encode())
+
+    def interrupt(self) -> None:
+        os.kill(self.pid, signal.SIGINT)
+
+    def until(self, pattern: str, seconds: float = 240, silence=lambda: None) -> str:
+        """What is said from here on, up to and with `pattern`; in each silent second `silence` is
+        called."""
+        end = time.monotonic() + seconds
+        while not (found := re.compile(pattern).search(self.heard, self.read)):
+            assert time.monotonic() < end, f"no {pattern!r} in {self.heard[self.read :]!r}"
+            if not select.select([self.terminal], [], [], 1)[0]:
+                silence()
+            else:
+                try:
+                    self.heard += os.read(self.terminal, 65536).decode(errors="replace")
+                except OSError:  # Linux's way to say that the program has ended
+                    self.heard += "<end>"
+        said, self.read = self.heard[self.read : found.end()], found.end()
+        return said
+
+    def end(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+TIMES = (
+    r"\((\d+) tokens, the first after [\d.]+ s, then \d+ a second; (\d+) read, (\d+) of them.*\)"
+)
+
+
+def test_a_chat_of_many_turns_about_several_visuals(folder):
+    """The exported directory brings its own tower and tokenizer along."""
+    user = Typist("eval.py", "--load_from", folder / "hf", "--video", folder / "clip.gif")
+    assert "4 frames, at 0.0, 0.1, 0.2, 0.3 s" in user.until("Q: ")
+    user.type("/set max_new_tokens 5\nWhat moves?\n")
+    said = user.until(TIMES)
+    assert "A: " in said and said.endswith(" 0 of them earlier)")
+
+    user.type(f"/image {folder}/a.png '{folder}/b c.png'\n")
+    user.until("b c.png: 1 frames, at 0.0 s")
+    user.type("And these?\n")
+    read, earlier = re.search(TIMES, user.until(TIMES)).groups()[1:]
+    assert int(read) > 150 and int(earlier) > 50  # the video was not read again
+
+    user.until("Q: ")  # between two prompts the terminal, not readline, would take such keys
+    user.type("\x1b[A\n")  # the arrow up: the question before, out of readline's memory
+    assert "And these?" in user.until(TIMES)
+
+    user.type("/video nowhere.mp4\n")
+    user.until(r"nowhere\.mp4: missing")
+    user.type("/dance\n")
+    user.until("isn't one of")
+    user.type("/set temperature -1\n")
+    user.until("temperature is -1.0, must be 0 or more")
+
+    # Ctrl-C stops an answer, not the chat.
+    user.type("/set max_new_tokens 20000\nTell me all.\n")
+    user.until("A: .{20}")
+    user.interrupt()
+    user.until("; stopped")
+    # At the prompt neither; again, should readline not have been listening yet.
+    user.until("Ctrl-D or /quit ends the chat", silence=user.interrupt)
+    user.type("/set max_new_tokens 5\nStill there?\n")
+    user.until(TIMES)
+
+    for name in ("chat.json", "chat.txt", "chat.md"):
+        user.type(f"/save {folder}/{name}\n")
+        user.until(f"wrote .*{name}")
+    user.type(f"/save {folder}/chat.txt\n")
+    user.until("File exists")
+    user.type("/reset\nWhat now?\n")
+    assert re.search(TIMES, user.until(TIMES)).groups()[2] == "0"
+    user.until("Q: ")
+    user.type("\x04")
+    user.until("<end>")
+    assert user.end() == 0
+
+    turns = json.loads((folder / "chat.json").read_text())
+    questions = [turn["content"] for turn in turns[::2]]
+    assert questions == [
+        "<video>\nWhat moves?",
+        "<image>\n<image>\nAnd these?",
+        "And these?",
+        "Tell me all.",
+        "Still there?",
+    ]
+    assert turns[2]["visuals"] == [f"{folder}/a.png", f"{folder}/b c.png"]
+    assert "Q: Tell me all.\nA: " in (folder / "chat.txt").read_text()
+    assert "\n\n**Q:** Tell me all.\n\n**A:** " in (folder / "chat.md").read_text()
+
+
+def run(monkeypatch, capsys, folder, *flags) -> str:
+    flags = ["--load_from", folder / "hf", "--max_new_tokens", 4, "--device", "cpu", *flags]
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags)])
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
+    evaluation.main()
+    return capsys.readouterr().out
+
+
+def test_several_images_are_asked_about_one_by_one_or_together(folder, monkeypatch, capsys):
+    images = ["--image", folder / "a.png", folder / "b c.png", "--question", "Alike?"]
+    apart = run(monkeypatch, capsys, folder, *images)
+    assert apart.count("Q: Alike?") == 2
+    together = run(monkeypatch, capsys, folder, *images, "--together")
+    assert together.count("Q: Alike?") == 1
+    reads = [int(read) for _, read, _ in re.findall(TIMES, apart + together)]
+    assert reads[0] == reads[1] and reads[2] > reads[1] + 50
+
+
+def test_questions_come_from_a_pipe_with_chat(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"/image {folder}/a.png\nWhat is it?\n"))
+    said = run(monkeypatch, capsys, folder, "--chat")
+    assert re.search(r"Q: A: .*\n +" + TIMES + r"\nQ: \n$", said, re.DOTALL)
+
+
+def test_what_is_mistyped_is_told(folder, monkeypatch, capsys):
+    typed = {
+        "/set": "top_k 0  top_p 1.0",
+        "/set top_k 1.5": "top_k must be a whole number, not '1.5'",
+        "/set temperature hot": "temperature must be a number, not 'hot'",
+        "/set warmth 1": "'warmth' isn't one of max_new_tokens, temperature",
+        "/video": "type /video FILE …",
+        '/video "a b.mp4': "a quotation mark isn't closed",
+        f"/image {folder}/*.png": "b c.png: 1 frames",
+        "/save /nowhere/chat.md": "/nowhere/chat.md can't be written: No such file or directory",
+        "/reset now": "type /reset",
+        "/reset": "is forgotten",
+        "/help": "/quit             end",
+    }
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed) + "\n"))
+    said = run(monkeypatch, capsys, folder, "--chat").split("Q: ")[1:]
+    assert len(said) == len(typed) + 1  # the last one waits, and the pipe has ended
+    for (line, told), answer in zip(typed.items(), said[:-1], strict=True):
+        assert told in answer, line

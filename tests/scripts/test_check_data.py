@@ -1,0 +1,116 @@
+"""A jsonl with every kind of mistake: each is named with its line, and the rest is written out."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataset.feature_store import FeatureStore
+from scripts import check_data
+
+TOKENIZER = str(Path(__file__).resolve().parents[2] / "model/text_tokenizer")
+
+
+def sample(question, answer="That.", **fields) -> str:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return json.dumps({"conversations": turns, **fields})
+
+
+LINES = [
+    sample("What is it?", id="text"),
+    sample("<image>\nWhat is it?", id="good", image="a.png"),
+    sample("<image><image>\nWhich?", id="two", image=["a.png", "b.png"]),
+    sample("<image><image>\nWhich?", id="tags", image="a.png"),
+    sample("<video>\nWhat happens?", id="gone", video="gone.mp4"),
+    sample("<video>\nWhat happens?", id="cut", video="cut.mp4"),
+    sample("What?", id="outside", image="../a.png"),
+    '{"conversations": [',
+    sample("word " * 100, answer="late", id="no room for an answer"),
+    sample("What?", answer="word " * 100, id="long answer"),
+]
+BAD = {
+    4: ("tags", "conversation", "2 visual tags"),
+    5: ("gone", "missing", "no such file"),
+    6: ("cut", "unreadable", ""),
+    7: ("outside", "malformed", "relative"),
+    8: (None, "malformed", "not JSON"),
+    9: ("no room for an answer", "too_long", "leaves no token of an answer"),
+}
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("a.png", "b.png")):
+        pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(name)
+    Path("cut.mp4").write_bytes(b"\0\0\0\x20ftypisom")
+    Path("data.jsonl").write_text("\n".join(LINES), encoding="utf-8")
+    return tmp_path
+
+
+def check(*more, code: int | None) -> str:
+    flags = ["--data_path", "data.jsonl", "--images_path", ".", "--tokenizer_path", TOKENIZER]
+    flags += ["--max_seq_len", "64", "--visual_tokens", "10", "--out_dir", "out", *more]
+    if code is None:
+        return check_data.main(flags)
+    with pytest.raises(SystemExit) as stopped:
+        check_data.main(flags)
+    assert stopped.value.code == code
+
+
+def problems() -> dict[int, dict]:
+    lines = Path("out/problems.jsonl").read_text(encoding="utf-8").splitlines()
+    return {record["line"]: record for record in map(json.loads, lines)}
+
+
+def test_every_mistake_is_named_and_the_rest_is_clean(data, capsys):
+    check("--num_workers", "2", code=3)
+    found = problems()
+    assert set(found) == set(BAD)
+    for line, (name, reason, detail) in BAD.items():
+        assert (found[line]["id"], found[line]["reason"]) == (name, reason)
+        assert detail in found[line]["detail"]
+    report = json.loads(Path("out/report.json").read_text())
+    assert (report["samples"], report["good"], report["visuals"]) == (10, 4, 4)
+    assert report["kinds"] == {"text": 3, "one visual": 3, "several visuals": 1}
+    assert report["truncated_share"] == pytest.approx(2 / 7)  # of those that have a length
+    assert Image.open("out/lengths.png").width > 400
+    said = capsys.readouterr().out
+    assert "data.jsonl:5: missing: " in said and "4 good, 6 bad" in said
+
+    # What it wrote is clean, in the order and words of the original.
+    clean = Path("out/data.clean.jsonl")
+    good = [line for number, line in enumerate(LINES, 1) if number not in BAD]
+    assert [json.loads(x) for x in clean.read_text().splitlines()] == list(map(json.loads, good))
+    clean.rename("data.jsonl")
+    check("--num_workers", "0", code=None)
+    assert problems() == {}
+
+
+def test_features_in_place_of_media(data):
+    store = FeatureStore("features")
+    shape = {"dtype": "float16", "tokens_per_frame": 10, "hidden_size": 4}
+    store.begin({"num_frames": 8, "sampling": "uniform", "fps": None, **shape})
+    for name in ("a.png", "b.png"):
+        store.write(name, torch.zeros(1, 10, 4))
+        store.record(name, {"frames": 1})
+    store.record("cut.mp4", {"reason": "corrupt", "detail": "cut short"})
+    store.finish(*store.recorded())
+    for name in ("a.png", "b.png"):
+        Path(name).unlink()  # not needed any more
+    check("--use_feature", "--features_path", "features", "--num_workers", "0", code=3)
+    found = problems()
+    assert set(found) == set(BAD)
+    assert (found[5]["reason"], found[6]["reason"]) == ("no_features", "corrupt")
+    with pytest.raises(ValueError, match="num_frames is 8, 4 is needed"):
+        check("--use_feature", "--features_path", "features", "--num_frames", "4", code=None)
+
+
+def test_what_can_not_be_checked(data):
+    Path("data.jsonl").write_text("")
+    with pytest.raises(ValueError, match="data.jsonl: no sample in it"):
+        check(code=None)

@@ -1,0 +1,392 @@
+"""Flags of training: each has an effect that is seen from the command line, or in the weights."""
+
+import json
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_pretrain
+import train_sft
+from model.checkpoint import load_video_language_model
+from model.config import LanguageModelConfig
+from model.lora import add_adapters, merged_state
+from model.minimind import Block, MiniMind
+from stage import StageConfig, open_visuals
+from tests.test_train_stages import SIZE, command, tiny_tower, workplace  # noqa: F401
+from trainer.average import Average
+from trainer.config import TrainConfig, parse
+from trainer.optim import Optimizers
+
+RANDOM = "--from_scratch --freeze_llm 0 --dtype float32"
+
+
+def metrics(run="pretrain_videolm_32"):
+    return [json.loads(line) for line in Path("out", run, "metrics.jsonl").read_text().splitlines()]
+
+
+def about(run="pretrain_videolm_32"):
+    return json.loads(Path(f"out/{run}.json").read_text())["training"]
+
+
+def refused(capsys, *argv, cls=StageConfig):
+    with pytest.raises(SystemExit):
+        parse(cls, "", list(argv))
+    return capsys.readouterr().err
+
+
+def test_a_config_file_gives_flags_and_the_command_line_wins():
+    Path("run.yaml").write_text(
+        "# a comment\nepochs: 3\nlearning_rate: 1e-3\nuse_wandb: false\nval_path: [data.jsonl]\n"
+        "dtype: float32\nfrom_scratch: true\nfreeze_llm: 0\nload_from:\n"
+    )
+    last = command(train_pretrain, "--config run.yaml --epochs 2")
+    said = about()
+    assert (said["epochs"], said["learning_rate"], said["dtype"]) == (2, 1e-3, "float32")
+    assert said["load_from"] is None and last["step"] == 4 and "val_loss" in last
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("epoch: 3", "run.yaml: unknown key 'epoch'; did you mean 'epochs'?"),
+        ("epochs: many", "argument --epochs: invalid int value: 'many'"),
+        ("use_wandb: 1", "run.yaml: use_wandb is 1; give true or false"),
+        ("epochs: 0", "--epochs is 0: give 1 or more"),
+        ("optimizer: sgd", "invalid choice: 'sgd'"),
+        ("- epochs", "write one `flag: value` a line"),
+        ("a: [", "not YAML"),
+        (None, "can't be read"),
+    ],
+)
+def test_a_config_file_with_a_mistake_is_refused(capsys, text, said):
+    if text is not None:
+        Path("run.yaml").write_text(text)
+    assert said in refused(capsys, "--data_path", "x", "--config", "run.yaml")
+
+
+def test_a_misspelt_flag_is_told_the_nearest(capsys):
+    assert "--use_wand; did you mean '--use_wandb'?" in refused(capsys, "--use_wand")
+
+
+def test_minimind_v_s_names_are_understood():
+    flags = {"data_path": "x", "hidden_size": "768", "num_hidden_layers": "16", "save_dir": "there"}
+    config = parse(StageConfig, "", [f"--{name}={value}" for name, value in flags.items()])
+    assert (config.dim, config.n_layers, config.out_dir) == (768, 16, "there")
+
+
+def test_tokens_per_batch_replaces_the_number_of_rows(capsys):
+    data = Path("data.jsonl").read_text().splitlines()
+    Path("data.jsonl").write_text("\n".join(data * 4))
+    flags = f"{RANDOM} --no-share_prefix --max_seq_len 140 --log_interval 1"
+    few = command(train_pretrain, f"{flags} --tokens_per_batch 140 --run_name few")
+    many = command(train_pretrain, f"{flags} --tokens_per_batch 500 --run_name many")
+    assert few["step"] > 2 * many["step"] > 2
+    said = refused(capsys, "--data_path", "x", "--tokens_per_batch", "500")
+    assert "--tokens_per_batch 500 can't hold a row of --max_seq_len 1024" in said
+
+
+def test_a_rate_of_its_own_for_projector_and_summary():
+    command(train_pretrain, f"{RANDOM} --run_name start")
+    start = "--load_from out/start.pth --dtype float32 --learning_rate 1e-3"
+    command(train_sft, f"{start} --run_name one")
+    command(train_sft, f"{start} --run_name two --projector_learning_rate 1e-9")
+    before, one, two = (
+        load_video_language_model(f"out/{name}.pth") for name in ("start", "one", "two")
+    )
+
+    def moved(model, part):
+        old, new = before.get_submodule(part), model.get_submodule(part)
+        pairs = zip(old.parameters(), new.parameters(), strict=True)
+        return max((a - b).abs().max().item() for a, b in pairs)
+
+    for part in ("vision_proj", "video_summary"):
+        assert moved(one, part) > 5e-4 and moved(two, part) < 1e-6
+    assert moved(two, "language_model") > 5e-4
+
+    config = TrainConfig(projector_learning_rate=0.5, learning_rate=0.25)
+    (adamw,) = Optimizers(before, config).members
+    rates = {id(p): group["lr"] for group in adamw.param_groups for p in group["params"]}
+    for name, parameter in before.named_parameters():
+        assert rates[id(parameter)] == (0.25 if name.startswith("language_model") else 0.5)
+
+
+def changed(before, after):
+    """Names of the parameters that aren't what they were."""
+    old, new = (load_video_language_model(f"out/{run}.pth").state_dict() for run in (before, after))
+    assert old.keys() == new.keys()
+    return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+THREE_LAYERS = SIZE.replace("layers 2", "layers 3")
+
+
+@pytest.mark.parametrize(
+    ("flags", "learning"),
+    [
+        ("--freeze_llm 0", {"embed_tokens", "norm", "layers.0", "layers.1", "layers.2"}),
+        ("--freeze_llm 1", {"layers.0", "layers.2"}),
+        ("--freeze_llm 2", set()),
+        ("--lora_rank 4", {"layers.0", "layers.1", "layers.2"}),
+    ],
+)
+def test_what_learns_of_the_language_model(flags, learning):
+    command(train_pretrain, f"{RANDOM} --run_name start", THREE_LAYERS)
+    tuning = "--load_from out/start.pth --dtype float32 --learning_rate 1e-2 --run_name tuned"
+    command(train_sft, f"{tuning} {flags}", THREE_LAYERS)
+    names = changed("start", "tuned")
+    assert any(name.startswith("vision_proj") for name in names)
+    parts = {name.removeprefix("language_model.model.") for name in names if "language" in name}
+    parts = {".".join(name.split(".")[: 2 if "layers" in name else 1]) for name in parts}
+    assert parts == learning
+    if "lora" in flags:  # the matrices of the layers, not their norms
+        assert not any("norm" in name for name in names)
+        layer = "language_model.model.layers.1.mlp.up_proj.weight"
+        tuned, start = (
+            load_video_language_model(f"out/{run}.pth").state_dict()[layer]
+            for run in ("tuned", "start")
+        )
+        moved = tuned - start
+        assert torch.linalg.matrix_rank(moved, rtol=1e-4) == 4
+
+
+def test_adapters_begin_as_nothing_and_learn():
+    command(train_pretrain, f"{RANDOM} --run_name start")
+    tuning = "--load_from out/start.pth --dtype float32 --learning_rate 1e-2 --log_interval 1"
+    command(train_sft, f"{tuning} --run_name whole")
+    command(train_sft, f"{tuning} --run_name adapters --lora_rank 2 --lora_alpha 8 --epochs 2")
+    assert metrics("adapters")[0]["loss"] == pytest.approx(metrics("whole")[0]["loss"], rel=1e-6)
+    losses = [row["loss"] for row in metrics("adapters")]
+    assert losses[2] < losses[0]
+
+    model = load_video_language_model("out/start.pth")
+    plain = model.state_dict()
+    add_adapters(model.language_model, rank=2, alpha=8)
+    merged = merged_state(model)
+    assert merged.keys() == plain.keys()
+    assert all(torch.equal(merged[name], plain[name]) for name in plain)
+
+
+def test_flags_of_freezing_that_contradict(capsys):
+    said = refused(capsys, "--data_path", "x", "--lora_rank", "4", "--freeze_llm", "1")
+    assert "leave --from_scratch and --freeze_llm 1 out" in said
+    said = refused(capsys, "--data_path", "x", "--lora_alpha", "4", "--val_features_path", "x")
+    assert "give --lora_rank too" in said and "give --use_feature too" in said
+
+
+@pytest.mark.parametrize("experts", [{}, {"num_experts": 4, "num_experts_per_tok": 2}])
+def test_gradient_checkpointing_keeps_less_and_changes_nothing(experts):
+    torch.manual_seed(0)
+    config = LanguageModelConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, dropout=0.1
+    )
+    model = MiniMind(replace(config, **experts)).train()
+    ids = torch.randint(0, 99, (2, 40))
+    kept, grads = [], []
+    for model.gradient_checkpointing in (False, True):
+        sizes = {}
+
+        def keep(tensor, sizes=sizes):
+            sizes[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(ids, labels=ids).loss
+            kept.append(sum(sizes.values()))
+            loss.backward()
+        grads.append([loss, *(p.grad.clone() for p in model.parameters())])
+        model.zero_grad()
+    assert kept[1] < 0.5 * kept[0]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
+
+
+def test_gradient_checkpointing_is_passed_on(monkeypatch):
+    seen = []
+    forward = MiniMind.forward
+    monkeypatch.setattr(
+        MiniMind,
+        "forward",
+        lambda self, *a, **k: seen.append(self.gradient_checkpointing) or forward(self, *a, **k),
+    )
+    command(train_pretrain, f"{RANDOM} --gradient_checkpointing")
+    assert set(seen) == {True}
+
+
+def test_a_mean_of_the_weights_is_validated_and_saved():
+    flags = f"{RANDOM} --epochs 4 --learning_rate 1e-2 --val_path data.jsonl"
+    plain = command(train_pretrain, f"{flags} --run_name plain")
+    slow = command(train_pretrain, f"{flags} --run_name mean --ema_decay 0.9")
+    assert slow["loss"] == plain["loss"]  # the training is the same
+    assert slow["val_loss"] > plain["val_loss"] + 0.01  # the mean lags behind
+    assert changed("plain", "mean")
+
+
+def interrupt(monkeypatch, after: int) -> list[int]:
+    """Has the run that comes break off after so many updates; the list will hold all updates."""
+    updates = []
+
+    def interrupted(self, step, update=Average.update):
+        update(self, step)
+        updates.append(step)
+        if len(updates) == after:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Average, "update", interrupted)
+    return updates
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--lora_rank 2 --optimizer muon --ema_decay 0.9",
+        "--patience 2 --eval_interval 1 --val_path data.jsonl",
+        "--tokens_per_batch 140 --max_seq_len 140 --no-share_prefix --projector_learning_rate 1e-2",
+    ],
+)
+def test_an_interrupted_run_goes_on_exactly(monkeypatch, flags):
+    command(train_pretrain, f"{RANDOM} --run_name start")
+    flags = f"--load_from out/start.pth --dtype float32 --epochs 4 --log_interval 1 {flags}"
+    command(train_sft, f"{flags} --run_name whole")
+
+    updates = interrupt(monkeypatch, after=6)
+    with pytest.raises(KeyboardInterrupt):
+        command(train_sft, f"{flags} --run_name resumed --save_interval 3")
+    command(train_sft, f"{flags} --run_name resumed --save_interval 3")
+    # Each better validation is a state too.
+    assert updates[6] == (5 if "patience" in flags else 3)
+    assert changed("whole", "resumed") == set() != changed("start", "whole")
+    whole, resumed = metrics("whole"), metrics("resumed")
+    assert [row["step"] for row in resumed] == list(range(1, len(whole) + 1))
+    for name in ("loss", "val_loss", "lr"):
+        assert [row.get(name) for row in whole] == [row.get(name) for row in resumed]
+
+
+def test_the_mean_follows_its_formula():
+    weight = torch.nn.Parameter(torch.zeros(3))
+    average = Average([weight], 0.5)
+    expected = 0.0
+    for step in range(20):
+        weight.data += 1
+        average.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * (step + 1)
+    with average.in_place():
+        assert weight.tolist() == pytest.approx([expected] * 3)
+    assert weight.tolist() == [20.0] * 3
+
+
+def test_patience_keeps_the_best_and_stops(capsys):
+    """At such a rate the loss on other answers rises soon."""
+    held_out = Path("data.jsonl").read_text().replace("is the answer", "moves to the left, then up")
+    Path("val.jsonl").write_text(held_out)
+    flags = f"{RANDOM} --epochs 30 --learning_rate 2e-2 --val_path val.jsonl --eval_interval 1"
+    last = command(train_pretrain, f"{flags} --patience 3 --log_interval 100")
+    losses = [row["val_loss"] for row in metrics()]
+    best = losses.index(min(losses)) + 1
+    assert last["step"] == len(losses) == best + 3 < 60
+    assert json.loads(Path("out/pretrain_videolm_32.json").read_text())["step"] == best
+    said = capsys.readouterr().out
+    assert f"3 validations without a val_loss under {min(losses):.4f}" in said
+    assert f"weights of update {best} in" in said
+
+    command(train_pretrain, f"{flags} --patience 3 --log_interval 100")
+    assert "already finished" in capsys.readouterr().out
+    said = refused(capsys, "--data_path", "x", "--patience", "2", "--ema_decay", "1")
+    for part in ("give --eval_interval too", "give --val_path too", "--ema_decay is 1.0"):
+        assert part in said
+
+
+def test_a_dry_run_tells_what_the_run_will_cost_and_writes_nothing(capsys):
+    figures = command(train_pretrain, f"{RANDOM} --dry_run --epochs 10 --val_path data.jsonl")
+    said = capsys.readouterr().out
+    assert not Path("out").exists()
+    assert figures["updates"] == 20 and 0 <= figures["padding"] < 0.5 and figures["seconds"] > 0
+    assert figures["tokens_per_second"] > 0 and figures["memory_mb"] > 100
+    assert f"{figures['trainable']:,} learn" in said and "0 h 1 min, without validation" in said
+    assert "weights" not in said and "in /tmp" not in said
+    full = command(train_pretrain, f"{RANDOM} --epochs 10")  # it took nothing of the run away
+    assert full["step"] == 20
+    # An epoch of two micro-batches is one update, however many might be accumulated.
+    command(train_pretrain, f"{RANDOM} --dry_run")
+    tokens = re.search("2 updates of about (\\d+) tokens", capsys.readouterr().out)[1]
+    command(train_pretrain, f"{RANDOM} --dry_run --accumulation_steps 99")
+    assert f"1 updates of about {2 * int(tokens)} tokens" in capsys.readouterr().out
+
+
+def test_compile_takes_each_layer_once(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(Block, "compile", lambda self, **options: compiled.append(options))
+    command(train_pretrain, f"{RANDOM} --compile")
+    assert compiled == [{"dynamic": True}] * 2
+
+
+def test_compile_without_a_compiler_says_what_to_install(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match="with no-such-compiler, which isn't here: install g.."):
+        command(train_pretrain, f"{RANDOM} --compile --device cpu")
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_as_they_are(monkeypatch):
+    flags = f"{RANDOM} --val_path data.jsonl --epochs 2 --log_interval 1 --save_interval 2"
+    plain = command(train_pretrain, f"{flags} --run_name plain")
+    compiled = command(train_pretrain, f"{flags} --run_name compiled --compile")
+    for name in ("loss", "val_loss", "grad_norm"):
+        assert compiled[name] == pytest.approx(plain[name], rel=1e-5)
+
+    interrupt(monkeypatch, after=3)
+    with pytest.raises(KeyboardInterrupt):
+        command(train_pretrain, f"{flags} --run_name resumed --compile")
+    command(train_pretrain, f"{flags} --run_name resumed --compile")
+    assert changed("compiled", "resumed") == set() != changed("compiled", "plain")
+
+
+def test_every_flag_of_training_changes_what_comes_out():
+    flags = ["", "--grad_clip 0.01", "--weight_decay 0.5", "--warmup_iters 3", "--seed 1"]
+    flags += ["--schedule linear", "--learning_rate 1e-4", "--optimizer muon"]
+    flags += ["--optimizer muon --muon_learning_rate 0.1", "--dtype bfloat16"]
+    flags += ["--batch_size 1", "--accumulation_steps 2", "--max_steps 3", "--epochs 1"]
+    flags += ["--embedding_std 0.4", "--summary mean", "--no-share_prefix"]
+    flags += ["--max_seq_len 80"]  # no room for the second question of a clip
+    results = {}
+    for number, given in enumerate(flags):
+        command(train_pretrain, f"{RANDOM} --epochs 2 --run_name run{number} {given}")
+        weights = torch.load(f"out/run{number}.pth")
+        results[given] = weights["language_model.model.layers.0.mlp.up_proj.weight"]
+    results["--optimizer muon --muon_learning_rate 0.1"] -= results["--optimizer muon"]
+    for given in flags[1:]:
+        assert not torch.equal(results[given], results[""]) and results[given].any(), given
+
+
+def test_a_run_that_ends_within_its_warm_up_is_told(capsys):
+    command(train_pretrain, f"{RANDOM} --warmup_iters 2")
+    assert "never reaches its rates: lower --warmup_iters 2" in capsys.readouterr().out
+    command(train_pretrain, f"{RANDOM} --warmup_iters 1 --run_name shorter")
+    assert "warm-up" not in capsys.readouterr().out
+
+
+def test_folders_that_will_not_do_are_named_with_their_flag():
+    Path("file").write_text("")
+    with pytest.raises(ValueError, match=r"--out_dir file: .*Not a directory.*; give a folder"):
+        command(train_pretrain, f"{RANDOM} --out_dir file")
+    Path("empty").mkdir()
+    with pytest.raises(ValueError, match="--tokenizer_path empty: no tokenizer.*tokenizer.json"):
+        command(train_pretrain, f"{RANDOM} --tokenizer_path empty")
+    with pytest.raises(ValueError, match="--tokenizer_path nowhere: no such folder"):
+        command(train_pretrain, f"{RANDOM} --tokenizer_path nowhere")
+
+
+def test_the_reader_of_videos_is_the_one_chosen():
+    tiny_tower("tower")
+    for flags, backend in ((["--video_backend", "decord"], "decord"), ([], "pyav")):
+        config = parse(StageConfig, "", ["--data_path=x", "--vision_path=tower", *flags])
+        assert open_visuals(config).train.backend == backend
+
+
+def test_every_flag_stands_in_the_docs():
+    text = (Path(__file__).parents[2] / "docs/flags.md").read_text()
+    names = [field.name for field in fields(StageConfig)]
+    assert [name for name in names if not re.search(rf"--(no-)?{name}\b", text)] == []

@@ -1,0 +1,329 @@
+"""The engine on a tiny real model: what one update does, and what may not change its outcome."""
+
+import json
+import math
+import multiprocessing
+import os
+import socket
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
+
+from dataset.samples import read_samples
+from dataset.video_dataset import LengthGroupedBatchSampler, VideoDataset, collate
+from model.cinego import Cinego
+from model.config import CinegoConfig, LanguageModelConfig
+from trainer.config import TrainConfig, parse
+from trainer.distributed import World, setup
+from trainer.engine import TrainingStopped, train
+from trainer.optim import Optimizers, rate_factor
+
+TOKENIZER = Path(__file__).resolve().parents[2] / "model/text_tokenizer"
+TOKENS, WIDTH = 5, 16  # of a frame's features
+
+
+class Source:
+    """Features made up from the name; "broken" clips can't be read, "poison" clips hold NaN."""
+
+    kind = "visual_features"
+
+    def load(self, name):
+        if name.startswith("broken"):
+            raise ValueError(f"{name}: corrupt")
+        generator = torch.Generator().manual_seed(sum(map(ord, name)))
+        features = torch.randn(4, TOKENS, WIDTH, generator=generator)
+        return features * math.nan if name.startswith("poison") else features
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    return tmp_path
+
+
+# Without the balance loss: that is of a micro-batch, so it depends on how the batch is cut.
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}
+
+
+def make_model(**settings):
+    torch.manual_seed(0)
+    language_model = LanguageModelConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        **settings,
+    )
+    return Cinego(CinegoConfig(language_model, vision_hidden_size=WIDTH, tokens_per_frame=TOKENS))
+
+
+def make_loader(names, batch_size, world=None, shuffle=False):
+    """One sample a name; "text…" has no visual, and answers differ in length."""
+    lines = []
+    for i, name in enumerate(names):
+        turns = [("human", f"what is {i}?"), ("gpt", "it moves left. " * (1 + i % 4) + str(i))]
+        sample = {"id": f"s{i}", "conversations": [{"from": a, "value": b} for a, b in turns]}
+        lines.append(json.dumps(sample | ({} if name.startswith("text") else {"video": name})))
+    path = Path("data.jsonl") if world is None else Path(f"data{world.rank}.jsonl")
+    path.write_text("\n".join(lines))
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    data = VideoDataset(read_samples(path), tokenizer, Source(), lambda frames: TOKENS)
+    rank, size = (world.rank, world.size) if world else (0, 1)
+    sampler = LengthGroupedBatchSampler(data.lengths, batch_size, 0, rank, size, shuffle)
+    return DataLoader(data, batch_sampler=sampler, collate_fn=partial(collate, pad_id=0))
+
+
+def run(model, loader, val_loader=None, world=None, **settings):
+    config = TrainConfig(
+        **{"dtype": "float32", "log_interval": 1, "curves_interval": 0, **settings}
+    )
+    save = lambda path, meta: torch.save(model.state_dict(), path)  # noqa: E731
+    lineage = {"data": "made up"}
+    return train(
+        model, loader, val_loader, config, world or World(torch.device("cpu")), save, lineage
+    )
+
+
+def rows(run_name="run", file="metrics.jsonl"):
+    return [json.loads(line) for line in Path("out", run_name, file).read_text().splitlines()]
+
+
+def largest_difference(model, other):
+    pairs = zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+    return max((a - b).abs().max().item() for a, b in pairs)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_few_samples_are_memorised(workplace, capsys, optimizer):
+    names = ["a", "b", "text", "c"]
+    model, loader = make_model(), make_loader(names, 4, shuffle=True)
+    settings = {"epochs": 60, "learning_rate": 1e-2, "optimizer": optimizer}
+    last = run(model, loader, make_loader(names, 3), **settings)
+    assert rows()[0]["loss"] > 8 and last["loss"] < 1  # ln 6400 = 8.8
+    assert last["val_loss"] < 1 and last["step"] == 60 and len(rows()) == 60
+
+    before = Path("out/run.pth").stat().st_mtime_ns
+    again = run(make_model(), loader, **settings)
+    assert "already finished" in capsys.readouterr().out
+    assert again == last and Path("out/run.pth").stat().st_mtime_ns == before
+
+
+def test_accumulation_equals_one_large_batch(workplace):
+    """In float64, for the reason that test_two_processes_equal_one gives."""
+    names = ["a", "b", "text1", "c", "d", "e", "f", "text2"]
+    whole, parts = make_model().double(), make_model().double()
+    tokens = [batch["supervised_tokens"] for batch in make_loader(names, 2)]
+    assert len(set(tokens)) > 1  # else a mean of means would pass too
+    run(whole, make_loader(names, 8), epochs=3, run_name="whole")
+    run(parts, make_loader(names, 2), epochs=3, run_name="parts", accumulation_steps=4)
+    assert largest_difference(whole, parts) < 1e-7
+    assert largest_difference(whole, make_model()) > 1e-4
+    for a, b in zip(rows("whole"), rows("parts"), strict=True):
+        assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]), rel=1e-5)
+
+
+# One row of the two processes' second batch is text, and one process's share of it is undecodable.
+SHARED = ["a", "b", "c", "d", "broken", "text1", "e", "text2"]
+TWO_WAYS = {"dense": {}, "experts": EXPERTS}
+
+
+def one_process(rank, size, port, folder):
+    os.chdir(folder)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    world = setup("cpu")
+    for name, settings in TWO_WAYS.items():
+        model = make_model(**settings).double()
+        if rank:
+            torch.nn.init.ones_(model.vision_proj.weight)  # mended by the main process's weights
+        loader = make_loader(SHARED, 1, world)
+        run(model, loader, world=world, max_bad=0.5, run_name=f"two_{name}", epochs=2)
+        torch.save(model.state_dict(), f"{name}{rank}.pth")
+    world.close()
+
+
+def test_two_processes_equal_one(workplace):
+    """The same samples an update on one and on two processes: the same weights.
+
+    In float64, since the question is whether both sum the same terms. In float32 a sum's order
+    shows in its last digit, and Adam divides each gradient by its own size: a weight whose gradient
+    is itself at the level of rounding then moves by some 1e-6 more or less, on each CPU another
+    one. float64's rounding stands far below Adam's epsilon, which quenches it.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # A server that imports the slow libraries once, for both.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "transformers"])
+    mp.start_processes(one_process, (2, port, str(workplace)), 2, start_method="forkserver")
+    for name, settings in TWO_WAYS.items():
+        one, two = f"one_{name}", f"two_{name}"
+        model = make_model(**settings).double()
+        run(model, make_loader(SHARED, 2), max_bad=0.5, run_name=one, epochs=2)
+        assert largest_difference(model, make_model(**settings)) > 1e-3
+        for rank in range(2):
+            other = make_model(**settings).double()
+            other.load_state_dict(torch.load(f"{name}{rank}.pth"))
+            assert largest_difference(model, other) < 1e-7
+        for a, b in zip(rows(one), rows(two), strict=True):
+            assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]))
+        for run_name in (one, two):
+            assert [bad["id"] for bad in rows(run_name, "quarantine.jsonl")] == ["s4"]
+        assert rows(two)[-1]["bad_samples"] == rows(one)[-1]["bad_samples"] == 2  # one an epoch
+
+
+class Interrupted(DataLoader):
+    """Ends like a machine that loses power before the update `at`."""
+
+    at = 0
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            if self.at == 0:
+                raise KeyboardInterrupt
+            self.at -= 1
+            yield batch
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(workplace, optimizer):
+    names = [f"clip{i}" for i in range(10)]
+    settings = {"epochs": 3, "optimizer": optimizer, "save_interval": 2, "warmup_iters": 2}
+    whole, resumed = make_model(dropout=0.1), make_model(dropout=0.1)
+    run(whole, make_loader(names, 2, shuffle=True), run_name="whole", **settings)
+
+    loader = make_loader(names, 2, shuffle=True)
+    loader.__class__, loader.at = Interrupted, 9  # after the save of 8, in the second epoch of 5
+    with pytest.raises(KeyboardInterrupt):
+        run(make_model(dropout=0.1), loader, **settings)
+    assert len(rows()) == 9
+    run(resumed, make_loader(names, 2, shuffle=True), **settings)
+    assert largest_difference(whole, resumed) == 0
+    assert [row["step"] for row in rows()] == list(range(1, 16))
+    assert [row["loss"] for row in rows()] == [row["loss"] for row in rows("whole")]
+
+
+def test_the_state_of_another_run_is_refused(workplace):
+    loader = make_loader(["a", "b"], 1)
+    run(make_model(), loader, epochs=1)
+    with pytest.raises(
+        ValueError, match="another run(.|\n)*epochs: 1 then, 2 now(.|\n)*--resume never"
+    ):
+        run(make_model(), loader, epochs=2)
+    assert run(make_model(), loader, epochs=2, resume="never")["step"] == 4
+    with pytest.raises(ValueError, match="no such file"):
+        run(make_model(), loader, resume="elsewhere.pt")
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_loss_that_is_no_number_stops_before_the_update(workplace, accumulation):
+    model = make_model()
+    loader = make_loader(["a", "b", "c", "poison"], 1)
+    settings = {"accumulation_steps": accumulation, "save_interval": 1}
+    with pytest.raises(TrainingStopped, match=r"loss nan.* Samples: s3\. Look"):
+        run(model, loader, **settings)
+    for name, weight in model.named_parameters():
+        assert weight.isfinite().all(), name
+
+
+def test_undecodable_samples_are_skipped_counted_and_named(workplace):
+    names = ["a", "broken1", "b", "c"]
+    model = make_model()
+    last = run(model, make_loader(names, 1), epochs=2, max_bad=0.25)
+    assert last["bad_samples"] == 2 and last["step"] == 8
+    quarantined = rows(file="quarantine.jsonl")
+    assert [(bad["id"], bad["path"]) for bad in quarantined] == [("s1", "broken1")]
+
+    with pytest.raises(TrainingStopped, match=r"1 of 4 samples can't be decoded.*quarantine"):
+        run(model, make_loader(names, 1), max_bad=0.2, run_name="strict")
+
+
+def test_a_batch_without_any_good_sample_leaves_the_weights_alone(workplace):
+    model = make_model()
+    last = run(model, make_loader(["broken1", "broken2"], 2), max_bad=1)
+    assert largest_difference(model, make_model()) == 0
+    assert last["bad_samples"] == 2 and last["loss"] == 0
+
+
+def test_text_under_a_frozen_language_model_teaches_nothing(workplace):
+    model = make_model()
+    model.set_trainable(freeze_llm=2)
+    run(model, make_loader(["a", "text1", "text2", "b"], 1), epochs=2)
+    fresh = make_model()
+    assert largest_difference(model.language_model, fresh.language_model) == 0
+    assert largest_difference(model.vision_proj, fresh.vision_proj) > 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "seen"), [("bfloat16", torch.bfloat16), ("float32", torch.float32)]
+)
+def test_autocast_reaches_the_layers(workplace, dtype, seen):
+    model, dtypes = make_model(), set()
+    layer = model.language_model.model.layers[0].mlp.gate_proj
+    layer.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+    run(model, make_loader(["a"], 1), dtype=dtype)
+    assert dtypes == {seen}
+    assert layer.weight.dtype == torch.float32
+
+
+def test_validation_loss_does_not_depend_on_batches(workplace):
+    names = ["a", "b", "text1", "c", "d", "e", "f"]
+    losses = []
+    for size in (1, 3, 7):
+        train_loader, val_loader = make_loader(["x"], 1), make_loader(names, size)
+        last = run(make_model(), train_loader, val_loader, run_name=f"size{size}")
+        losses.append(last["val_loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+def test_a_validation_that_can_not_be_read_is_told_and_ends_nothing(workplace, capsys):
+    last = run(make_model(), make_loader(["a"], 1), make_loader(["broken"], 1))
+    assert "no sample of the validation can be read" in capsys.readouterr().out
+    assert "val_loss" not in last and Path("out/run.pth").is_file()
+    assert [bad["id"] for bad in rows(file="quarantine.jsonl")] == ["s0"]
+
+
+def test_schedules():
+    factors = partial(rate_factor, total_steps=12, warmup=3)
+    linear = [factors(step, schedule="linear") for step in range(12)]
+    assert linear[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert linear[3:] == pytest.approx([1 - i / 9 for i in range(9)])
+    cosine = [factors(step, schedule="cosine") for step in range(12)]
+    assert cosine[:4] == linear[:4]
+    assert cosine[6] == pytest.approx(0.75) and cosine[9] == pytest.approx(0.25)
+    assert 0 < cosine[-1] < linear[-1]
+
+
+def test_rates_reach_both_optimizers():
+    config = TrainConfig(optimizer="muon", learning_rate=1e-3, muon_learning_rate=0.02)
+    optimizers = Optimizers(make_model(), config)
+    optimizers.set_rates(0.5)
+    assert [g["lr"] for m in optimizers.members for g in m.param_groups] == [5e-4, 5e-4, 0.01]
+
+
+def test_muon_takes_hidden_matrices_and_decay_only_matrices():
+    model = make_model()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    adamw, muon = Optimizers(model, TrainConfig(optimizer="muon")).members
+    decayed, plain = ([names[p] for p in group["params"]] for group in adamw.param_groups)
+    hidden = [names[p] for p in muon.param_groups[0]["params"]]
+    assert {"language_model.model.embed_tokens.weight", "vision_proj.weight"} <= set(decayed)
+    assert "video_summary.queries" in decayed and "language_model.model.norm.weight" in plain
+    assert len(hidden) == 2 * 7 + 5 and not any("norm" in name for name in hidden)
+    assert sorted(hidden + decayed + plain) == sorted(names.values())
+
+
+def test_bad_settings_are_named_all_at_once(capsys):
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, "", ["--epochs", "0", "--learning_rate", "nan", "--run_name", "a/b"])
+    said = capsys.readouterr().err
+    assert "--epochs is 0" in said and "--learning_rate is nan" in said and "'a/b'" in said
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, "", ["--use_wand"])  # no abbreviations: a misspelt flag is an error
+    assert parse(TrainConfig, "", ["--no-use_wandb"], epochs=7).epochs == 7
