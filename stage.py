@@ -34,7 +34,7 @@ from dataset.video_dataset import (
 from device import choose_device
 from model.checkpoint import save_model
 from model.cinego import Cinego
-from model.config import CinegoConfig, LanguageModelConfig
+from model.config import SUMMARY_ALIASES, CinegoConfig, LanguageModelConfig
 from model.lora import add_adapters
 from model.vision_tower import VisionTower
 from trainer.config import TrainConfig, flag, local_flag, parse, side_flag
@@ -80,12 +80,17 @@ class StageConfig(TrainConfig):
     n_kv_heads: int = flag(2, "its key/value heads")
     use_moe: bool = flag(False, "a mixture of 4 experts in each layer; a token takes one")
     embedding_std: float = flag(0.02, "spread of its random embeddings, for --from_scratch")
-    summary: Literal["ours", "gpt4video", "mean", "concat"] = flag("ours", "how frames condense")
+    summary: Literal["dct", "gpt4video", "mean", "concat", "ours"] = flag(
+        "dct", "how frames condense; ours: the old name of dct"
+    )
     gradient_checkpointing: bool = side_flag(
         False, "keep less for the backward pass and compute it again: memory for time"
     )
     dry_run: bool = side_flag(False, "two updates, and what the whole run will cost; nothing else")
     compile: bool = side_flag(False, "torch.compile the layers; the first updates are slow")
+
+    def __post_init__(self):
+        self.summary = SUMMARY_ALIASES.get(self.summary, self.summary)
 
     def problems(self) -> list[str]:
         found = super().problems()

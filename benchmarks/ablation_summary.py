@@ -22,7 +22,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-KINDS = ("ours", "mean", "concat", "gpt4video")
+KINDS = ("dct", "mean", "concat", "gpt4video")
 TOWER = "demo/tower"
 NUM_FRAMES = 8
 BATCH_SIZE = 16

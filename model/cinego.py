@@ -94,12 +94,6 @@ class Cinego(nn.Module):
                 f"visual features of {tuple(visual_features.shape[1:])} a frame, but the model "
                 f"takes {frame_shape}: extract them with the tower that it was trained with"
             )
-        frames = frames_per_visual or []
-        if sum(frames) != len(visual_features) or min(frames, default=0) < 1:
-            raise ValueError(
-                f"frames_per_visual {frames_per_visual} doesn't add up to the "
-                f"{len(visual_features)} frames of visual_features"
-            )
         summary_VPD = self.video_summary(visual_features, frames_per_visual)
         return self.vision_proj(summary_VPD.to(self.vision_proj.weight.dtype)).flatten(0, 1)
 

@@ -3,7 +3,8 @@
 import math
 from dataclasses import asdict, dataclass, field, fields
 
-SUMMARY_KINDS = ("ours", "gpt4video", "mean", "concat")
+SUMMARY_KINDS = ("dct", "gpt4video", "mean", "concat")
+SUMMARY_ALIASES = {"ours": "dct"}  # its name in checkpoints and commands until Nov 2026
 
 
 def has_cls(tokens_per_frame: int) -> bool:
@@ -99,12 +100,15 @@ class CinegoConfig:
     """A language model, the tower's two numbers, and how a video is condensed between them."""
 
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
-    summary: str = "ours"
+    summary: str = "dct"
     vision_hidden_size: int = 768
     tokens_per_frame: int = 50
     num_temporal_filters: int = 8
     # The ids of one visual's placeholder; only needed where the caller hands in no visual_mask.
     image_ids: list[int] | tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        self.summary = SUMMARY_ALIASES.get(self.summary, self.summary)
 
     def tokens_per_visual(self, num_frames: int) -> int:
         """Rows of the language model's input that a visual of `num_frames` frames takes."""

@@ -244,7 +244,7 @@ def _read_vision(found: Recognised, ancestor: str) -> None:
         found.told |= {"summary": "gpt4video", "tokens_per_frame": queries.shape[-2:][0]}
     if SUMMARY + "spatial.weight" in found.state:
         courses = _matrix(found, SUMMARY + "spatial.weight").shape[1]
-        found.told |= {"summary": "ours", "num_temporal_filters": courses // width - 1}
+        found.told |= {"summary": "dct", "num_temporal_filters": courses // width - 1}
 
     if ancestor == "Cinego 2025":
         found.assumed["image_ids"] = [34] * found.told.get("tokens_per_frame", 197)

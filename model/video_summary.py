@@ -2,14 +2,15 @@
 
 GPT4Video (arXiv 2311.16511) condenses a video with learned queries along a spatial and a temporal
 branch. Attention over frames learns slowly which way time runs, or never where frames carry no
-position, so ours keeps the two branches but shows them each token's *course through time*, as the
-coefficients of a cosine transform: the first is the mean, the second is negative for what grows
-and positive for what fades, and so on. A linear layer then reads direction at once.
+position, so `dct` keeps the two branches but shows them each token's *temporal coefficients*: the
+cosine transform (DCT-II) of its features over time. The first coefficient is the mean, the second
+is negative for what grows and positive for what fades, and so on: a linear layer then reads
+direction at once.
 
-A tower without a CLS (SigLIP) has P places: their mean course stands in for the CLS's.
+A tower without a CLS (SigLIP) has P places: the mean of their coefficients stands in for the CLS's.
 
-Shapes: V visuals, F frames (of the longest visual, where padded), P tokens a frame (a CLS first),
-D vision width, K temporal coefficients.
+Shapes: N frames of the whole batch, V visuals, F frames of the longest visual, P tokens a frame (a
+CLS first), D vision width, K temporal coefficients, X = (K + 1) · D.
 """
 
 import math
@@ -17,31 +18,28 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from model.config import SUMMARY_KINDS, has_cls
+from model.config import SUMMARY_ALIASES, SUMMARY_KINDS, has_cls
 
-# What changes within a clip is small beside what stands: where the mean of normalised features is
+# What changes within a clip is small beside what stays: where the mean of normalised features is
 # 1, signed coefficients are 0.05 to 0.2 and the mean change is 0.3. Raised, they learn as early.
 CHANGE_GAIN = 4.0
 
 
 def pad_frames(features_NPD: Tensor, frames_per_visual: list[int]) -> Tensor:
-    """All frames of a batch in one row → (V, F, P, D), zeros after a visual's last frame."""
+    """(N, P, D), the frames of all visuals → (V, F, P, D), zeros after a visual's last frame."""
     longest = max(frames_per_visual)
     if min(frames_per_visual) == longest:  # the usual batch: no copy
         return features_NPD.unflatten(0, (-1, longest))
-    lengths_V = torch.tensor(frames_per_visual, device=features_NPD.device)
-    real_VF = torch.arange(longest, device=features_NPD.device) < lengths_V[:, None]
-    padded_VFPD = features_NPD.new_zeros(*real_VF.shape, *features_NPD.shape[1:])
-    padded_VFPD[real_VF] = features_NPD
-    return padded_VFPD
+    return pad_sequence(features_NPD.split(frames_per_visual), batch_first=True)
 
 
 def temporal_filters(lengths_V: Tensor, num_filters: int, max_frames: int) -> Tensor:
     """(V, K, F) weights of the DCT-II over each visual's own frames; row 0 takes the mean.
 
-    Frame t of n stands at time (t + ½) / n, so that clips of other lengths mean the same. Zero on
-    padding, and for the coefficients k ≥ n, which n frames can't tell from the lower ones.
+    Frame t of n stands at time (t + ½) / n, so that clips of different lengths are comparable. Zero
+    on padding, and for the coefficients k ≥ n, which n frames can't tell from the lower ones.
     """
     frames_F = torch.arange(max_frames, device=lengths_V.device)
     orders_K1 = torch.arange(num_filters, device=lengths_V.device)[:, None]
@@ -71,16 +69,18 @@ class CrossAttention(nn.Module):
         self.mha = nn.MultiheadAttention(hidden_size, 8, dropout=0.1, batch_first=True)
         self.dropout = nn.Dropout(0.1)
 
-    def forward(self, queries: Tensor, keys: Tensor, ignored: Tensor | None) -> Tensor:
-        return self.dropout(
-            self.mha(queries, keys, keys, key_padding_mask=ignored, need_weights=False)[0]
+    def forward(self, queries_VPD: Tensor, keys_VTD: Tensor, padding_VT: Tensor | None) -> Tensor:
+        """(V, P, D): what the queries read at T keys, of which those marked True are padding."""
+        mixed_VPD, _ = self.mha(
+            queries_VPD, keys_VTD, keys_VTD, key_padding_mask=padding_VT, need_weights=False
         )
+        return self.dropout(mixed_VPD)
 
 
 class VideoSummary(nn.Module):
-    """(sum of F, P, D) frames of all visuals → (V, P, D); for `concat` the frames as they are.
+    """The frames of all visuals, condensed to the tokens of one frame each.
 
-    ours       temporal filters, described above
+    dct        temporal coefficients, described above
     gpt4video  Cinego 2025's block, for its checkpoints; it can't tell a video from its reverse
     mean       the mean over frames; the identity for one image, which is MiniMind-V
     concat     no summary: every frame's tokens go to the language model
@@ -89,19 +89,21 @@ class VideoSummary(nn.Module):
     def __init__(
         self, kind: str, hidden_size: int = 768, tokens_per_frame: int = 50, num_filters: int = 8
     ):
+        """ValueError where `kind` is none of the four (or the old name of `dct`)."""
         super().__init__()
+        kind = SUMMARY_ALIASES.get(kind, kind)
         if kind not in SUMMARY_KINDS:
             raise ValueError(f"summary must be one of {', '.join(SUMMARY_KINDS)}, not {kind!r}")
         self.kind, self.num_filters = kind, num_filters
         self.has_cls = has_cls(tokens_per_frame)
-        if kind == "ours":
-            course = (num_filters + 1) * hidden_size
+        if kind == "dct":
+            coefficients = (num_filters + 1) * hidden_size
             # Its own 2·D would be 10 M parameters at 768 wide, twice the spatial branch.
             hidden = min(2 * hidden_size, 384)
             self.queries = nn.Parameter(torch.randn(1, tokens_per_frame, hidden_size) * 0.02)
-            self.spatial = nn.Linear(course, hidden_size)
+            self.spatial = nn.Linear(coefficients, hidden_size)
             self.temporal = nn.Sequential(
-                nn.Linear(course, hidden), nn.GELU(), nn.Linear(hidden, hidden_size)
+                nn.Linear(coefficients, hidden), nn.GELU(), nn.Linear(hidden, hidden_size)
             )
             self.ffn = nn.Sequential(
                 nn.LayerNorm(hidden_size),
@@ -117,57 +119,69 @@ class VideoSummary(nn.Module):
             self.cross_attn_t = nn.ModuleList([CrossAttention(hidden_size)])
 
     def forward(self, features_NPD: Tensor, frames_per_visual: list[int]) -> Tensor:
-        assert sum(frames_per_visual) == len(features_NPD), "frames_per_visual doesn't add up"
-        assert min(frames_per_visual) >= 1, "a visual has at least one frame"
+        """(N, P, D) frames, visual after visual → (V, P, D); for `concat` (N, P, D) as they are.
+
+        frames_per_visual: V numbers, at least 1 each, that sum to N; ValueError where they don't.
+        A visual's summary depends neither on its neighbours in the batch nor on their lengths.
+        """
+        frames = frames_per_visual or []
+        if sum(frames) != len(features_NPD) or min(frames, default=0) < 1:
+            raise ValueError(
+                f"frames_per_visual {frames_per_visual} doesn't add up to the {len(features_NPD)} "
+                "frames of visual_features"
+            )
         if self.kind == "concat":
             return features_NPD.float()
-        lengths_V = torch.tensor(frames_per_visual, device=features_NPD.device)
+        lengths_V = torch.tensor(frames, device=features_NPD.device)
         if self.kind == "gpt4video":
-            return self._attend(features_NPD.to(self.query_s.dtype), frames_per_visual, lengths_V)
+            return self._cross_attend(features_NPD.to(self.query_s.dtype), frames, lengths_V)
         # The filters are exact numbers on frozen features: no bfloat16, and nothing to learn.
         with torch.autocast(features_NPD.device.type, enabled=False):
-            frames_VFPD = pad_frames(features_NPD.float(), frames_per_visual)
-            num_filters = self.num_filters if self.kind == "ours" else 1
-            filters_VKF = temporal_filters(lengths_V, num_filters, frames_VFPD.shape[1])
+            frames_VFPD = pad_frames(features_NPD.float(), frames)
             if self.kind == "mean":
-                return torch.einsum("vf,vfpd->vpd", filters_VKF[:, 0], frames_VFPD)
-            tokens_VFPD = F.layer_norm(frames_VFPD, frames_VFPD.shape[-1:])
-            mean_VP1D, signed_VPKD = torch.einsum("vkf,vfpd->vpkd", filters_VKF, tokens_VFPD).split(
-                [1, num_filters - 1], dim=2
-            )
-            change_VP1D = mean_change(tokens_VFPD, lengths_V)[:, :, None]
-            courses_VPKD = torch.cat(
-                [mean_VP1D, CHANGE_GAIN * signed_VPKD, CHANGE_GAIN * change_VP1D], dim=2
-            )
-        courses_VPX = courses_VPKD.flatten(2).to(self.queries.dtype)
+                mean_VF = temporal_filters(lengths_V, 1, frames_VFPD.shape[1])[:, 0]
+                return torch.einsum("vf,vfpd->vpd", mean_VF, frames_VFPD)
+            coefficients_VPKD = self._temporal_coefficients(frames_VFPD, lengths_V)
+        mean_VPD = coefficients_VPKD[:, :, 0].to(self.queries.dtype)
+        coefficients_VPX = coefficients_VPKD.flatten(2).to(self.queries.dtype)
         if self.has_cls:
-            cls_V1X, places_VPX = courses_VPX[:, :1], courses_VPX[:, 1:]
+            cls_V1X, places_VPX = coefficients_VPX[:, :1], coefficients_VPX[:, 1:]
         else:
-            cls_V1X, places_VPX = courses_VPX.mean(1, keepdim=True), courses_VPX
+            cls_V1X, places_VPX = coefficients_VPX.mean(1, keepdim=True), coefficients_VPX
         cls_V1D = self.temporal(cls_V1X)
         branches_VPD = self.spatial(places_VPX) + cls_V1D
         if self.has_cls:
             branches_VPD = torch.cat([cls_V1D, branches_VPD], dim=1)
         # The mean frame passes through: an untrained summary is already a picture of the video. It
         # is the normalised one, since a tower's raw features, many times larger than what the
-        # branches say of time, would drown it: with them, 500 updates learned no direction at all.
-        summary_VPD = mean_VP1D[:, :, 0].to(self.queries.dtype) + self.queries + branches_VPD
+        # branches say of time, would drown it: with them, 500 steps learned no direction at all.
+        summary_VPD = mean_VPD + self.queries + branches_VPD
         return summary_VPD + self.ffn(summary_VPD)
 
-    def _attend(self, features_NPD: Tensor, frames_per_visual: list[int], lengths_V) -> Tensor:
-        """Each branch's queries look at all tokens of all frames, and at themselves."""
-        frames_VFPD = pad_frames(features_NPD, frames_per_visual)
-        num_visuals, longest, per_frame, _ = frames_VFPD.shape
-        ignored = None
-        if min(frames_per_visual) < longest:
+    def _temporal_coefficients(self, frames_VFPD: Tensor, lengths_V: Tensor) -> Tensor:
+        """(V, P, K + 1, D): the mean, the K - 1 signed coefficients and the mean change."""
+        tokens_VFPD = F.layer_norm(frames_VFPD, frames_VFPD.shape[-1:])
+        filters_VKF = temporal_filters(lengths_V, self.num_filters, frames_VFPD.shape[1])
+        coefficients_VPKD = torch.einsum("vkf,vfpd->vpkd", filters_VKF, tokens_VFPD)
+        change_VP1D = mean_change(tokens_VFPD, lengths_V)[:, :, None]
+        mean_VP1D, signed_VPKD = coefficients_VPKD.tensor_split([1], dim=2)
+        return torch.cat([mean_VP1D, CHANGE_GAIN * signed_VPKD, CHANGE_GAIN * change_VP1D], dim=2)
+
+    def _cross_attend(self, features_NPD: Tensor, frames: list[int], lengths_V: Tensor) -> Tensor:
+        """(V, P, D): each branch's queries read all tokens of all frames, and themselves."""
+        frames_VFPD = pad_frames(features_NPD, frames)
+        num_visuals, longest, tokens_per_frame, _ = frames_VFPD.shape
+        padding_VT = None
+        if min(frames) < longest:
             padding_VF = torch.arange(longest, device=lengths_V.device) >= lengths_V[:, None]
-            ignored = F.pad(padding_VF.repeat_interleave(per_frame, 1), (0, per_frame), value=False)
-        branches = []
-        for queries, attention in (
+            padding_VT = padding_VF.repeat_interleave(tokens_per_frame, 1)
+            padding_VT = F.pad(padding_VT, (0, tokens_per_frame), value=False)
+        summary_VPD = 0
+        for queries_1PD, attention in (
             (self.query_s, self.cross_attn_s[0]),
             (self.query_t, self.cross_attn_t[0]),
         ):
-            queries = queries.expand(num_visuals, -1, -1)
-            keys = torch.cat([frames_VFPD.flatten(1, 2), queries], dim=1)
-            branches.append(attention(queries, keys, ignored))
-        return branches[0] + branches[1]
+            queries_VPD = queries_1PD.expand(num_visuals, -1, -1)
+            keys_VTD = torch.cat([frames_VFPD.flatten(1, 2), queries_VPD], dim=1)
+            summary_VPD = summary_VPD + attention(queries_VPD, keys_VTD, padding_VT)
+        return summary_VPD

@@ -194,7 +194,7 @@ def test_frames_a_second_and_the_resize_rule_reach_the_model_and_its_record(monk
     [
         ("", SIZE, r"out/pretrain_videolm_32.pth: no such checkpoint; run train_pretrain.py first"),
         ("--load_from start.pth", SIZE.replace("layers 2", "layers 3"), "--n_layers: 2 .* 3 given"),
-        ("--load_from start.pth --summary mean", SIZE, "--summary: ours in the file, mean given"),
+        ("--load_from start.pth --summary mean", SIZE, "--summary: dct in the file, mean given"),
         ("--load_from start.pth --num_frames 8", SIZE, "num_frames is 4, 8 is needed"),
         ("--load_from start.pth --sampling fps --fps 2", SIZE, "sampling is 'uniform', 'fps' is"),
         ("--load_from start.pth --resize pad", SIZE, "'resize': 'pad'} is needed"),

@@ -21,7 +21,7 @@ class CinegoProcessor(ProcessorMixin):
         tokenizer=None,
         num_frames: int = 8,
         tokens_per_frame: int = 50,
-        summary: str = "ours",
+        summary: str = "dct",
         chat_template=None,
     ):
         """num_frames: taken from a video. The other two say how many tokens a visual takes."""

@@ -283,7 +283,7 @@ def test_the_models_of_a_folder_can_be_chosen(models, monkeypatch, folder):
     monkeypatch.setattr(sys, "argv", ["web_demo.py", "--out_dir", str(models), "--device", "cpu"])
     page = AppTest.from_file(str(ROOT / "web_demo.py"), default_timeout=60).run()
     assert page.selectbox[0].options == names
-    assert "0.3 M parameters with the tower, summary ours, 4 frames" in page.caption[1].value
+    assert "0.3 M parameters with the tower, summary dct, 4 frames" in page.caption[1].value
     answers = []
     for path in found[:2]:  # each with its own tower, without a flag
         page.selectbox[0].set_value(str(path)).run()

@@ -39,7 +39,7 @@ def test_a_language_model_comes_back_with_its_config(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["lm_32.json", "lm_32.pth"]  # nothing half-written
 
 
-@pytest.mark.parametrize("summary", ["ours", "gpt4video", "mean", "concat"])
+@pytest.mark.parametrize("summary", ["dct", "gpt4video", "mean", "concat"])
 def test_a_video_language_model_comes_back(tmp_path, summary):
     model = cinego(summary=summary, image_ids=[3] * 50)
     save_model(tmp_path / "sft.pth", model, {})
@@ -54,13 +54,24 @@ def test_a_video_language_model_comes_back(tmp_path, summary):
         LanguageModelConfig(64, 48, 3, 8, 2),  # as MiniMind2
     ],
 )
-@pytest.mark.parametrize("summary", ["ours", "gpt4video", "mean"])
+@pytest.mark.parametrize("summary", ["dct", "gpt4video", "mean"])
 def test_a_bare_state_dict_is_read_from_its_shapes(tmp_path, summary, language_model):
     model = cinego(language_model, summary=summary, num_temporal_filters=5)
     torch.save(model.state_dict(), tmp_path / "bare.pth")
     loaded = load_video_language_model(tmp_path / "bare.pth")
     assert same_weights(model, loaded) and loaded.config.summary == summary
     assert loaded.config.language_model == language_model
+
+
+def test_the_old_name_of_the_summary_still_loads(tmp_path):
+    model = cinego(summary="ours")
+    save_model(tmp_path / "sft.pth", model, {})
+    about = (tmp_path / "sft.json").read_text()
+    assert '"summary": "dct"' in about
+    (tmp_path / "sft.json").write_text(about.replace('"summary": "dct"', '"summary": "ours"'))
+    loaded = load_video_language_model(tmp_path / "sft.pth")
+    assert same_weights(model, loaded) and loaded.config.summary == "dct"
+    assert load_video_language_model(tmp_path / "sft.pth", summary="ours").config.summary == "dct"
 
 
 def test_overrides_have_the_last_word(tmp_path):

@@ -11,7 +11,7 @@ P, D, VOCABULARY = 6, 16, 64
 PLACEHOLDER = [30, 30, 30, 32, 32, 32]
 
 
-def make(summary="ours", image_ids=None, **language_model):
+def make(summary="dct", image_ids=None, **language_model):
     torch.manual_seed(0)
     sizes = {"num_attention_heads": 4, "initializer_range": 0.2, "embedding_std": 0.5}
     config = LanguageModelConfig(VOCABULARY, 32, 2, **sizes | language_model)
@@ -52,7 +52,7 @@ def batch(*samples):
     return inputs
 
 
-@pytest.mark.parametrize("summary", ["ours", "gpt4video", "mean", "concat"])
+@pytest.mark.parametrize("summary", ["dct", "gpt4video", "mean", "concat"])
 def test_a_mixed_batch_equals_each_sample_alone(summary):
     model = make(summary)
     samples = [
@@ -92,7 +92,7 @@ def test_reversed_frames_change_the_answer():
     assert (model(**one).logits - model(**backward).logits)[:, -1].abs().max() > 0.01
 
 
-@pytest.mark.parametrize("summary", ["ours", "gpt4video", "mean", "concat"])
+@pytest.mark.parametrize("summary", ["dct", "gpt4video", "mean", "concat"])
 def test_half_precision_by_autocast_or_by_weights_stays_close(summary):
     model = make(summary)
     inputs = batch(sample(model, 1, [8], 5), sample(model, 4, [1], 1))

@@ -15,7 +15,7 @@ P, D, EOS, NEVER = 4, 16, 2, 10_000
 def model():
     torch.manual_seed(0)
     config = LanguageModelConfig(50, 32, 2, 4, initializer_range=0.3, embedding_std=0.5)
-    return Cinego(CinegoConfig(config, "ours", D, P)).eval()
+    return Cinego(CinegoConfig(config, "dct", D, P)).eval()
 
 
 def prompt(text_before, num_frames, text_after):

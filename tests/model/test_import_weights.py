@@ -367,7 +367,7 @@ def test_a_summary_that_the_file_lacks_starts_anew_only_when_asked_for(tmp_path)
     state = old_state(heads=8, kv_heads=4)
     add_projector(state, "vision_proj.vision_proj.0", 24)
     path = write(tmp_path / "vlm.pth", state)
-    vlm = load_video_language_model(path, summary="ours")
+    vlm = load_video_language_model(path, summary="dct")
     assert {name.split(".")[0] for name in vlm.load_report.initialised} == {"video_summary"}
     assert all(p.isfinite().all() and not p.is_meta for p in vlm.parameters())
     assert load_video_language_model(path).load_report.initialised == []

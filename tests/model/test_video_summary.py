@@ -6,7 +6,7 @@ import torch
 from model.video_summary import VideoSummary, mean_change, temporal_filters
 
 D, P = 32, 10
-LEARNED = ["ours", "gpt4video"]
+LEARNED = ["dct", "gpt4video"]
 CONDENSING = [*LEARNED, "mean"]
 
 
@@ -33,7 +33,7 @@ def test_a_video_is_the_same_alone_and_in_a_ragged_batch(kind):
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
-def test_ours_tells_a_video_from_its_reverse_and_cinego_2025_does_not():
+def test_dct_tells_a_video_from_its_reverse_and_cinego_2025_does_not():
     video = torch.randn(8, P, D)
 
     def difference(kind):
@@ -41,8 +41,8 @@ def test_ours_tells_a_video_from_its_reverse_and_cinego_2025_does_not():
         forward, backward = summary(video, [8]), summary(video.flip(0), [8])
         return ((forward - backward).abs().max() / forward.abs().max()).item()
 
-    assert difference("ours") > 0.05
-    assert difference("gpt4video") < 1e-5  # why `ours` exists
+    assert difference("dct") > 0.05
+    assert difference("gpt4video") < 1e-5  # why `dct` exists
     assert difference("mean") < 1e-5
 
 
@@ -50,15 +50,15 @@ def test_what_little_changes_is_heard_before_any_training_whatever_the_tower_s_s
     """A tower's raw features may be of any size, and most of a frame stays as it is."""
     frame, drift = torch.randn(1, P, D), 0.1 * torch.randn(1, P, D)
     video = frame + drift * torch.linspace(-1, 1, 8)[:, None, None]
-    summary = make("ours")
+    summary = make("dct")
     forward, backward = summary(video, [8]), summary(video.flip(0), [8])
     assert (forward - backward).norm() > 0.05 * forward.norm()
     torch.testing.assert_close(summary(20 * video, [8]), forward, atol=1e-4, rtol=1e-4)
 
 
-def test_ours_learns_the_order_of_two_frames_in_every_place():
+def test_dct_learns_the_order_of_two_frames_in_every_place():
     """A place's own course must reach that place's token: swap one place over time, not the CLS."""
-    summary, video = make("ours"), torch.randn(6, P, D)
+    summary, video = make("dct"), torch.randn(6, P, D)
     swapped = video.clone()
     swapped[:, 4] = video[:, 4].flip(0)
     change = (summary(swapped, [6]) - summary(video, [6])).abs().amax(-1)[0]
@@ -67,7 +67,7 @@ def test_ours_learns_the_order_of_two_frames_in_every_place():
 
 
 def test_the_cls_course_reaches_every_token():
-    summary, video = make("ours"), torch.randn(6, P, D)
+    summary, video = make("dct"), torch.randn(6, P, D)
     swapped = video.clone()
     swapped[:, 0] = video[:, 0].flip(0)
     change = (summary(swapped, [6]) - summary(video, [6])).abs().amax(-1)[0]
@@ -77,7 +77,7 @@ def test_the_cls_course_reaches_every_token():
 def test_without_a_cls_the_mean_of_the_places_stands_in_for_it():
     """16 tokens are 4 x 4 places of SigLIP, and none of them is left out or special."""
     torch.manual_seed(0)
-    summary = VideoSummary("ours", hidden_size=D, tokens_per_frame=16).eval()
+    summary = VideoSummary("dct", hidden_size=D, tokens_per_frame=16).eval()
     video = torch.randn(6, 16, D)
     out = summary(video, [6])
     assert out.shape == (1, 16, D)
@@ -97,9 +97,9 @@ def test_change_is_the_mean_step_between_a_video_s_own_frames():
     torch.testing.assert_close(change.flatten(), torch.tensor([4 / 3, 2.0, 0.0]))
 
 
-def test_ours_tells_what_stays_from_what_flickers():
+def test_dct_tells_what_stays_from_what_flickers():
     """Signed filters average back and forth away: here they are cut off, and it still shows."""
-    summary = make("ours")
+    summary = make("dct")
     with torch.no_grad():
         summary.spatial.weight[:, : 8 * D] = 0
         summary.temporal[0].weight[:, : 8 * D] = 0
@@ -134,7 +134,7 @@ def test_every_parameter_learns(kind):
 
 def test_features_in_half_precision_are_read_exactly():
     features = torch.randn(8, P, D).half()
-    torch.testing.assert_close(make("ours")(features, [8]), make("ours")(features.float(), [8]))
+    torch.testing.assert_close(make("dct")(features, [8]), make("dct")(features.float(), [8]))
 
 
 def test_the_2025_block_is_two_plain_attentions_over_frames_and_queries():
@@ -151,4 +151,4 @@ def test_the_2025_block_is_two_plain_attentions_over_frames_and_queries():
 
 
 def test_the_full_size_summary_stays_under_12_million_parameters():
-    assert sum(p.numel() for p in VideoSummary("ours").parameters()) < 12e6
+    assert sum(p.numel() for p in VideoSummary("dct").parameters()) < 12e6

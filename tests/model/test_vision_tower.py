@@ -114,7 +114,7 @@ def test_a_siglip_tower_goes_through_the_whole_model():
     """No CLS: the placeholder has one token a place, and pixels still change the answer."""
     torch.manual_seed(0)
     tower = VisionTower(transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**TINY)))
-    config = CinegoConfig(LanguageModelConfig(64, 32, 2, 4), "ours", 32, tower.tokens_per_frame)
+    config = CinegoConfig(LanguageModelConfig(64, 32, 2, 4), "dct", 32, tower.tokens_per_frame)
     assert config.tokens_per_visual(5) == 16
     model = Cinego(config, tower).eval()
     inputs = {
@@ -196,7 +196,7 @@ def test_frames_of_another_size_are_refused(clip):
 
 def test_pixels_and_features_give_the_same_logits_and_the_tower_is_not_saved(clip):
     tower = VisionTower(clip)
-    config = CinegoConfig(LanguageModelConfig(64, 32, 2, 4), "ours", 32, 17)
+    config = CinegoConfig(LanguageModelConfig(64, 32, 2, 4), "dct", 32, 17)
     model, pixels = Cinego(config, tower).eval(), torch.randn(5, 3, 32, 32)
     inputs = {
         "input_ids": torch.randint(0, 64, (2, 20)),
