@@ -34,7 +34,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cli import launch
-from dataset import parquet
 from dataset.feature_store import FLOAT16, INT8, FeatureStore, relative_error
 from dataset.parallel import in_any_order
 from dataset.samples import read_samples, resolve_under
@@ -326,18 +325,15 @@ class Decoder:
         return {**record, "frames": len(frames)}, frames
 
     def describe(self, path: Path) -> dict:
-        if parquet.is_image(path):
-            data, stat = parquet.read_image(path), path.parent.stat()
-            return describe_source(len(data), stat.st_mtime_ns, hashlib.sha256(data))
         if not path.is_file():
             raise VideoError(path, "missing", "there is no such file")
         with path.open("rb") as file:
             stat, digest = path.stat(), hashlib.file_digest(file, "sha256")
-        return describe_source(stat.st_size, stat.st_mtime_ns, digest)
-
-
-def describe_source(size: int, mtime_ns: int, digest) -> dict:
-    return {"size": size, "mtime_ns": mtime_ns, "sha256": digest.hexdigest()}
+        return {
+            "size": stat.st_size,
+            "mtime_ns": stat.st_mtime_ns,
+            "sha256": digest.hexdigest(),
+        }
 
 
 # -------------------------------------------------------------------- the tower, in batches

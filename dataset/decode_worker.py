@@ -1,9 +1,9 @@
 """The process that decodes for `read_frames`: one request in, one reply out, until its input ends.
 
 Native decoders crash, hang with Python's lock held and eat memory on broken files. Here this hits a
-process that is there to be killed. A request is a line of JSON, and the bytes of a picture that
-has no file of its own. A reply is a line of JSON, and the frames' bytes: nothing of it is ever
-executed, should a file have taken this process over.
+process that is there to be killed. A request is a line of JSON. A reply is a line of
+JSON, and the frames' bytes: nothing of it is ever executed, should a file have taken this process
+over.
 """
 
 import json
@@ -32,16 +32,15 @@ def main() -> None:
     limit_memory()
     replies.write(b"ready\n")
     for line in sys.stdin.buffer:
-        timeout, size, fields = json.loads(line)
+        timeout, fields = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, timeout + GRACE)
-        data = None if size is None else sys.stdin.buffer.read(size)
-        answer(replies, Request(**fields), data)
+        answer(replies, Request(**fields))
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def answer(replies: BinaryIO, request: Request, data: bytes | None) -> None:
+def answer(replies: BinaryIO, request: Request) -> None:
     try:
-        clip = decode(request, data)
+        clip = decode(request)
     except VideoError as error:
         header, frames = {"error": [error.reason, error.detail]}, b""
     except ValueError as error:

@@ -46,15 +46,15 @@ LAST_BYTES = {"gif": b";", "mjpeg": b"\xff\xd9"}
 HELD_BYTES = 16 << 20  # packets up to this size stay in memory: no second read, no seek
 
 
-def decode(request: Request, data: bytes | None = None) -> Frames:
-    """Read as `request` says, `data` in place of the file where it is given: then it's a picture.
+def decode(request: Request) -> Frames:
+    """Read as `request` says.
 
     Raises VideoError, whatever is wrong with the file.
     """
     path = Path(request.path)
     try:
-        if data is not None or is_image(path):
-            clip = read_image(request, data)
+        if is_image(path):
+            clip = read_image(request)
         else:
             clip = (_read_decord if request.backend == "decord" else _read_pyav)(request)
         if request.transform:

@@ -1,6 +1,5 @@
 """Pictures, and animated ones as clips, by Pillow: upright, 8-bit RGB, transparency on white."""
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +29,9 @@ def is_image(path: Path) -> bool:
     return head.startswith(MAGIC) or (head[4:8] == b"ftyp" and head[8:] in (b"avif", b"avis"))
 
 
-def read_image(request: Request, data: bytes | None = None) -> Frames:
-    """The picture in `data`, or in the file."""
-    file = request.path if data is None else io.BytesIO(data)
-    with Image.open(file, formats=FORMATS) as image:
+def read_image(request: Request) -> Frames:
+    """The picture in the file, or the clip that it is when animated."""
+    with Image.open(request.path, formats=FORMATS) as image:
         request.check_picture(image.width, image.height)
         count = getattr(image, "n_frames", 1)
         if count == 1 or image.format in ("MPO", "TIFF"):  # further pictures aren't later frames

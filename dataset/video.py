@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 
@@ -33,8 +32,6 @@ from dataset.clip import (
 )
 from dataset.decode_worker import main as decode_requests
 from dataset.decoding import decode
-from dataset.parquet import is_image as is_in_parquet
-from dataset.parquet import read_image
 from dataset.transforms import FrameTransform
 
 __all__ = [
@@ -109,23 +106,17 @@ def read_frames(
 
     # An absolute name can't be taken for a protocol ("concat:…"), and a pipe or device never ends.
     path = os.path.abspath(os.fsdecode(path))
-    data = None
-    if "\0" not in path and is_in_parquet(Path(path)):
-        try:
-            data = read_image(Path(path))
-        except ValueError as error:
-            raise VideoError(path, "missing", str(error)) from error
-    elif "\0" in path or not os.path.isfile(path):
+    if "\0" in path or not os.path.isfile(path):
         raise VideoError(path, "missing", "there is no such file")
     request = Request(
         *(path, num_frames, sampling, fps, backend, max_pixels, max_seconds, max_bytes),
         transform=transform and transform.describe(),
     )
     if timeout is None:
-        return decode(request, data)
+        return decode(request)
     worker = _take_worker()
     try:
-        clip = worker.read(request, data, timeout)
+        clip = worker.read(request, timeout)
     except (VideoError, ValueError):
         _give_back(worker)
         raise
@@ -174,12 +165,10 @@ class _Worker:
             self.kill()
             raise RuntimeError("the decoding process doesn't start; its output tells why")
 
-    def read(self, request: Request, data: bytes | None, timeout: float) -> Frames:
+    def read(self, request: Request, timeout: float) -> Frames:
         self.deadline = time.monotonic() + timeout
-        size = None if data is None else len(data)
         try:
-            self._send(json.dumps([timeout, size, asdict(request)]).encode() + b"\n")
-            self._send(data or b"")
+            self._send(json.dumps([timeout, asdict(request)]).encode() + b"\n")
             reply = json.loads(self._line())
             if "shape" in reply:
                 frames = np.empty(reply["shape"], np.uint8)

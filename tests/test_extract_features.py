@@ -1,6 +1,5 @@
 """The real script on real files: features, manifest, resuming, failures."""
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -14,15 +13,12 @@ from pathlib import Path
 
 import av
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 import extract_features
 from dataset.feature_store import FeatureStore
-from dataset.samples import read_samples
 from dataset.video import FrameTransform, read_frames
 from device import choose_dtype
 from model.vision_tower import VisionTower
@@ -252,24 +248,6 @@ def test_a_clip_with_another_date_is_not_decoded_again(data, extract):
     assert "6 visuals, 3 to do" in said and "1 visuals, 0 frames" in said
     assert (data / "features" / "clips" / "a.mp4.npy").stat().st_mtime_ns == before
     assert "6 visuals, 2 to do" in extract(*DATA, "--num_workers", 0)
-
-
-def test_pictures_in_a_parquet(data, extract):
-    picture = (data / "clips" / "d.png").read_bytes()
-    turns = [
-        {"role": "user", "content": "<image>\nWhat?"},
-        {"role": "assistant", "content": "Red."},
-    ]
-    rows = {"conversations": [json.dumps(turns)] * 2, "image_bytes": [picture, b"not a picture"]}
-    pq.write_table(pa.table(rows), "packed.parquet")
-    extract("--data_path", "packed.parquet", *DATA[1:], "--num_workers", 1)
-    good, bad = (sample.visuals[0] for sample in read_samples("packed.parquet"))
-    store = FeatureStore(data / "features")
-    assert torch.equal(store.read(good), store.read("clips/d.png"))
-    assert store.manifest["sources"][good]["sha256"] == hashlib.sha256(picture).hexdigest()
-    assert bad in store.manifest["failures"]
-    # Run again, it finds what it has made.
-    assert "8 visuals, 3 to do" in extract("--data_path", "packed.parquet", *DATA[1:])
 
 
 def test_int8_is_half_the_bytes_and_says_what_it_loses(data, extract):

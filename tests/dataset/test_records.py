@@ -5,22 +5,16 @@ import json
 import os
 import pickle
 import tracemalloc
-from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
-from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
 
 from dataset import parquet, records
 from dataset.records import read_records
 from dataset.samples import read_samples, resolve_under
-from dataset.video import VideoError, read_frames
-from dataset.video_dataset import VideoDataset, VideoSource, collate
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -154,7 +148,8 @@ ROWS = [
 
 
 def colour(path) -> list[int]:
-    return read_frames(path).frames[0, 5, 5].tolist()
+    picture = Image.open(io.BytesIO(parquet.read_image(path)))
+    return list(picture.convert("RGB").getpixel((5, 5)))
 
 
 def test_a_parquet_is_a_data_set(tmp_path):
@@ -202,24 +197,6 @@ def test_a_parquet_of_paths(tmp_path):
     assert sample.messages == turns("<video>\nWhat?")
 
 
-def test_rows_without_a_picture_to_decode_are_video_errors(tmp_path):
-    rows = [
-        (turns("<image>"), None),
-        (turns("<image>"), b"no picture"),
-        (turns("<image>"), picture("red", (300, 400), "PNG")),
-        (turns("<image>"), picture("red")[:200]),
-    ]
-    path = write_parquet(tmp_path / "bad.parquet", rows)
-    samples = read_samples(path)
-    for sample, reason in zip(samples, ("missing", "corrupt", "too_large", "corrupt"), strict=True):
-        with pytest.raises(VideoError) as error:
-            read_frames(sample.files("")[0], max_pixels=100_000)
-        assert error.value.reason == reason
-    for place in ("4.0", "-1.0", "0.1", "x", "0", "0.0.0"):
-        with pytest.raises(VideoError, match="no picture|missing"):
-            read_frames(path / place)
-
-
 @pytest.mark.parametrize(
     ("table", "reason"),
     [
@@ -262,18 +239,3 @@ def test_a_changed_parquet_is_another(tmp_path):
     parquet.fingerprint.cache_clear()
     assert not read_samples(path)[0].visuals[0].startswith(before)
     assert colour(path / "0.0") != first
-
-
-def test_training_reads_a_parquet_in_workers(tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "model" / "text_tokenizer")
-    path = write_parquet(tmp_path / "sft.parquet", ROWS, row_group_size=2)
-    source = VideoSource(tmp_path, lambda frames: torch.tensor(frames).permute(0, 3, 1, 2))
-    dataset = VideoDataset(read_samples(path), tokenizer, source, lambda frames: 6)
-
-    def batches(workers):
-        loader = DataLoader(dataset, 4, num_workers=workers, collate_fn=partial(collate, pad_id=0))
-        return [batch["inputs"] for batch in loader]
-
-    (here,), (there,) = batches(0), batches(1)
-    assert here["frames_per_visual"] == [1, 1, 1]
-    assert all(torch.equal(here[key], there[key]) for key in ("input_ids", "pixel_values"))
