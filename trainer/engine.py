@@ -214,8 +214,6 @@ def train(
             journal.count(
                 loss=loss * tokens, supervised=tokens, real=real, padded=padded, waited=waited
             )
-            if tokens and (usual := journal.usual_loss(loss)) is not None:
-                journal.spike(step, loss, usual, suspects(filled, losses, loss, world))
 
             # ---- once in a while: validate, log, save
             last = step == total_steps
@@ -341,15 +339,6 @@ def blame(
         f"update {step + 1}: loss {loss}, gradient norm {grad_norm}; nothing was updated. Samples: "
         f"{', '.join(ids)}. Look at them, lower the learning rate or try --dtype float32"
     )
-
-
-def suspects(batches: list[Batch], losses: list, loss: float, world: World) -> list[str]:
-    """Names the samples of the micro-batches, on all processes, that drew an update's loss up."""
-    means = [
-        float(part) / max(1, batch["supervised_tokens"])
-        for batch, part in zip(batches, losses, strict=True)
-    ]
-    return names_of([b for b, mean in zip(batches, means, strict=True) if mean >= loss], world)
 
 
 def names_of(batches: list[Batch], world: World) -> list[str]:

@@ -1,11 +1,10 @@
-"""What a run tells: progress bar, metrics.jsonl, quarantine.jsonl, spikes.jsonl, curves.png and, if
-asked, a tracker."""
+"""What a run tells: progress bar, metrics.jsonl, quarantine.jsonl, curves.png and, if asked, a
+tracker."""
 
 import dataclasses
 import json
 import math
 import os
-import statistics
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,10 +15,6 @@ from tqdm import tqdm
 from trainer.config import TrainConfig
 from trainer.curves import draw_curves, read_rows
 from trainer.trackers import open_tracker
-
-# A loss is a spike where it stands further from the median of the last updates than this many times
-# their median deviation (6 standard deviations of a normal noise), and well above it.
-LOSSES_TO_COMPARE, DEVIATIONS, LEAST_RISE = 64, 9.0, 1.2
 
 
 class Journal:
@@ -40,12 +35,10 @@ class Journal:
         self.folder = Path(config.out_dir) / config.run_name
         self.metrics_path = self.folder / "metrics.jsonl"
         self.quarantine_path = self.folder / "quarantine.jsonl"
-        self.spikes_path = self.folder / "spikes.jsonl"
         self.sums = dict.fromkeys(("loss", "supervised", "real", "padded", "waited"), 0.0)
         self.window_before = self.seconds_before = self.cpu_before = 0.0
-        self.losses: list[float] = []  # of the last updates
         if before:
-            self.sums, self.losses = before["sums"], before["losses"]
+            self.sums = before["sums"]
             self.window_before = before["window_seconds"]
             self.seconds_before, self.cpu_before = before["seconds"], before["cpu_seconds"]
         self.quarantined: set[tuple] = set()
@@ -90,7 +83,7 @@ class Journal:
         trained again, so their lines go.
         """
         told = 0
-        for path in (self.metrics_path, self.spikes_path, self.quarantine_path):
+        for path in (self.metrics_path, self.quarantine_path):
             rows = read_rows(path)
             told = max([told, *(row.get("step", 0) for row in rows)])
             # An undecodable file is met again where it was met first: its line may stand.
@@ -108,7 +101,6 @@ class Journal:
         """What the journal of a resumed run has to know, in the middle of a window too."""
         return {
             "sums": dict(self.sums),
-            "losses": list(self.losses),
             "window_seconds": self._window_seconds() if any(self.sums.values()) else 0.0,
             "seconds": self._seconds(),
             "cpu_seconds": self._cpu_seconds(),
@@ -116,7 +108,7 @@ class Journal:
 
     def sync(self) -> None:
         """Has the lines on the disk before a state that relies on them."""
-        for path in (self.metrics_path, self.spikes_path, self.quarantine_path):
+        for path in (self.metrics_path, self.quarantine_path):
             if self.active and path.is_file():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
@@ -126,27 +118,6 @@ class Journal:
         for name, value in values.items():
             self.sums[name] += value
         self.bar.update()
-
-    def usual_loss(self, loss: float) -> float | None:
-        """The median of the last updates' losses if `loss` is a spike over them, else None."""
-        usual = None
-        if len(self.losses) >= LOSSES_TO_COMPARE // 4:
-            median = statistics.median(self.losses)
-            deviation = statistics.median(abs(other - median) for other in self.losses)
-            if loss > max(median + DEVIATIONS * deviation, LEAST_RISE * median):
-                usual = median
-        self.losses = [*self.losses, loss][-LOSSES_TO_COMPARE:]
-        return usual
-
-    def spike(self, step: int, loss: float, usual: float, samples: list[str]) -> None:
-        """A line about an update whose loss stood out, with the samples that it was made of."""
-        if self.active:
-            row = {"step": step, "loss": loss, "usual": usual, "samples": samples}
-            _append(self.spikes_path, [row])
-            self.bar.write(
-                f"update {step}: loss {loss:.3f}, usually {usual:.3f}; its samples stand in "
-                f"{self.spikes_path}"
-            )
 
     def figures(self) -> dict[str, float]:
         """Means over the window: the updates since the last line."""

@@ -165,18 +165,6 @@ def test_lines_that_a_kill_cut_or_that_are_trained_again_do_not_stay(monkeypatch
     assert same("out", "whole")
 
 
-def test_a_loss_that_leaps_is_written_down_with_its_samples(monkeypatch, capsys):
-    monkeypatch.setenv("SPIKE", "11")
-    toy("out", "--learning_rate", "1e-5", epochs=3)
-    later = [row for row in lines("out", "spikes.jsonl") if row["step"] > 16]
-    assert later and all("s11" in row["samples"] for row in later)
-    assert all(row["loss"] > 9 * row["usual"] for row in later)
-    assert not any("s11" in row["samples"] and len(row["samples"]) > 2 for row in later)
-    monkeypatch.delenv("SPIKE")
-    toy("calm", "--learning_rate", "1e-5", epochs=3)
-    assert not Path("calm/run/spikes.jsonl").exists()
-
-
 # ------------------------------------------------------------------------------- many processes
 
 

@@ -6,7 +6,7 @@
 Engine, sampler, loader and processes are the real ones; the model is a matrix, so that nothing slow
 has to be imported. HARM=what:process:update happens in that process before that update, in its
 first life: raise, kill (itself, by SIGKILL), term (SIGTERM to itself), or full:bytes:… (no file may
-grow beyond these). Sample 7 is broken, and DROPOUT, SPIKE (a sample) change what is learnt.
+grow beyond these). Sample 7 is broken; DROPOUT changes what is learnt.
 """
 
 import os
@@ -62,8 +62,7 @@ class Harmed(DataLoader):
 
 
 def features(i: int) -> torch.Tensor:
-    x = torch.randn(8, generator=torch.Generator().manual_seed(i))
-    return x * 50 if os.environ.get("SPIKE") == str(i) else x
+    return torch.randn(8, generator=torch.Generator().manual_seed(i))
 
 
 def collate(indices: list[int]) -> dict:
