@@ -59,9 +59,6 @@ class TrainConfig:
     timeout: int = side_flag(900, "seconds that a process waits for another before it gives up")
     seed: int = flag(42, "of weights, data order and dropout")
     log_interval: int = side_flag(10, "updates between lines of metrics.jsonl")
-    ema_decay: float = flag(
-        0.0, "a running mean of the weights is validated and saved instead; 0: none, 0.999 is usual"
-    )
     patience: int = flag(
         0, "stop after so many validations without a lower val_loss, keep the best; 0: never"
     )
@@ -103,8 +100,6 @@ class TrainConfig:
             none_given = name == "projector_learning_rate" and getattr(self, name) == 0
             if not (0 < getattr(self, name) < float("inf") or none_given):
                 found.append(f"--{name} is {getattr(self, name)}: give a positive number")
-        if not 0 <= self.ema_decay < 1:
-            found.append(f"--ema_decay is {self.ema_decay}: give 0, or a number just under 1")
         if self.patience and not self.eval_interval:
             found.append("--patience counts validations: give --eval_interval too")
         if not self.run_name or "/" in self.run_name or self.run_name in (".", ".."):

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from device import choose_dtype
-from trainer.average import Average
 from trainer.checkpoint import find_state, forget_after, list_states, save_state
 from trainer.config import TrainConfig
 from trainer.distributed import World, code_fingerprint, restarted
@@ -108,9 +107,6 @@ def train(
         samples_seen, samples_bad = state["samples_seen"], state["samples_bad"]
         best_loss, best_step, stale = state["validations"]
     world.broadcast(model.state_dict().values())
-    average = Average(optimizers.parameters, config.ema_decay)
-    if state:
-        average.load_state_dict(state["average"])
     if world.is_main:
         forget_after(folder, step)
         for suffix in ("pth", "json"):  # what a kill in mid-write left of the weights
@@ -142,16 +138,12 @@ def train(
                 "samples_seen": samples_seen,
                 "samples_bad": samples_bad,
                 "validations": (best_loss, best_step, stale),
-                "average": average.state_dict(),
                 "journal": journal.state(),
             }
         try:
             journal.sync()
             if not config.patience or best_step in (0, step):  # else the best ones stay
-                with average.in_place():
-                    save_weights(
-                        weights_path, {"step": step, "metrics": metrics, "lineage": lineage}
-                    )
+                save_weights(weights_path, {"step": step, "metrics": metrics, "lineage": lineage})
             save_state(folder, state, keep=1 if last else config.keep_last)
         except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by the latter
             good = list_states(folder)
@@ -209,7 +201,6 @@ def train(
                     raise TrainingStopped(blame(filled, losses, loss, grad_norm, step, world))
                 optimizers.step(scaler)
                 optimizers.zero_grad()
-                average.update(step)
             step += 1
             journal.count(
                 loss=loss * tokens, supervised=tokens, real=real, padded=padded, waited=waited
@@ -231,8 +222,7 @@ def train(
                     "bad_samples": int(samples_bad),
                 }
                 if evaluating and val_loader is not None:
-                    with average.in_place():
-                        metrics |= evaluate(model, val_loader, config, world, journal)
+                    metrics |= evaluate(model, val_loader, config, world, journal)
                     if metrics.get("val_loss", math.inf) < best_loss:
                         best_loss, best_step, stale = metrics["val_loss"], step, 0
                     else:

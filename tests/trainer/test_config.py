@@ -16,7 +16,6 @@ from model.lora import add_adapters, merged_state
 from model.minimind import Block, MiniMind
 from stage import StageConfig, open_visuals
 from tests.test_train_stages import SIZE, command, tiny_tower, workplace  # noqa: F401
-from trainer.average import Average
 from trainer.config import TrainConfig, parse
 from trainer.optim import Optimizers
 
@@ -215,67 +214,44 @@ def test_gradient_checkpointing_is_passed_on(monkeypatch):
     assert set(seen) == {True}
 
 
-def test_a_mean_of_the_weights_is_validated_and_saved():
-    flags = f"{RANDOM} --epochs 4 --learning_rate 1e-2 --val_path data.jsonl"
-    plain = command(train_pretrain, f"{flags} --run_name plain")
-    slow = command(train_pretrain, f"{flags} --run_name mean --ema_decay 0.9")
-    assert slow["loss"] == plain["loss"]  # the training is the same
-    assert slow["val_loss"] > plain["val_loss"] + 0.01  # the mean lags behind
-    assert changed("plain", "mean")
+def interrupt(monkeypatch, after: int) -> None:
+    """Has the run that comes break off after so many optimizer steps."""
+    steps = []
 
-
-def interrupt(monkeypatch, after: int) -> list[int]:
-    """Has the run that comes break off after so many updates; the list will hold all updates."""
-    updates = []
-
-    def interrupted(self, step, update=Average.update):
-        update(self, step)
-        updates.append(step)
-        if len(updates) == after:
+    def interrupted(self, scaler, step=Optimizers.step):
+        step(self, scaler)
+        steps.append(1)
+        if len(steps) == after:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Average, "update", interrupted)
-    return updates
+    monkeypatch.setattr(Optimizers, "step", interrupted)
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        "--lora_rank 2 --optimizer muon --ema_decay 0.9",
+        "--lora_rank 2 --optimizer muon",
         "--patience 2 --eval_interval 1 --val_path data.jsonl",
         "--tokens_per_batch 140 --max_seq_len 140 --no-share_prefix --projector_learning_rate 1e-2",
     ],
 )
-def test_an_interrupted_run_goes_on_exactly(monkeypatch, flags):
+def test_an_interrupted_run_goes_on_exactly(monkeypatch, capsys, flags):
     command(train_pretrain, f"{RANDOM} --run_name start")
     flags = f"--load_from out/start.pth --dtype float32 --epochs 4 --log_interval 1 {flags}"
     command(train_sft, f"{flags} --run_name whole")
 
-    updates = interrupt(monkeypatch, after=6)
+    interrupt(monkeypatch, after=6)
     with pytest.raises(KeyboardInterrupt):
         command(train_sft, f"{flags} --run_name resumed --save_interval 3")
     command(train_sft, f"{flags} --run_name resumed --save_interval 3")
     # Each better validation is a state too.
-    assert updates[6] == (5 if "patience" in flags else 3)
+    begun = 5 if "patience" in flags else 3
+    assert f"updates {begun} to" in capsys.readouterr().out
     assert changed("whole", "resumed") == set() != changed("start", "whole")
     whole, resumed = metrics("whole"), metrics("resumed")
     assert [row["step"] for row in resumed] == list(range(1, len(whole) + 1))
     for name in ("loss", "val_loss", "lr"):
         assert [row.get(name) for row in whole] == [row.get(name) for row in resumed]
-
-
-def test_the_mean_follows_its_formula():
-    weight = torch.nn.Parameter(torch.zeros(3))
-    average = Average([weight], 0.5)
-    expected = 0.0
-    for step in range(20):
-        weight.data += 1
-        average.update(step)
-        decay = min(0.5, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * (step + 1)
-    with average.in_place():
-        assert weight.tolist() == pytest.approx([expected] * 3)
-    assert weight.tolist() == [20.0] * 3
 
 
 def test_patience_keeps_the_best_and_stops(capsys):
@@ -294,8 +270,8 @@ def test_patience_keeps_the_best_and_stops(capsys):
 
     command(train_pretrain, f"{flags} --patience 3 --log_interval 100")
     assert "already finished" in capsys.readouterr().out
-    said = refused(capsys, "--data_path", "x", "--patience", "2", "--ema_decay", "1")
-    for part in ("give --eval_interval too", "give --val_path too", "--ema_decay is 1.0"):
+    said = refused(capsys, "--data_path", "x", "--patience", "2")
+    for part in ("give --eval_interval too", "give --val_path too"):
         assert part in said
 
 
