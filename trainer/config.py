@@ -72,7 +72,6 @@ class TrainConfig:
     use_wandb: bool = side_flag(False, "the same as --tracker wandb")
     tracker_offline: bool = side_flag(False, "keep its log on this machine, without an account")
     wandb_project: str = side_flag("Cinego", "the tracker's name of the project")
-    curves_interval: int = side_flag(60, "seconds between drawings of curves.png; 0: never")
     resume: str = side_flag("auto", "auto: go on from the run's last state; never; or a state file")
 
     def problems(self) -> list[str]:
@@ -87,7 +86,6 @@ class TrainConfig:
                 "max_bad",
                 "tokens_per_batch",
                 "patience",
-                "curves_interval",
             ),
         }
         found = [

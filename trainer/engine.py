@@ -232,7 +232,7 @@ def train(
                 metrics = journal.log(metrics)
                 if saving:
                     save(last)
-                journal.draw(last)
+                    journal.draw()
                 journal.open_window()
                 if last:
                     break

@@ -72,7 +72,6 @@ class Journal:
             mininterval=1,
         )
         self.started, self.cpu_started = time.perf_counter(), cpu_seconds()
-        self.drawn = self.started
         self.open_window()
 
     def _take_up(self, first_step: int) -> int:
@@ -145,13 +144,11 @@ class Journal:
         self.window_before = 0.0
         return row
 
-    def draw(self, last: bool) -> None:
-        """Draws the curves again, if it is time."""
-        interval = self.config.curves_interval
-        if self.active and interval and (last or time.perf_counter() - self.drawn > interval):
+    def draw(self) -> None:
+        """Draws the curves anew."""
+        if self.active:
             rows = read_rows(self.metrics_path)
             draw_curves({self.config.run_name: rows}, self.folder / "curves.png")
-            self.drawn = time.perf_counter()
 
     def quarantine(self, bad: list[dict[str, Any]]) -> None:
         """Names each undecodable sample once, however many epochs meet it."""

@@ -79,9 +79,7 @@ def make_loader(names, batch_size, world=None, shuffle=False):
 
 
 def run(model, loader, val_loader=None, world=None, **settings):
-    config = TrainConfig(
-        **{"dtype": "float32", "log_interval": 1, "curves_interval": 0, **settings}
-    )
+    config = TrainConfig(**{"dtype": "float32", "log_interval": 1, **settings})
     save = lambda path, meta: torch.save(model.state_dict(), path)  # noqa: E731
     lineage = {"data": "made up"}
     return train(

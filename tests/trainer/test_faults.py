@@ -295,8 +295,8 @@ def test_a_tracker_that_is_not_installed_says_how_to_get_it(tmp_path, monkeypatc
         open_tracker("trackio", tmp_path, "run", "Cinego", {}, True, 0, 0)
 
 
-def test_curves_are_drawn_while_the_run_goes_on(tmp_path):
-    toy("out", "--curves_interval", "1", epochs=1)
+def test_curves_are_drawn(tmp_path):
+    toy("out", epochs=1)
     assert Path("out/run/curves.png").read_bytes().startswith(b"\x89PNG")
     rows = read_rows(Path("out/run/metrics.jsonl"))
     draw_curves({"empty": [], "run": rows}, tmp_path / "two.png")

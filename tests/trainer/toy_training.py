@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     argv = [text.replace("{rank}", os.environ.get("RANK", "0")) for text in argv]
     defaults = {"batch_size": 2, "log_interval": 1, "save_interval": 2, "max_bad": 0.5}
-    defaults |= {"dtype": "float32", "device": "cpu", "num_workers": 0, "curves_interval": 0}
+    defaults |= {"dtype": "float32", "device": "cpu", "num_workers": 0}
     config = parse(TrainConfig, argv=argv, learning_rate=0.01, **defaults)
     torch.set_num_threads(1)
     with setup(config.device, config.timeout) as world:
