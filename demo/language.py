@@ -1,16 +1,17 @@
 """What can be said about a demo scene, in English and Chinese: captions, questions, exact answers.
 
-A scene is told from its truth (`demo.world.Scene`), never from its pixels. Conversations
-come as `(language, [(question, answer), …], scoring)`, where `scoring` has one entry a turn: the
-question type, for captions the facts in their order, and for answers that change when the clip is
-played backwards the name of the pair that the forward and the backward question form.
+All is derived from the scene's truth, never from its pixels. Conversations come as `(language,
+[(question, answer), …], scoring)`, where `scoring` has one entry a turn: the question's type, for
+captions the facts in their order, and for answers that change when the clip is played backwards the
+name of the pair that the forward and the backward question form.
 """
-
-from __future__ import annotations
 
 import re
 
-from demo.objects import COLOURS, ICONS, SHAPES
+import numpy as np
+
+from demo.objects import COLOURS, ICONS, SHAPES, Object
+from demo.scene import Scene
 
 LANGUAGES = ("en", "zh")
 Conversation = tuple[str, list[tuple[str, str]], list[dict]]
@@ -29,7 +30,7 @@ VERBS = {  # motion: (English for one, English for several, Chinese)
 DIRECTIONS = {"left": "向左", "right": "向右", "up": "向上", "down": "向下"}
 NUMBERS = {1: ("one", "一个"), 2: ("two", "两个"), 3: ("three", "三个"), 4: ("four", "四个")}
 
-# Two ways to ask each thing; `{x}` is the thing that the question names.
+# Two ways to ask each question; `{x}` is the object that it names.
 QUESTIONS = {
     "caption": {
         "en": ["Describe the video.", "What happens in this video?"],
@@ -80,93 +81,77 @@ QUESTIONS = {
         "zh": ["一共有几个东西?", "数一数所有的东西。"],
     },
 }
-SLOWLY_LEARNT = ("first", "last", "count", "total", "caption")
+LEARNT_LAST = ("first", "last", "count", "total", "caption")
 PRONOUN = {"en": "it", "zh": "它"}
 
 
-def name(thing, language: str, several: bool = False) -> str:
-    """The thing's bare name, such as "red star", "cups" or "红色星星"."""
+# ---- words
+
+
+def name_of(item: Object, language: str, plural: bool = False) -> str:
+    """The object's bare name, such as "red star", "cups" or "红色星星"."""
     if language == "zh":
-        return (
-            COLOURS[thing.colour][0] + SHAPES[thing.shape] if thing.colour else ICONS[thing.shape]
-        )
-    noun = f"{thing.colour} {thing.shape}" if thing.colour else thing.shape
-    return noun if not several or noun == "fish" else noun + "s"
+        return COLOURS[item.colour][0] + SHAPES[item.shape] if item.colour else ICONS[item.shape]
+    noun = f"{item.colour} {item.shape}" if item.colour else item.shape
+    return noun if not plural or noun == "fish" else noun + "s"
 
 
-def an(thing, language: str) -> str:
-    """The thing with its indefinite article."""
-    noun = name(thing, language)
-    return "一个" + noun if language == "zh" else ("an " if noun[0] in "aeiou" else "a ") + noun
+def with_article(item: Object, language: str, definite: bool = False) -> str:
+    noun = name_of(item, language)
+    if language == "zh":
+        return noun if definite else "一个" + noun
+    return ("the " if definite else "an " if noun[0] in "aeiou" else "a ") + noun
 
 
-def some(thing, number: int, language: str) -> str:
-    """The thing with its number: "a cup", "two cups", "两个杯子"."""
+def with_number(item: Object, number: int, language: str) -> str:
+    """The object with its number: "a cup", "two cups", "两个杯子"."""
     if number == 1:
-        return an(thing, language)
+        return with_article(item, language)
     if language == "zh":
-        return NUMBERS[number][1] + name(thing, "zh")
-    return f"{NUMBERS[number][0]} {name(thing, 'en', several=True)}"
+        return NUMBERS[number][1] + name_of(item, "zh")
+    return f"{NUMBERS[number][0]} {name_of(item, 'en', plural=True)}"
 
 
-def does(steps: tuple[str, ...], language: str, several: bool = False) -> str:
-    """What one does: "moves right, then grows", or "先向右移动,再变大"."""
+def predicate(steps: tuple[str, ...], language: str, plural: bool = False) -> str:
+    """What the subject does: "moves right, then grows", or "先向右移动,再变大"."""
     if language == "zh":
         verbs = [VERBS[step][2] for step in steps]
         return verbs[0] if len(verbs) == 1 else f"先{verbs[0]},再{verbs[1]}"
-    return ", then ".join(VERBS[step][several] for step in steps)
+    return ", then ".join(VERBS[step][plural] for step in steps)
 
 
-def _describe(scene, language: str) -> str:
-    first = scene.actors[0]
+def describe(scene: Scene, language: str) -> str:
+    """The caption: one sentence that holds all that is asked about the scene."""
     zh = language == "zh"
-    if scene.kind in ("single", "two_step"):
-        sentence = an(first.thing, language) + ("" if zh else " ") + does(first.steps, language)
-    elif scene.kind == "order":
-        parts = []
-        for actor in in_order(scene):
-            step = next(s for s in actor.steps if s != "stay")
-            parts.append(an(actor.thing, language) + ("" if zh else " ") + does((step,), language))
-        sentence = f"先是{parts[0]},然后{parts[1]}" if zh else f"first {parts[0]}, then {parts[1]}"
+    space, first = "" if zh else " ", scene.actors[0]
+    if scene.type == "order":
+        clauses = [
+            with_article(actor.object, language) + space + predicate((actor.motion,), language)
+            for actor in scene.in_order()
+        ]
+        sentence = "先是{},然后{}" if zh else "first {}, then {}"
+        sentence = sentence.format(*clauses)
     else:
-        counted = [some(thing, number, language) for thing, number in counts(scene).items()]
-        who = ("和" if zh else " and ").join(counted)
-        sentence = (
-            who + ("" if zh else " ") + does(first.steps, language, several=len(scene.actors) > 1)
-        )
+        subjects = [with_number(item, n, language) for item, n in scene.counts().items()]
+        subject = ("和" if zh else " and ").join(subjects)
+        sentence = subject + space + predicate(first.steps, language, len(scene.actors) > 1)
     return sentence + "。" if zh else sentence[0].upper() + sentence[1:] + "."
 
 
-def in_order(scene) -> list:
-    """The actors of an "order" scene, the one that moves first first."""
-    return sorted(scene.actors, key=lambda actor: actor.steps[0] == "stay")
-
-
-def counts(scene) -> dict:
-    """How many of each kind stand in the scene, in the order in which they are named."""
-    things = [actor.thing for actor in scene.actors]
-    return {thing: things.count(thing) for thing in dict.fromkeys(things)}
-
-
 def _fact_pattern(language: str) -> re.Pattern:
-    if language == "zh":
-        words = [c[0] for c in COLOURS.values()] + [*SHAPES.values(), *ICONS.values()]
-        words += [
-            *DIRECTIONS.values(),
-            *(v[2] for v in VERBS.values()),
-            *(n[1] for n in NUMBERS.values() if n[0] != "one"),
-        ]
-        return re.compile("|".join(sorted(words, key=len, reverse=True)))
-    nouns = [*SHAPES, *ICONS]
-    words = [
-        *COLOURS,
-        *nouns,
-        *(noun + "s" for noun in nouns),
-        *(n[0] for n in NUMBERS.values() if n[0] != "one"),
-        *DIRECTIONS,
-    ]
-    words += [v[k].split()[0] for m, v in VERBS.items() if m not in DIRECTIONS for k in (0, 1)]
-    return re.compile(r"\b(?:" + "|".join(sorted(words, key=len, reverse=True)) + r")\b")
+    zh = language == "zh"
+    nouns = [*SHAPES.values(), *ICONS.values()] if zh else [*SHAPES, *ICONS]
+    colours = [chinese for chinese, _ in COLOURS.values()] if zh else [*COLOURS]
+    words = [*nouns, *colours, *(NUMBERS[n][zh] for n in (2, 3, 4))]
+    words += DIRECTIONS.values() if zh else DIRECTIONS
+    if zh:
+        words += [verb for *_, verb in VERBS.values()]
+    else:
+        words += [noun + "s" for noun in nouns]
+        verbs = [forms for motion, forms in VERBS.items() if motion not in DIRECTIONS]
+        words += [form.split()[0] for forms in verbs for form in forms[:2]]
+    pattern = "|".join(sorted(words, key=len, reverse=True))
+    return re.compile(pattern if zh else rf"\b(?:{pattern})\b")
 
 
 _FACTS = {language: _fact_pattern(language) for language in LANGUAGES}
@@ -177,122 +162,95 @@ def facts(sentence: str, language: str) -> list[str]:
     return _FACTS[language].findall(sentence.lower())
 
 
-def _caption_turn(rng, scene, language: str):
-    answer = _describe(scene, language)
-    changes = answer != _describe(scene.backwards(), language)
-    question = QUESTIONS["caption"][language][rng.integers(2)]
-    return question, answer, {"type": "caption", "facts": facts(answer, language)}, changes
+# ---- conversations
 
 
-def caption(rng, scene) -> list[Conversation]:
-    """The scene's caption in both languages."""
-    conversations = []
-    for language in LANGUAGES:
-        question, answer, scoring, _ = _caption_turn(rng, scene, language)
-        conversations.append((language, [(question, answer)], [scoring]))
-    return conversations
-
-
-def ask(rng, scene, scored: bool, pair_name: str) -> list[Conversation]:
-    """Questions about a scene: every type that fits it, some of them as a talk of two turns.
-
-    For training (`scored=False`) what is learnt last is asked in both languages; for scoring each
-    question in one, so that the two languages share them evenly.
-    """
-    makers = _makers(scene)
-    backwards = dict(_makers(scene.backwards()))
-    conversations: list[Conversation] = []
-    for kind, make in makers:
-        both = not scored and (kind in SLOWLY_LEARNT or rng.random() < 0.25)
-        languages = LANGUAGES if both else (LANGUAGES[rng.integers(2)],)
-        for language in languages:
-            wording = int(rng.integers(2))
-            if kind == "caption":
-                question, answer, entry, changes = _caption_turn(rng, scene, language)
-            else:
-                question, answer, entry = make(language, wording, False)
-                changes = (
-                    kind in backwards and backwards[kind](language, wording, False)[1] != answer
-                )
-            if changes and kind != "caption":
-                entry["pair"] = f"{pair_name}-{kind}-{language}"
-            conversations.append((language, [(question, answer)], [entry]))
-    if scene.kind == "single" and rng.random() < 0.4:
-        # Two turns: what it is, then what "it" does. The second question names nothing.
-        language, wording = LANGUAGES[rng.integers(2)], int(rng.integers(2))
-        turns = [
-            make(language, wording, True) for kind, make in makers if kind in ("object", "motion")
-        ]
-        conversations.append((language, [turn[:2] for turn in turns], [turn[2] for turn in turns]))
-    return conversations
-
-
-def _makers(scene) -> list[tuple]:
-    """Kinds of question, each with (language, wording, pronoun?) → question, answer, scoring."""
+def answers(scene: Scene, language: str) -> dict[str, tuple[str, str, str]]:
+    """All questions that fit the scene, by their key in QUESTIONS: the type that they are scored
+    as, the object that they name, and the answer."""
     first = scene.actors[0]
-    makers = [("caption", None)]
-    add = lambda kind, *rest: makers.append((kind, _maker(kind, *rest)))  # noqa: E731
-    if scene.kind == "single":
+    named = name_of(first.object, language)
+    it_does = PRONOUN[language] + ("" if language == "zh" else " ")
+    it_does += predicate(first.steps, language)
+
+    def way(motion: str) -> str:
+        return DIRECTIONS[motion] if language == "zh" else motion
+
+    found = {"caption": ("caption", "", describe(scene, language))}
+    if scene.type in ("single", "two_step"):
+        found["object"] = ("object", "", with_article(first.object, language))
+    if scene.type == "single":
         step = first.steps[0]
-        add("object", "object", None, lambda lang: an(first.thing, lang))
-        kind = step if step in ("spin", "stay") else "motion"
-        add("motion", kind, first.thing, lambda lang: _it(first.steps, lang))
+        found["motion"] = (step if step in ("spin", "stay") else "motion", named, it_does)
         if step in DIRECTIONS:
-            add("direction", "direction", first.thing, lambda lang: _direction(step, lang))
-        if first.thing.colour:
-            makers.append(("colour", _colour_maker(first.thing)))
-    elif scene.kind == "two_step":
-        add("object", "object", None, lambda lang: an(first.thing, lang))
-        add("two_step", "two_step", first.thing, lambda lang: _it(first.steps, lang))
-    elif scene.kind == "order":
-        early, late = in_order(scene)
-        add("first", "order", None, lambda lang: _the(early.thing, lang))
-        add("last", "order", None, lambda lang: _the(late.thing, lang))
-        for kind, actor in (("first_way", early), ("last_way", late)):
-            step = next(s for s in actor.steps if s != "stay")
-            add(kind, "direction", None, lambda lang, step=step: _direction(step, lang))
+            found["direction"] = ("direction", named, way(step))
+        if (colour := first.object.colour) is not None:
+            # Only the shape is named, or the question would hold its answer.
+            zh, shape = language == "zh", first.object.shape
+            colour = COLOURS[colour][0] if zh else colour
+            found["colour"] = ("colour", SHAPES[shape] if zh else shape, colour)
+    elif scene.type == "two_step":
+        found["two_step"] = ("two_step", named, it_does)
+    elif scene.type == "order":
+        order = dict(zip(("first", "last"), scene.in_order(), strict=True))
+        for which, actor in order.items():
+            found[which] = ("order", "", with_article(actor.object, language, definite=True))
+        for which, actor in order.items():
+            found[f"{which}_way"] = ("direction", "", way(actor.motion))
     else:
         total = len(scene.actors)
-        if len(counts(scene)) == 1:
-            add("count", f"count_{total}", first.thing, lambda lang: NUMBERS[total][lang == "zh"])
-        add("total", f"count_{total}", None, lambda lang: NUMBERS[total][lang == "zh"])
-    return makers
+        number = NUMBERS[total][language == "zh"]
+        if len(scene.counts()) == 1:
+            plural = name_of(first.object, language, plural=True)
+            found["count"] = (f"count_{total}", plural, number)
+        found["total"] = (f"count_{total}", "", number)
+    return found
 
 
-def _maker(kind: str, scored_as: str, thing, answer):
-    def make(language: str, wording: int, pronoun: bool):
-        text = QUESTIONS[kind][language][wording]
-        if thing is not None:
-            named = name(thing, language, several=kind == "count")
-            named = PRONOUN[language] if pronoun else named
-            text = text.replace("the {x}", "{x}") if pronoun else text
-            text = text.replace("{x}", named)
-        return text, answer(language), {"type": scored_as}
-
-    return make
-
-
-def _colour_maker(thing):
-    def make(language: str, wording: int, pronoun: bool):
-        # Only the shape is named: with the colour in the question there would be nothing to see.
-        shape = SHAPES[thing.shape] if language == "zh" else thing.shape
-        answer = COLOURS[thing.colour][0] if language == "zh" else thing.colour
-        return (
-            QUESTIONS["colour"][language][wording].replace("{x}", shape),
-            answer,
-            {"type": "colour"},
-        )
-
-    return make
+def make_turn(
+    scene: Scene, key: str, language: str, wording: int, pronoun: bool = False
+) -> tuple[str, str, dict]:
+    """Question, answer and scoring entry; with `pronoun` the question names nothing but "it"."""
+    scored_as, named, answer = answers(scene, language)[key]
+    question = QUESTIONS[key][language][wording]
+    if pronoun:
+        question, named = question.replace("the {x}", "{x}"), PRONOUN[language]
+    entry = {"type": scored_as}
+    if key == "caption":
+        entry["facts"] = facts(answer, language)
+    return question.replace("{x}", named), answer, entry
 
 
-def _it(steps: tuple[str, ...], language: str) -> str:
-    return "它" + does(steps, "zh") if language == "zh" else "it " + does(steps, "en")
+def make_captions(rng: np.random.Generator, scene: Scene) -> list[Conversation]:
+    """The scene's caption in both languages."""
+    turns = [(lang, make_turn(scene, "caption", lang, rng.integers(2))) for lang in LANGUAGES]
+    return [(lang, [(question, answer)], [entry]) for lang, (question, answer, entry) in turns]
 
 
-def _direction(step: str, language: str) -> str:
-    return DIRECTIONS[step] if language == "zh" else step
+def make_questions(
+    rng: np.random.Generator, scene: Scene, training: bool, pair_name: str
+) -> list[Conversation]:
+    """Questions about a scene: every type that fits it, some of them as a talk of two turns.
 
-
-def _the(thing, language: str) -> str:
-    return name(thing, language) if language == "zh" else "the " + name(thing, language)
+    For training what is learnt last is asked in both languages; for scoring each question in one,
+    so that the two languages share them evenly.
+    """
+    backwards = {language: answers(scene.backwards(), language) for language in LANGUAGES}
+    conversations: list[Conversation] = []
+    for key in answers(scene, "en"):
+        both = training and (key in LEARNT_LAST or rng.random() < 0.25)
+        for language in LANGUAGES if both else (LANGUAGES[rng.integers(2)],):
+            wording = rng.integers(2)
+            if key == "caption":
+                wording = rng.integers(2)  # once more: a seed means the same words as ever
+            question, answer, entry = make_turn(scene, key, language, wording)
+            reverse = backwards[language].get(key)
+            if key != "caption" and reverse is not None and reverse[2] != answer:
+                entry["pair"] = f"{pair_name}-{key}-{language}"
+            conversations.append((language, [(question, answer)], [entry]))
+    if scene.type == "single" and rng.random() < 0.4:
+        # Two turns: what it is, then what "it" does.
+        language, wording = LANGUAGES[rng.integers(2)], rng.integers(2)
+        turns = [make_turn(scene, key, language, wording, True) for key in ("object", "motion")]
+        conversations.append((language, [turn[:2] for turn in turns], [turn[2] for turn in turns]))
+    return conversations

@@ -7,20 +7,19 @@
 CLIP comes to a user trained by others; the demo world needs a tower that comes the same way. This
 one has CLIP's class and format (`transformers.CLIPVisionModel`, 7 × 7 patches + CLS = 50 tokens a
 frame). It learns on random stills of the demo world, not by contrast with text, which is slow from
-zero, but from what the renderer knows of every patch: which thing covers it, whether a centre lies
-in it and where, how large the thing is and how it is turned. The CLS token learns which things
+zero, but from what the renderer knows of every patch: which object covers it, whether a centre lies
+in it and where, how large the object is and how it is turned. The CLS token learns which objects
 there are, how many in all, and where they stand.
 
-Combinations thing × count that the test set holds out never appear, and this must not teach that
-they can't: a tower that learned how many of each kind it sees took 15 % of the held-out pairs for
-another number. So a third of all kinds are *strangers*, which are no things of this world: random
-blobs, its shapes in other colours, its icons with their colours exchanged. Of these, as of CLIP's
-things, there are as many as one likes, and no number can be foretold from what they are.
+Combinations object × count that the test set holds out never appear, and this must not teach that
+they can't: a tower that learned how many of each class it sees took 15 % of the held-out pairs for
+another number. So a third of all classes are *distractors*, which are no objects of this world:
+random blobs, its shapes in other colours, its icons with their colours exchanged. Of these, as of
+CLIP's objects, there may be any number, and none can be predicted from what they are.
 """
 
-from __future__ import annotations
-
 import argparse
+import copy
 import io
 import json
 import math
@@ -31,24 +30,37 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
-from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from demo.objects import COLOURS, DRAWINGS, ICONS, SHAPES, SPRITE_SIZE, THINGS, Pen, Thing
-from demo.objects import sprite as sprite_of
-from demo.world import FRAME_SIZE, background, paste, split_of
+from demo.objects import (
+    COLOURS,
+    DRAWINGS,
+    ICONS,
+    OBJECTS,
+    SHAPES,
+    Ellipse,
+    Object,
+    draw_sprite,
+    sprite_of,
+)
+from demo.scene import split_of
+from demo.world import FRAME_SIZE, background, paste
 from model.vision_tower import VisionTower
 
 PATCH_SIZE = 16
 GRID = FRAME_SIZE // PATCH_SIZE
-BACKGROUND = len(THINGS)  # class of a patch that shows no thing
-IGNORED = -100  # class of a patch that shows a stranger: cross-entropy's own word
-STRANGERS = 0.35  # share of the kinds in a picture that are of no known kind
+BACKGROUND = len(OBJECTS)  # label of a patch that shows no object
+IGNORED = -100  # label of a patch that shows a distractor: cross-entropy's own default
+DISTRACTORS = 0.35  # share of the classes in a picture that are no objects of this world
 MAX_COUNT = 4
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's own
+
+
+# ---- stills and their labels
 
 
 class Stills(IterableDataset):
@@ -58,70 +70,74 @@ class Stills(IterableDataset):
         self.seed, self.batch_size, self.split = seed, batch_size, split
 
     def __iter__(self):
-        worker = torch.utils.data.get_worker_info()
+        worker = get_worker_info()
         rng = np.random.default_rng([self.seed, worker.id if worker else 0])
         while True:
-            stills = [still(rng, self.split) for _ in range(self.batch_size)]
+            stills = [make_still(rng, self.split) for _ in range(self.batch_size)]
             yield {key: torch.from_numpy(np.stack([s[key] for s in stills])) for key in stills[0]}
 
 
-def _things(rng: np.random.Generator, split: str) -> list[Thing | None]:
-    """Up to four things, often three or four; `None` is a stranger, in training only.
+def _sample_objects(rng: np.random.Generator, split: str) -> list[Object | None]:
+    """Up to four objects, often three or four; `None` is a distractor, in training only.
 
-    Training holds no (thing, count) of the other splits; another split's most numerous thing has a
-    count of that split, as in the demo world.
+    Training holds no (object, count) of the other splits; another split's most numerous object has
+    a count of that split, as in the demo world.
     """
     while True:
         total = rng.choice(MAX_COUNT + 1, p=[0.04, 0.33, 0.19, 0.22, 0.22])
-        kinds = [THINGS[i] for i in rng.permutation(len(THINGS))[: rng.integers(1, 4)]]
+        classes = [OBJECTS[i] for i in rng.permutation(len(OBJECTS))[: rng.integers(1, 4)]]
         if split == "train":
-            kinds = [None if rng.random() < STRANGERS else kind for kind in kinds]
-        chosen = [kinds[i] for i in rng.integers(len(kinds), size=total)]
-        counts = Counter(thing for thing in chosen if thing)
-        splits = [split_of(("count", thing, n)) for thing, n in counts.most_common()]
+            classes = [None if rng.random() < DISTRACTORS else item for item in classes]
+        sampled = [classes[i] for i in rng.integers(len(classes), size=total)]
+        counts = Counter(item for item in sampled if item)
+        splits = [split_of(("count", item, n)) for item, n in counts.most_common()]
         if all(s == "train" for s in splits) if split == "train" else splits[:1] == [split]:
-            return chosen
+            return sampled
 
 
-def still(rng: np.random.Generator, split: str = "train") -> dict[str, np.ndarray]:
-    """One picture and all that is known of it (see the module's docstring)."""
-    picture = background(rng)
-    things = _things(rng, split)
-    alone = len(things) == 1
-    spots: list[tuple[float, float, float]] = []
-    while len(spots) < len(things):
-        spots.clear()
+def _sample_places(rng: np.random.Generator, number: int) -> list[tuple[float, float, float]]:
+    """x, y and diameter in pixels of `number` objects that don't touch."""
+    while True:
+        places = []
         for _ in range(60):
-            d = rng.uniform(15, 50) if alone else rng.uniform(16, 31)
+            if len(places) == number:
+                break
+            d = rng.uniform(15, 50) if number == 1 else rng.uniform(16, 31)
             x, y = rng.uniform(d / 2, FRAME_SIZE - d / 2, 2)
-            if all(math.hypot(x - a, y - b) > (d + c) / 2 + 2 for a, b, c in spots):
-                spots.append((x, y, d))
-                if len(spots) == len(things):
-                    break
+            if all(math.hypot(x - a, y - b) > (d + c) / 2 + 2 for a, b, c in places):
+                places.append((x, y, d))
+        if len(places) == number:
+            return places
 
+
+def make_still(rng: np.random.Generator, split: str = "train") -> dict[str, np.ndarray]:
+    """One picture, uint8 (3, H, W), and all that is known of it: for each patch its class and
+    (is a centre; x, y, log size; cosine and sine of the turn), for the picture the classes present,
+    their total number and the mean place."""
+    picture = background(rng)
+    objects = _sample_objects(rng, split)
+    places = _sample_places(rng, len(objects))
     patch = np.full(GRID * GRID, BACKGROUND, dtype=np.int64)
     covered = np.full(GRID * GRID, 0.15, dtype=np.float32)  # less than this is background
-    # Is one; x, y, log size; cosine and sine of the turn.
     centre = np.zeros((GRID * GRID, 6), dtype=np.float32)
-    present = np.zeros(len(THINGS), dtype=np.float32)
-    strange = stranger(rng)  # all strangers of a picture are of one kind
-    for thing, (x, y, d) in zip(things, spots, strict=True):
+    present = np.zeros(len(OBJECTS), dtype=np.float32)
+    distractor = make_distractor(rng)  # all distractors of a picture are of one class
+    for item, (x, y, d) in zip(objects, places, strict=True):
         angle = rng.uniform(0, 360) if rng.random() < 0.5 else rng.uniform(-16, 16)
-        shadow = Image.new("L", (FRAME_SIZE, FRAME_SIZE))
-        if thing is None:
-            size = (round(d), round(d))
-            stamp = strange.rotate(angle, Image.BILINEAR).resize(size, Image.BOX)
-            corner = (round(x - d / 2), round(y - d / 2))
+        silhouette = Image.new("L", (FRAME_SIZE, FRAME_SIZE))
+        if item is None:
+            size, corner = (round(d), round(d)), (round(x - d / 2), round(y - d / 2))
+            stamp = distractor.rotate(angle, Image.BILINEAR).resize(size, Image.BOX)
             picture.paste(stamp, corner, stamp)
-            shadow.paste(255, corner, stamp)
-            kind, order = IGNORED, 0
+            silhouette.paste(255, corner, stamp)
+            label, order = IGNORED, 0
         else:
-            paste(picture, thing, x, y, d, angle)
-            paste(shadow, thing, x, y, d, angle, ink=255)
-            kind, order = THINGS.index(thing), thing.rotation_order
-            present[kind] = 1
-        coverage = np.asarray(shadow.reduce(PATCH_SIZE), dtype=np.float32).ravel() / 255
-        patch[coverage > covered] = kind
+            paste(picture, item, x, y, d, angle)
+            paste(silhouette, item, x, y, d, angle, ink=255)
+            label, order = OBJECTS.index(item), item.rotation_order
+            present[label] = 1
+        coverage = np.asarray(silhouette.reduce(PATCH_SIZE), dtype=np.float32).ravel() / 255
+        patch[coverage > covered] = label
         covered = np.maximum(covered, coverage)
         column, row = int(x // PATCH_SIZE), int(y // PATCH_SIZE)
         turn = math.radians(angle) * order
@@ -133,45 +149,44 @@ def still(rng: np.random.Generator, split: str = "train") -> dict[str, np.ndarra
         file = io.BytesIO()
         picture.save(file, "JPEG", quality=int(rng.integers(70, 96)), subsampling=2)
         picture = Image.open(file)
-    middle = np.mean([[x, y, d * 2] for x, y, d in spots] or [[0, 0, 0]], axis=0) / FRAME_SIZE
+    middle = np.mean([[x, y, d * 2] for x, y, d in places] or [[0, 0, 0]], axis=0) / FRAME_SIZE
     return {
         "picture": np.asarray(picture).transpose(2, 0, 1),
         "patch": patch,
         "centre": centre,
         "present": present,
-        "total": np.int64(len(things)),
-        "one_kind": np.bool_(len(set(things)) == 1 and len(things) > 1),
+        "total": np.int64(len(objects)),
+        "one_class": np.bool_(len(set(objects)) == 1 and len(objects) > 1),
         "middle": middle.astype(np.float32),
     }
 
 
-def stranger(rng: np.random.Generator) -> Image.Image:
-    """A sprite of something that is none of the things (see the module's docstring)."""
+def make_distractor(rng: np.random.Generator) -> Image.Image:
+    """A sprite of something that is none of the objects (see the module's docstring)."""
     form = rng.integers(3)
     if form == 0:
-        icon = sprite_of(Thing(rng.choice(list(ICONS))))
-        red, green, blue, alpha = icon.split()
+        red, green, blue, alpha = sprite_of(Object(rng.choice(list(ICONS)))).split()
         bands = (green, blue, red) if rng.random() < 0.5 else (blue, red, green)
         return Image.merge("RGBA", (*bands, alpha)).reduce(2)
     colour = rng.integers(20, 256, 3)
     while min(np.linalg.norm(colour - known) for _, known in COLOURS.values()) < 80:
         colour = rng.integers(20, 256, 3)
     fill = tuple(colour.tolist())
-    picture = Image.new("RGBA", (SPRITE_SIZE, SPRITE_SIZE), (0, 0, 0, 0))
-    pen = Pen(ImageDraw.Draw(picture))
     if form == 1:
-        DRAWINGS[rng.choice(list(SHAPES))](pen, fill)
-        return picture.reduce(2)
+        return draw_sprite(DRAWINGS[rng.choice(list(SHAPES))], fill).reduce(2)
     corners = rng.integers(4, 10)
     angles = 2 * math.pi * (np.arange(corners) + rng.uniform(-0.3, 0.3, corners)) / corners
     radii = rng.uniform(0.45, 1, corners)
-    pen.polygon(list(zip(radii * np.cos(angles), radii * np.sin(angles), strict=True)), fill)
+    blob = list(zip(radii * np.cos(angles), radii * np.sin(angles), strict=True))
+    parts = [(blob, fill)]
     if rng.random() < 0.5:
         x, y, wide, high = *rng.uniform(-0.25, 0.25, 2), *rng.uniform(0.1, 0.3, 2)
-        pen.ellipse(
-            x - wide, y - high, x + wide, y + high, tuple(rng.integers(20, 256, 3).tolist())
-        )
-    return picture.reduce(2)
+        spot = tuple(rng.integers(20, 256, 3).tolist())
+        parts.append((Ellipse(x - wide, y - high, x + wide, y + high), spot))
+    return draw_sprite(parts).reduce(2)
+
+
+# ---- the tower and its training
 
 
 def build_tower(width: int, layers: int) -> CLIPVisionModel:
@@ -191,7 +206,7 @@ def build_tower(width: int, layers: int) -> CLIPVisionModel:
     return tower
 
 
-def sine_positions(grid: int, width: int) -> torch.Tensor:
+def sine_positions(grid: int, width: int) -> Tensor:
     """2-D sine-cosine positions (grid², width): a quarter each for sin, cos of row, column."""
     frequency = 100.0 ** (-torch.arange(width // 4) / (width // 4))
     row, column = (torch.arange(grid * grid) // grid, torch.arange(grid * grid) % grid)
@@ -200,72 +215,71 @@ def sine_positions(grid: int, width: int) -> torch.Tensor:
 
 
 class Heads(nn.Module):
-    """What is read from the tower while it learns, and thrown away afterwards."""
+    """What is predicted from the tower's features while it learns, and thrown away afterwards."""
 
     def __init__(self, width: int):
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.patch = nn.Linear(width, len(THINGS) + 1)
+        self.patch = nn.Linear(width, len(OBJECTS) + 1)
         self.centre = nn.Linear(width, 6)
-        self.present = nn.Linear(width, len(THINGS))
+        self.present = nn.Linear(width, len(OBJECTS))
         self.total = nn.Linear(width, MAX_COUNT + 1)
         self.middle = nn.Linear(width, 3)
 
-    def forward(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
-        hidden = self.norm(features)
-        cls, patches = hidden[:, 0], hidden[:, 1:]
-        return {
-            "patch": self.patch(patches),
-            "centre": self.centre(patches),
-            "present": self.present(cls),
-            "total": self.total(cls),
-            "middle": self.middle(cls),
-        }
+    def forward(self, features_NPD: Tensor) -> dict[str, Tensor]:
+        hidden = self.norm(features_NPD)
+        out = {name: getattr(self, name)(hidden[:, 1:]) for name in ("patch", "centre")}
+        cls = hidden[:, 0]
+        return out | {name: getattr(self, name)(cls) for name in ("present", "total", "middle")}
 
 
-def losses(out: dict, batch: dict) -> dict[str, torch.Tensor]:
-    weight = torch.ones(len(THINGS) + 1)
+def losses(out: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weighted terms of the loss; rare labels weigh more, so that silence doesn't win."""
+    weight = torch.ones(len(OBJECTS) + 1)
     weight[BACKGROUND] = 0.25  # most patches are background
     is_centre = batch["centre"][..., 0] > 0
     found, true = out["centre"][is_centre], batch["centre"][is_centre]
     turns = (true[:, 4:].abs().sum(1, keepdim=True) > 0).float()
     some = batch["total"] > 0
+    bce = F.binary_cross_entropy_with_logits
     return {
         "patch": F.cross_entropy(out["patch"].flatten(0, 1), batch["patch"].flatten(), weight),
-        "centre": F.binary_cross_entropy_with_logits(
-            out["centre"][..., 0], is_centre.float(), pos_weight=torch.tensor(4.0)
-        ),
+        "centre": bce(out["centre"][..., 0], is_centre.float(), pos_weight=torch.tensor(4.0)),
         "place": (found[:, 1:4] - true[:, 1:4]).abs().mean(),
         "turn": 0.3 * ((found[:, 4:] - true[:, 4:]) ** 2 * turns).mean(),
-        # 46 or more of 48 things are absent: that one is here must weigh as much as all of these.
-        "present": 5.0
-        * F.binary_cross_entropy_with_logits(
-            out["present"], batch["present"], pos_weight=torch.tensor(5.0)
-        ),
+        # 46 or more of 48 objects are absent: that one is here must weigh as much as all of these.
+        "present": 5.0 * bce(out["present"], batch["present"], pos_weight=torch.tensor(5.0)),
         "total": F.cross_entropy(out["total"], batch["total"]),
         "middle": 2.0 * (out["middle"] - batch["middle"])[some].abs().mean(),
     }
+
+
+def encode(tower: CLIPVisionModel, pictures: Tensor) -> Tensor:
+    """uint8 (N, 3, H, W) → features (N, P, D) before the final norm, as `VisionTower` gives."""
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+    pixel_values = (pictures.float() / 255 - mean) / std
+    hidden = tower.pre_layrnorm(tower.embeddings(pixel_values))
+    return tower.encoder(inputs_embeds=hidden).last_hidden_state
 
 
 @torch.no_grad()
 def score(tower, heads, batches: list[dict], unseen: list[dict]) -> dict[str, float]:
     """Shares of right answers on stills that were never trained on; places in pixels.
 
-    The total is scored on combinations (thing, count) of the test set, which training never shows.
+    The total is scored on combinations (object, count) of the test set, which training never shows.
     """
-    tower.eval()
-    sums: dict[str, list[float]] = {}
+    results: dict[str, list[Tensor]] = {}
 
-    def add(results: dict) -> None:
-        for key, value in results.items():
-            sums.setdefault(key, []).append(value.float().flatten())
+    def collect(scores: dict[str, Tensor]) -> None:
+        for key, value in scores.items():
+            results.setdefault(key, []).append(value.float().flatten())
 
     for batch in batches:
         out = heads(encode(tower, batch["picture"]))
-        shown = (batch["patch"] != BACKGROUND) & (batch["patch"] != IGNORED)
         right = out["patch"].argmax(2) == batch["patch"]
+        shown = (batch["patch"] != BACKGROUND) & (batch["patch"] != IGNORED)
         off = (out["middle"] - batch["middle"])[batch["total"] == 1][:, :2].abs() * FRAME_SIZE
-        add(
+        collect(
             {
                 "patch": right[shown],
                 "background": right[batch["patch"] == BACKGROUND],
@@ -276,34 +290,21 @@ def score(tower, heads, batches: list[dict], unseen: list[dict]) -> dict[str, fl
     for batch in unseen:
         total = batch["total"]
         right = heads(encode(tower, batch["picture"]))["total"].argmax(1) == total
-        add({f"unseen total {n}": right[total == n] for n in range(1, MAX_COUNT + 1)})
-        add({"unseen total of one kind": right[batch["one_kind"]]})
-    tower.train()
-    return {key: torch.cat(values).mean().item() for key, values in sums.items()}
-
-
-def encode(tower: CLIPVisionModel, pictures: torch.Tensor) -> torch.Tensor:
-    """uint8 (N, 3, H, W) → features (N, P, D) before the final norm, as `VisionTower` gives."""
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
-    pixel_values = (pictures.float() / 255 - mean) / std
-    hidden = tower.pre_layrnorm(tower.embeddings(pixel_values))
-    return tower.encoder(inputs_embeds=hidden).last_hidden_state
+        collect({f"unseen total {n}": right[total == n] for n in range(1, MAX_COUNT + 1)})
+        collect({"unseen total of one class": right[batch["one_class"]]})
+    return {key: torch.cat(values).mean().item() for key, values in results.items()}
 
 
 def save(tower: CLIPVisionModel, directory: Path, trained: dict) -> None:
     """A directory as CLIP's: fp16 weights, config, preprocessor; and how it was trained."""
-    directory.mkdir(parents=True, exist_ok=True)
-    half = CLIPVisionModel(tower.config).half()
-    half.load_state_dict(tower.state_dict())
-    half.save_pretrained(directory)
-    size = {"height": FRAME_SIZE, "width": FRAME_SIZE}
+    copy.deepcopy(tower).half().save_pretrained(directory)
     preprocessor = {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,
         "size": {"shortest_edge": FRAME_SIZE},
         "resample": 3,
         "do_center_crop": True,
-        "crop_size": size,
+        "crop_size": {"height": FRAME_SIZE, "width": FRAME_SIZE},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -311,8 +312,8 @@ def save(tower: CLIPVisionModel, directory: Path, trained: dict) -> None:
         "image_std": STD,
         "do_convert_rgb": True,
     }
-    (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
-    (directory / "training.json").write_text(json.dumps(trained, indent=2) + "\n")
+    for name, values in (("preprocessor_config", preprocessor), ("training", trained)):
+        (directory / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
 def main() -> None:

@@ -1,33 +1,26 @@
-"""The demo world: short clips of moving things as real mp4 files, with questions and exact answers.
+"""The demo world: short mp4 clips of moving objects, with questions and exact answers.
 
     python -m demo.world --split test --seed 777 --clips 300 --out out/fresh_test
 
 writes `clips/*.mp4`, `captions.jsonl` (pretraining) and `questions.jsonl` (fine-tuning, evaluation)
-in the data format of the README. Four kinds of scene:
+in the data format of docs/data.md. Four types of scene:
 
-    single     one thing moves left, right, up or down, grows, shrinks, spins, blinks or stays still
-    two_step   one thing does two of these one after the other
-    order      one thing moves, then another one does
-    count      one to four things, of one kind or mixed, stay still or move together
+    single     one object moves left, right, up, down, grows, shrinks, spins, blinks or stays
+    two_step   one object does two of these one after the other
+    order      one object moves, then another one does
+    count      one to four objects, of one class or mixed, stay still or move together
 
-The splits differ by *combination*, not by seed alone. A combination is thing × motion axis, thing ×
-two-step (tied with its reverse), an unordered pair, or thing × count; a hash sends 15 % of all to
-the test set and 5 % to validation, and no training clip holds any of these. A model that learned
-"the red star always moves left" scores below chance here. Every test clip that tells time is
-followed by its twin, the same frames played backwards, with the answers that change: a model that
-can't tell forwards from backwards gets at most one of such a pair right.
+No training clip holds a combination of the test set (demo/scene.py). Every test clip that tells
+time is followed by its twin, the same frames played backwards, with the answers that change: a
+model that can't tell forwards from backwards gets at most one of such a pair right.
 """
 
-from __future__ import annotations
-
 import argparse
-import hashlib
 import json
 import math
 import os
-from collections import Counter
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -36,138 +29,15 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-from demo.language import ask, caption
-from demo.objects import THINGS, Thing, sprite
+from demo.language import make_captions, make_questions
+from demo.objects import Object, sprite_of
+from demo.scene import SPLITS, VECTORS, Actor, Scene, sample_scene
 
 FRAME_SIZE = 112  # pixels; the stand-in tower's own size, so that nothing is resized
 NUM_FRAMES = 24
 FRAMES_PER_SECOND = 8
 
-VECTORS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-AXES = {
-    "horizontal": ("left", "right"),
-    "vertical": ("up", "down"),
-    "size": ("grow", "shrink"),
-    "spin": ("spin",),
-    "blink": ("blink",),
-    "stay": ("stay",),
-}
-AXIS_OF = {motion: axis for axis, motions in AXES.items() for motion in motions}
-REVERSE_OF = {"left": "right", "up": "down", "grow": "shrink"}
-REVERSE_OF |= {backwards: motion for motion, backwards in REVERSE_OF.items()}
-
-KINDS = ("single", "two_step", "order", "count")
-# Who does what, and how many there are, is learnt last: training shows such scenes more often.
-TRAINING_SHARES = (0.10, 0.12, 0.34, 0.44)
-LOOK_ALIKE = 0.3  # share of training's pairs that have the same colour, or are both icons
-ONE_KIND = 0.4  # share of training's counts of two and more that are of one kind
-SPLITS = ("train", "val", "test")
-
-
-@dataclass(frozen=True)
-class Actor:
-    """A thing and what it does: one motion for the whole clip, or one for each half."""
-
-    thing: Thing
-    steps: tuple[str, ...]
-
-    def backwards(self) -> Actor:
-        return replace(
-            self, steps=tuple(REVERSE_OF.get(step, step) for step in reversed(self.steps))
-        )
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What happens in a clip, without where: all that questions and captions speak about."""
-
-    kind: str
-    actors: tuple[Actor, ...]
-
-    def backwards(self) -> Scene:
-        return replace(self, actors=tuple(actor.backwards() for actor in self.actors))
-
-    def combinations(self) -> list[tuple]:
-        """Keys that decide the split; the first one is what the scene is about."""
-        keys = []
-        first = self.actors[0]
-        if self.kind == "two_step":
-            tied = min(first.steps, first.backwards().steps)
-            keys.append(("two_step", first.thing, tied))
-        elif self.kind == "order":
-            keys.append(("pair", tuple(sorted(str(actor.thing) for actor in self.actors))))
-        elif self.kind == "count":
-            things = Counter(actor.thing for actor in self.actors)  # the most numerous comes first
-            keys += [("count", thing, number) for thing, number in things.items()]
-            # If three boats are held out, training must not show "two boats and a key" either: it
-            # would teach that three with boats in front are never all boats.
-            most, total = max(things.values()), len(self.actors)
-            keys += [("count", thing, total) for thing, number in things.items() if number == most]
-        for actor in self.actors:
-            waits = self.kind == "order"  # standing still until it is one's turn isn't "stay"
-            for step in actor.steps:
-                if not (waits and step == "stay"):
-                    keys.append(("axis", actor.thing, AXIS_OF[step]))
-        return keys
-
-
-def split_of(combination: tuple) -> str:
-    """The split that owns a combination, by a hash that no seed changes."""
-    bucket = int(hashlib.sha256(repr(combination).encode()).hexdigest(), 16) % 100
-    return "test" if bucket < 15 else "val" if bucket < 20 else "train"
-
-
-def belongs(scene: Scene, split: str) -> bool:
-    """Training scenes hold training combinations only; others are about one of their split."""
-    splits = [split_of(key) for key in scene.combinations()]
-    return all(s == "train" for s in splits) if split == "train" else splits[0] == split
-
-
-def sample_scene(rng: np.random.Generator, split: str) -> Scene:
-    """A random scene of the split; motions are drawn evenly, combinations by rejection."""
-    kind = rng.choice(KINDS, p=TRAINING_SHARES if split == "train" else None)
-    while True:
-        scene = Scene(kind, tuple(_sample_actors(rng, kind, training=split == "train")))
-        # A circle that turns looks like one that stays: such a question would have no answer.
-        if any("spin" in actor.steps and not actor.thing.rotation_order for actor in scene.actors):
-            continue
-        if belongs(scene, split):
-            return scene
-
-
-def _sample_actors(rng: np.random.Generator, kind: str, training: bool) -> list[Actor]:
-    """Who does what. Training shows what is easily mixed up more often than chance would."""
-
-    def pick(options):  # rng.choice is slow, and makes arrays of tuples
-        return options[rng.integers(len(options))]
-
-    if kind == "single":
-        return [Actor(pick(THINGS), (pick(AXES[pick(list(AXES))]),))]
-    if kind == "two_step":
-        axes = rng.permutation(["horizontal", "vertical", "size"])[:2]
-        return [Actor(pick(THINGS), tuple(pick(AXES[axis]) for axis in axes))]
-    if kind == "order":
-        first, second = (THINGS[i] for i in rng.permutation(len(THINGS))[:2])
-        if training and rng.random() < LOOK_ALIKE:
-            second = pick([t for t in THINGS if t.colour == first.colour and t != first])
-        directions = list(VECTORS)
-        return [Actor(first, (pick(directions), "stay")), Actor(second, ("stay", pick(directions)))]
-    # Counting to one is easy, and not what other numbers are learnt from.
-    total = pick([1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4] if training else [1, 2, 3, 4])
-    steps = ("stay",) if rng.random() < 0.5 else (pick(list(VECTORS)),)
-    # Mixed scenes part the number from the object: the same picture answers several counts.
-    if rng.random() < (ONE_KIND if training else 0.3) or total == 1:
-        majority = total
-    else:
-        majority = int(rng.integers((total + 1) // 2, total + (0 if training else 1)))
-    kinds = [THINGS[i] for i in rng.permutation(len(THINGS))[:3]]
-    things = [kinds[0]] * majority + sorted(
-        (kinds[1 + rng.integers(2)] for _ in range(total - majority)), key=str
-    )
-    return [Actor(thing, steps) for thing in things]
-
-
-# ------------------------------ pictures
+# ---- pictures
 
 
 @dataclass
@@ -182,55 +52,49 @@ class Track:
 
 
 def _track(rng: np.random.Generator, actor: Actor, diameter: float) -> Track:
-    """Time course of one actor that starts at (0, 0)."""
-    time = np.arange(NUM_FRAMES) / (NUM_FRAMES - 1)
-    x, y, angle = (np.zeros(NUM_FRAMES) for _ in range(3))
+    """The path in time of one actor that starts at (0, 0)."""
+    frames = np.arange(NUM_FRAMES)
+    x, y = np.zeros(NUM_FRAMES), np.zeros(NUM_FRAMES)
     # Growth starts small and shrinking starts large, so that both end inside the picture.
-    scale = np.full(
-        NUM_FRAMES, 0.7 if "grow" in actor.steps else 1.45 if "shrink" in actor.steps else 1.0
-    )
+    scale = 0.7 if "grow" in actor.steps else 1.45 if "shrink" in actor.steps else 1.0
+    scale = np.full(NUM_FRAMES, scale)
     visible = np.full(NUM_FRAMES, True)
-    angle += rng.uniform(-15, 15)
-    halves = len(actor.steps)
+    angle = np.full(NUM_FRAMES, rng.uniform(-15, 15))
+    num_steps = len(actor.steps)
     for i, step in enumerate(actor.steps):
-        progress = np.clip(time * halves - i, 0, 1)
+        progress = np.clip(frames / (NUM_FRAMES - 1) * num_steps - i, 0, 1)
         if step in VECTORS:
-            distance = rng.uniform(42, 58) if halves == 1 else rng.uniform(30, 42)
+            distance = rng.uniform(42, 58) if num_steps == 1 else rng.uniform(30, 42)
             x += VECTORS[step][0] * distance * progress
             y += VECTORS[step][1] * distance * progress
-        elif step == "grow":
-            scale *= np.exp(math.log(2.1) * progress)
-        elif step == "shrink":
-            scale *= np.exp(-math.log(2.1) * progress)
+        elif step in ("grow", "shrink"):
+            scale *= np.exp((1 if step == "grow" else -1) * math.log(2.1) * progress)
         elif step == "spin":
             # 20 to 38 degrees between two sampled frames: never a whole turn of its own symmetry.
             angle += rng.choice([-1, 1]) * rng.uniform(155, 290) * progress
         elif step == "blink":
             half_period = rng.integers(3, 5)
-            visible = (
-                np.arange(NUM_FRAMES) + rng.integers(2 * half_period)
-            ) // half_period % 2 == 0
+            visible = (frames + rng.integers(2 * half_period)) // half_period % 2 == 0
     return Track(x, y, diameter * scale, angle, visible)
 
 
 def place(rng: np.random.Generator, scene: Scene) -> list[Track]:
     """Tracks for all actors that stay inside the picture and never touch each other."""
+    largest = {1: 34, 2: 30, 3: 27, 4: 26}[len(scene.actors)]
     while True:
-        largest = {1: 34, 2: 30, 3: 27, 4: 26}[len(scene.actors)]
-        together = (
-            rng.integers(2**31) if scene.kind == "count" else None
-        )  # those who move together keep pace
+        # Those who move together keep pace.
+        shared_seed = rng.integers(2**31) if scene.type == "count" else None
         tracks: list[Track] = []
         for actor in scene.actors:
-            pace = np.random.default_rng(together) if together is not None else rng
-            track = _track(pace, actor, rng.uniform(22, largest))
+            pace_rng = rng if shared_seed is None else np.random.default_rng(shared_seed)
+            track = _track(pace_rng, actor, rng.uniform(22, largest))
             for _ in range(30):
                 moved = _shift_inside(rng, track)
                 if all(_apart(moved, other) for other in tracks):
                     tracks.append(moved)
                     break
             else:
-                break  # no room: start the whole scene again
+                break  # it fits nowhere: start the whole scene again
         if len(tracks) == len(scene.actors):
             return tracks
 
@@ -253,9 +117,8 @@ def _apart(a: Track, b: Track) -> bool:
 def background(rng: np.random.Generator) -> Image.Image:
     """A soft gradient of muted colours, half of the time with faint clutter."""
     corners = rng.uniform(95, 185, size=(2, 2, 1)) + rng.uniform(-22, 22, size=(2, 2, 3))
-    picture = Image.fromarray(corners.astype(np.uint8)).resize(
-        (FRAME_SIZE, FRAME_SIZE), Image.BICUBIC
-    )
+    picture = Image.fromarray(corners.astype(np.uint8))
+    picture = picture.resize((FRAME_SIZE, FRAME_SIZE), Image.BICUBIC)
     if rng.random() < 0.5:
         return picture
     draw = ImageDraw.Draw(picture)
@@ -276,10 +139,10 @@ def background(rng: np.random.Generator) -> Image.Image:
 
 
 def paste(
-    picture: Image.Image, thing: Thing, x: float, y: float, diameter: float, angle: float, ink=None
+    picture: Image.Image, item: Object, x: float, y: float, diameter: float, angle: float, ink=None
 ) -> None:
-    """Draw a thing, centred at (x, y) pixels; with `ink`, its silhouette in that colour."""
-    stamp = _stamp(thing, round(diameter), round(angle) % 360)
+    """Draws an object, centred at (x, y) pixels; with `ink`, its silhouette in that colour."""
+    stamp = _stamp(item, round(diameter), round(angle) % 360)
     left, top = round(x - stamp.width / 2), round(y - stamp.height / 2)
     if ink is None:
         picture.paste(stamp, (left, top), stamp)
@@ -287,23 +150,12 @@ def paste(
         picture.paste(ink, (left, top, left + stamp.width, top + stamp.height), stamp)
 
 
-_STAMPS: dict[tuple, Image.Image] = {}
-
-
-def _stamp(thing: Thing, diameter: int, angle: int) -> Image.Image:
-    key = (thing, diameter, angle)
-    if key not in _STAMPS:
-        if (
-            len(_STAMPS) > 4096
-        ):  # spinning fills this quickly; a small picture costs little to draw again
-            _STAMPS.clear()
-        # Half size first: turning 64 pixels is four times cheaper and looks the same at 30.
-        small = sprite(thing).reduce(2)
-        turned = small.rotate(angle, Image.BILINEAR) if angle else small
-        _STAMPS[key] = turned.resize(
-            (diameter, diameter), Image.BOX if diameter < 32 else Image.BILINEAR
-        )
-    return _STAMPS[key]
+@lru_cache(4096)
+def _stamp(item: Object, diameter: int, angle: int) -> Image.Image:
+    # Half size first: turning 64 pixels is four times cheaper and looks the same at 30.
+    small = sprite_of(item).reduce(2)
+    turned = small.rotate(angle, Image.BILINEAR) if angle else small
+    return turned.resize((diameter, diameter), Image.BOX if diameter < 32 else Image.BILINEAR)
 
 
 def render(rng: np.random.Generator, scene: Scene) -> list[Image.Image]:
@@ -314,13 +166,15 @@ def render(rng: np.random.Generator, scene: Scene) -> list[Image.Image]:
         frame = ground.copy()
         for actor, track in zip(scene.actors, tracks, strict=True):
             if track.visible[i]:
-                paste(frame, actor.thing, track.x[i], track.y[i], track.diameter[i], track.angle[i])
+                where = track.x[i], track.y[i], track.diameter[i], track.angle[i]
+                paste(frame, actor.object, *where)
         frames.append(frame)
     return frames
 
 
 def write_video(path: Path, frames: list[Image.Image]) -> None:
-    """H.264 in mp4, renamed into place, so that a clip that exists is a whole one."""
+    """H.264 in mp4, renamed into place, so that a clip that exists is a whole one. The same frames
+    are the same file, to the byte. Raises OSError where it can't be written."""
     unfinished = path.with_suffix(".part.mp4")
     with av.open(str(unfinished), "w") as container:
         stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND)
@@ -336,59 +190,50 @@ def write_video(path: Path, frames: list[Image.Image]) -> None:
     os.replace(unfinished, path)
 
 
-# ------------------------------ the files
+# ---- the files
 
 
 def make_clip(index: int, split: str, seed: int, out: Path) -> tuple[list[dict], list[dict]]:
-    """Render a clip (unless it is there) and return its caption lines and question lines."""
+    """Renders a clip (unless it is there) and returns its caption lines and question lines."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     scene = sample_scene(rng, split)
+    # What is said doesn't depend on whether the pixels are there already.
+    pixels_rng, words_rng = rng.spawn(2)
+    words_seed = words_rng.integers(2**31)
     name = f"{split}-{seed}-{index:05d}"
-    pixels_rng, words_rng = rng.spawn(
-        2
-    )  # what is said doesn't depend on whether the pixels are there already
-    changes = scene.backwards() != scene
-    files = [(f"clips/{name}.mp4", False)]
-    if split == "test" and changes:
-        files.append((f"clips/{name}-reversed.mp4", True))
-    if not all((out / file).exists() for file, _ in files):
+    # A clip that tells time is asked about both ways: in the test set its twin is a file of its
+    # own; elsewhere the frames are turned round when they are read, which costs nothing to render.
+    directions = [False, True] if scene.backwards() != scene else [False]
+    suffix = {False: "", True: "-reversed" if split == "test" else ""}
+    files = {backwards: f"clips/{name}{suffix[backwards]}.mp4" for backwards in directions}
+    if not all((out / file).exists() for file in files.values()):
         frames = render(pixels_rng, scene)
-        for file, is_reversed in files:
-            write_video(out / file, frames[::-1] if is_reversed else frames)
+        for backwards, file in files.items():
+            if not backwards or split == "test":
+                write_video(out / file, frames[::-1] if backwards else frames)
 
     captions, questions = [], []
-    # Training plays a clip that tells time both ways: direction costs nothing more to render.
-    directions = [False, True] if split != "test" and changes else [f[1] for f in files]
-    words_seed = words_rng.integers(2**31)
-    for backwards in directions:
-        twin = split == "test" and backwards
-        base = {
-            "id": name + ("-reversed" if backwards else ""),
-            "video": files[1 if twin else 0][0],
-        }
-        if backwards and not twin:
+    for backwards, file in files.items():
+        base = {"id": name + ("-reversed" if backwards else ""), "video": file}
+        if backwards and split != "test":
             base["reverse"] = True
-        told = scene.backwards() if backwards else scene
+        reported = scene.backwards() if backwards else scene
         # Twins in the test set get the same questions in the same words, to be compared in pairs.
-        told_rng = np.random.default_rng([words_seed, 0 if split == "test" else backwards])
-        captions += [
-            _line(base, i, *conversation) for i, conversation in enumerate(caption(told_rng, told))
-        ]
-        conversations = ask(told_rng, told, scored=split != "train", pair_name=name)
+        reported_rng = np.random.default_rng([words_seed, backwards and split != "test"])
+        conversations = make_captions(reported_rng, reported)
+        captions += [_line(base, i, *c) for i, c in enumerate(conversations)]
+        conversations = make_questions(reported_rng, reported, split == "train", name)
         for i, conversation in enumerate(conversations):
-            if not twin or any(
-                "pair" in turn for turn in conversation[2]
-            ):  # a twin is asked what changed
+            changes = any("pair" in entry for entry in conversation[2])
+            if changes or not (backwards and split == "test"):  # a twin is asked what changed
                 questions.append(_line(base, i, *conversation))
     if split == "train":
         for line in captions + questions:
-            line.pop("scoring")
+            del line["scoring"]
     return captions, questions
 
 
-def _line(
-    base: dict, number: int, language: str, turns: list[tuple[str, str]], scoring: list[dict]
-) -> dict:
+def _line(base: dict, number: int, language: str, turns: list, scoring: list[dict]) -> dict:
     conversations = []
     for i, (question, answer) in enumerate(turns):
         conversations.append({"from": "human", "value": ("<video>\n" if i == 0 else "") + question})
@@ -398,26 +243,24 @@ def _line(
 
 
 def make_split(split: str, seed: int, clips: int, out: Path, workers: int) -> None:
-    """Render a split into `out`; clips that exist are kept, the jsonl files are written last."""
+    """Renders a split into `out`; clips that exist are kept, the jsonl files are written last.
+    Raises OSError where `out` can't be written."""
     (out / "clips").mkdir(parents=True, exist_ok=True)
+    lines = {"captions": [], "questions": []}
     task = partial(make_clip, split=split, seed=seed, out=out)
-    captions, questions = [], []
     # "spawn": a forked child of a process with threads (tqdm has one) can hang on a lock.
     with get_context("spawn").Pool(workers) as pool:
-        for some_captions, some_questions in tqdm(
-            pool.imap(task, range(clips), chunksize=16),
-            total=clips,
-            desc=f"render {split}",
-            unit="clip",
-        ):
-            captions += some_captions
-            questions += some_questions
-    for name, lines in (("captions", captions), ("questions", questions)):
+        made = pool.imap(task, range(clips), chunksize=16)
+        for captions, questions in tqdm(made, total=clips, desc=f"render {split}", unit="clip"):
+            lines["captions"] += captions
+            lines["questions"] += questions
+    for name, some in lines.items():
         unfinished = out / f"{name}.jsonl.part"
         with unfinished.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in some)
         os.replace(unfinished, out / f"{name}.jsonl")
-    print(f"{out}: {clips} clips, {len(captions)} captions, {len(questions)} conversations")
+    captions, questions = map(len, lines.values())
+    print(f"{out}: {clips} clips, {captions} captions, {questions} conversations")
 
 
 def main() -> None:

@@ -1,28 +1,31 @@
 """The demo world: its truth is exact, its splits share no combination, its twins are reversed."""
 
+import hashlib
 import json
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
-from demo.language import LANGUAGES, ask, caption, facts
-from demo.objects import THINGS, Thing, sprite
+from demo.language import LANGUAGES, facts, make_captions, make_questions
+from demo.objects import OBJECTS, Object, sprite_of
+from demo.scene import SPLITS, Actor, Scene, sample_scene, split_of
 from demo.world import (
     FRAME_SIZE,
     NUM_FRAMES,
-    SPLITS,
-    Actor,
-    Scene,
+    make_clip,
     make_split,
     place,
     render,
-    sample_scene,
-    split_of,
     write_video,
 )
 
-CAR, RED_STAR, UMBRELLA = Thing("car"), Thing("star", "red"), Thing("umbrella")
+CAR, RED_STAR, UMBRELLA = Object("car"), Object("star", "red"), Object("umbrella")
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def scenes(split: str, number: int = 300) -> list[Scene]:
@@ -30,9 +33,9 @@ def scenes(split: str, number: int = 300) -> list[Scene]:
     return [sample_scene(rng, split) for _ in range(number)]
 
 
-def test_there_are_48_things_and_no_two_look_alike():
-    assert len(set(THINGS)) == 48
-    pictures = {np.asarray(sprite(thing)).tobytes() for thing in THINGS}
+def test_there_are_48_objects_and_no_two_look_alike():
+    assert len(set(OBJECTS)) == 48
+    pictures = {np.asarray(sprite_of(item)).tobytes() for item in OBJECTS}
     assert len(pictures) == 48
 
 
@@ -45,17 +48,16 @@ def test_no_training_scene_holds_a_held_out_combination():
         assert not about & trained
 
 
-def test_a_number_held_out_for_a_kind_is_not_the_total_with_this_kind_in_front():
+def test_a_number_held_out_for_a_class_is_not_the_total_with_this_class_in_front():
     """Else "two boats and a key" would teach that three with boats in front are never all boats."""
     mixed = 0
     for scene in scenes("train", 1000):
-        things = [actor.thing for actor in scene.actors]
-        if scene.kind == "count" and len(set(things)) > 1:
+        counts = scene.counts()
+        if scene.type == "count" and len(counts) > 1:
             mixed += 1
-            most = max(map(things.count, things))
-            for thing in things:
-                if things.count(thing) == most:
-                    assert split_of(("count", thing, len(things))) == "train"
+            for item, number in counts.items():
+                if number == max(counts.values()):
+                    assert split_of(("count", item, counts.total())) == "train"
     assert mixed > 50
 
 
@@ -64,8 +66,8 @@ def test_a_two_step_and_its_reverse_are_in_the_same_split():
         assert scene.backwards().combinations()[0] == scene.combinations()[0]
 
 
-def test_test_scenes_show_at_least_40_things():
-    assert len({actor.thing for scene in scenes("test") for actor in scene.actors}) >= 40
+def test_test_scenes_show_at_least_40_objects():
+    assert len({actor.object for scene in scenes("test") for actor in scene.actors}) >= 40
 
 
 def test_playing_backwards_twice_is_playing_forwards():
@@ -75,7 +77,7 @@ def test_playing_backwards_twice_is_playing_forwards():
 
 def test_turning_is_only_asked_where_it_shows():
     assert all(
-        actor.thing.rotation_order
+        actor.object.rotation_order
         for scene in scenes("train")
         for actor in scene.actors
         if "spin" in actor.steps
@@ -83,7 +85,7 @@ def test_turning_is_only_asked_where_it_shows():
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_things_stay_in_the_picture_and_apart(split):
+def test_objects_stay_in_the_picture_and_apart(split):
     rng = np.random.default_rng(3)
     for scene in scenes(split, 40):
         tracks = place(rng, scene)
@@ -95,18 +97,20 @@ def test_things_stay_in_the_picture_and_apart(split):
                 assert (np.hypot(a.x - b.x, a.y - b.y) > (a.diameter + b.diameter) / 2).all()
 
 
-def said(scene: Scene) -> dict[str, str]:
+def ask_all(scene: Scene) -> dict[str, str]:
     """Every question about the scene that may be asked, with its answer."""
     answers = {}
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        for _, turns, _ in [*ask(rng, scene, True, "clip"), *caption(rng, scene)]:
+        for _, turns, _ in make_questions(rng, scene, False, "clip") + make_captions(rng, scene):
             answers.update(turns[:1])
     return answers
 
 
 def test_sentences_about_an_order():
-    answers = said(Scene("order", (Actor(CAR, ("stay", "left")), Actor(RED_STAR, ("up", "stay")))))
+    answers = ask_all(
+        Scene("order", (Actor(CAR, ("stay", "left")), Actor(RED_STAR, ("up", "stay"))))
+    )
     assert answers["Describe the video."] == "First a red star moves up, then a car moves left."
     assert answers["描述这个视频。"] == "先是一个红色星星向上移动,然后一个汽车向左移动。"
     assert answers["What moves first?"] == "the red star"
@@ -116,50 +120,54 @@ def test_sentences_about_an_order():
 
 def test_sentences_about_a_two_step():
     scene = Scene("two_step", (Actor(UMBRELLA, ("right", "grow")),))
-    assert said(scene)["Describe the video."] == "An umbrella moves right, then grows."
-    assert said(scene)["雨伞做了哪两件事?"] == "它先向右移动,再变大"
-    assert said(scene.backwards())["Describe the video."] == "An umbrella shrinks, then moves left."
+    assert ask_all(scene)["Describe the video."] == "An umbrella moves right, then grows."
+    assert ask_all(scene)["雨伞做了哪两件事?"] == "它先向右移动,再变大"
+    assert (
+        ask_all(scene.backwards())["Describe the video."] == "An umbrella shrinks, then moves left."
+    )
 
 
 def test_sentences_about_a_count():
     stay = ("stay",)
     scene = Scene("count", (Actor(RED_STAR, stay), Actor(RED_STAR, stay), Actor(CAR, stay)))
-    answers = said(scene)
+    answers = ask_all(scene)
     assert answers["Describe the video."] == "Two red stars and a car stay still."
     assert answers["Count everything."] == "three"
     stars = Scene("count", (Actor(RED_STAR, stay), Actor(RED_STAR, stay)))
-    assert said(stars)["How many red stars are there?"] == "two"
-    assert said(stars)["有几个红色星星?"] == "两个"
+    assert ask_all(stars)["How many red stars are there?"] == "two"
+    assert ask_all(stars)["有几个红色星星?"] == "两个"
 
 
 def test_facts_are_the_words_that_could_be_wrong():
-    assert facts("Two red stars and a car stay still.", "en") == [
-        "two",
-        "red",
-        "stars",
-        "car",
-        "stay",
-    ]
-    assert facts("先是一个红色星星向上移动,然后一个汽车向左移动。", "zh") == [
-        *("红色", "星星", "向上移动", "汽车", "向左移动"),
-    ]
+    english = facts("Two red stars and a car stay still.", "en")
+    assert " ".join(english) == "two red stars car stay"
+    chinese = facts("先是一个红色星星向上移动,然后一个汽车向左移动。", "zh")
+    assert " ".join(chinese) == "红色 星星 向上移动 汽车 向左移动"
 
 
 def test_questions_and_answers_fit_their_scoring():
     rng = np.random.default_rng(0)
     for scene in scenes("test", 100):
-        for language, turns, scoring in ask(rng, scene, True, "clip"):
+        for language, turns, scoring in make_questions(rng, scene, False, "clip"):
             assert language in LANGUAGES and len(turns) == len(scoring)
             for (question, answer), entry in zip(turns, scoring, strict=True):
                 assert question and answer and "{" not in question
                 assert entry["type"] != "caption" or entry["facts"] == facts(answer, language)
 
 
+@pytest.mark.parametrize(
+    "split, seed, sha256", [("train", 0, "9b11caa34e386b3f"), ("test", 777, "5efeb6160267462e")]
+)
+def test_a_seed_means_the_same_clips_and_words_for_ever(split, seed, sha256, tmp_path):
+    """What the READMEs report was measured on them. Pictures may change with Pillow's version."""
+    (tmp_path / "clips").mkdir()
+    lines = [make_clip(index, split, seed, tmp_path) for index in range(8)]
+    assert hashlib.sha256(json.dumps(lines).encode()).hexdigest()[:16] == sha256
+
+
 def test_files_of_a_test_split(tmp_path):
     make_split("test", seed=5, clips=12, out=tmp_path, workers=1)
-    lines = [
-        json.loads(line) for line in (tmp_path / "questions.jsonl").read_text("utf-8").splitlines()
-    ]
+    lines = read_lines(tmp_path / "questions.jsonl")
     pairs: dict[str, list[dict]] = {}
     for line in lines:
         assert (tmp_path / line["video"]).is_file()
@@ -171,10 +179,7 @@ def test_files_of_a_test_split(tmp_path):
         assert forward["conversations"][0] == backward["conversations"][0]
         assert forward["conversations"][1] != backward["conversations"][1]
     forward, backward = (
-        [
-            frame.to_ndarray(format="rgb24")
-            for frame in av.open(tmp_path / line["video"]).decode(video=0)
-        ]
+        [frame.to_ndarray(format="rgb24") for frame in av.open(tmp_path / line["video"]).decode()]
         for line in next(iter(pairs.values()))
     )
     assert len(forward) == NUM_FRAMES
@@ -187,10 +192,7 @@ def test_the_same_seed_writes_the_same_files_and_training_plays_clips_both_ways(
         make_split("train", seed=0, clips=6, out=tmp_path / name, workers=1)
     for file in ("captions.jsonl", "questions.jsonl", "clips/train-0-00003.mp4"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    lines = [
-        json.loads(line)
-        for line in (tmp_path / "a/questions.jsonl").read_text("utf-8").splitlines()
-    ]
+    lines = read_lines(tmp_path / "a/questions.jsonl")
     assert {bool(line.get("reverse")) for line in lines} == {False, True}
     assert not any("reversed.mp4" in line["video"] for line in lines)
 
