@@ -19,8 +19,7 @@ from device import choose_device
 from inference.batch import Batch, Question, Visual
 from inference.chat import Chat
 from inference.parts import parts_of
-from model.checkpoint import load_video_language_model
-from model.checkpoint_files import read_about
+from model.checkpoint import load_video_language_model, read_about
 from model.cinego import Cinego
 from model.inference import prepare
 

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from model.checkpoint_files import is_video_language_model, read_about
+from model.checkpoint import is_video_language_model, read_about
 from model.vision_tower import VisionTower
 
 VISION_PATH = "model/vision_model/clip-vit-base-patch32"

@@ -1,30 +1,32 @@
 """Weights on disk: `name.pth` holds the state dict, `name.json` beside it says what it is.
 
 A load either fills every parameter or stops with what didn't fit; `model.load_report` says what
-was done. Other generations' files, safetensors and transformers' directories load as well:
+was done. Other generations' files, safetensors and transformers' directories load as well
+(model/import_weights.py):
 
     print(load_language_model("minimind_512.pth").load_report)
 """
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import reduce
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
-from model.checkpoint_files import read_checkpoint
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
-from model.import_weights import LLM, SUMMARY, Recognised, pair_halves, recognise
+from model.import_weights import LLM, SUMMARY, Imported, import_weights, pair_halves, read_json
 from model.lora import merged_state
 from model.minimind import MiniMind
 from model.video_summary import VideoSummary
 from model.vision_tower import VisionTower
+
+# What every generation's video-language model has and no language model does.
+_VISION = re.compile(r"(module\.|_orig_mod\.)*(vision_proj|video_summar)")
 
 
 @dataclass
@@ -33,12 +35,12 @@ class LoadReport:
 
     source: str
     title: str  # the generation
-    num_parameters: int = 0
-    dtypes: list[str] = field(default_factory=list)  # of the file,
-    dtype: str = "float32"  # and of the model
-    converted: list[str] = field(default_factory=list)
-    assumed: dict = field(default_factory=dict)  # settings that only the generation tells
-    left_out: list[str] = field(default_factory=list)  # tensors that the model makes for itself
+    num_parameters: int
+    dtypes: list[str]  # of the file,
+    dtype: str  # and of the model
+    converted: list[str]
+    assumed: dict  # settings that only the generation tells
+    left_out: list[str]  # tensors that the model makes for itself
     initialised: list[str] = field(default_factory=list)  # tensors that the file doesn't have
 
     def __str__(self) -> str:
@@ -50,15 +52,19 @@ class LoadReport:
             f"{self.source}: {self.title}, {self.num_parameters / 1e6:.2f} M parameters "
             f"({', '.join(self.dtypes)} → {self.dtype})",
             f"converted: {', '.join(self.converted) or 'nothing'}",
-            f"assumed, as the file doesn't tell: {', '.join(assumed) or 'nothing'}",
+            f"assumed, as the file doesn't say: {', '.join(assumed) or 'nothing'}",
             f"left out: {several(self.left_out) or 'nothing'}",
-            f"initialised anew: {several(self.initialised) or 'nothing'}",
+            f"re-initialised: {several(self.initialised) or 'nothing'}",
         ]
         return "; ".join(parts) + "."
 
 
 def save_model(path: str | Path, model: Cinego | MiniMind, meta: dict) -> None:
-    """Writes `path` (.pth) and its .json: the model's config and `meta`. Whole or not at all."""
+    """Writes `path` (.pth) and its .json: the model's config and `meta`. Whole or not at all.
+
+    LoRA adapters are merged into the matrices that they stand beside. OSError where the disk is
+    full or can't be written; what stood in `path` before is then still there.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: weight.detach().cpu() for name, weight in merged_state(model).items()}
@@ -80,10 +86,10 @@ def load_language_model(
     dtype: of the model; "auto" keeps the file's, which halves the memory of float16 and bfloat16.
     ValueError, with the names, where anything is missing, left over or of another shape.
     """
-    found = _read(path, overrides)
+    found = import_weights(path, overrides)
     if found.has_vision:
         raise ValueError(f"{path} holds a video-language model: use load_video_language_model")
-    return _language_model(found, dtype)
+    return _build(found, dtype)
 
 
 def load_video_language_model(
@@ -96,60 +102,67 @@ def load_video_language_model(
 
     As `load_language_model`; `overrides` are settings of CinegoConfig (image_ids=[…]) or of its
     language model. A `summary` that the file has no weights for starts from random ones. The tower
-    stays in float32.
+    stays in float32. ValueError also where the tower is missing or of another shape.
     """
-    found = _read(path, overrides)
+    found = import_weights(path, overrides)
     if not found.has_vision:
         raise ValueError(
             f"{path} isn't a video-language model: it has no vision_proj.weight. For a language "
             "model alone use load_language_model"
         )
-    fresh_summary = "summary" in overrides and not any(n.startswith(SUMMARY) for n in found.state)
-    return _video_language_model(found, dtype, vision_path, fresh_summary)
+    new_summary = "summary" in overrides and not any(n.startswith(SUMMARY) for n in found.state)
+    return _build(found, dtype, vision_path, new_summary)
 
 
 def load_model(path: str | Path, vision_path: str | Path | None = None) -> Cinego | MiniMind:
-    """Whichever of the two is in `path`; the tower of `vision_path` goes with a Cinego."""
-    found = _read(path, {})
-    if found.has_vision:
-        return _video_language_model(found, torch.float32, vision_path)
-    return _language_model(found, torch.float32)
+    """Whichever of the two is in `path`, in float32; the tower of `vision_path` goes with a Cinego.
+
+    ValueError as in the two functions above.
+    """
+    return _build(import_weights(path, {}), torch.float32, vision_path)
 
 
-def _read(path: str | Path, overrides: dict) -> Recognised:
-    state, known = read_checkpoint(path)
-    return recognise(state, path, known | overrides)
+def read_about(path: str | Path) -> dict:
+    """What training wrote beside the weights; nothing beside the files of others.
+
+    ValueError where it is there and isn't JSON.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return read_json(path / "config.json").get("cinego", {})
+    about = path.with_suffix(".json")
+    return read_json(about) if about.is_file() else {}
 
 
-def _language_model(found: Recognised, dtype: torch.dtype | str) -> MiniMind:
-    with _meta(found) as settings:
-        model = MiniMind(LanguageModelConfig.from_dict(settings))
-    return _finish(model, found, dtype)
+def is_video_language_model(path: str | Path) -> bool:
+    """By what lies beside the weights, or by their names; nothing is loaded. False for what can't
+    be read, too."""
+    path = Path(path)
+    try:
+        if class_name := read_about(path).get("model"):
+            return class_name == "Cinego"
+        if path.suffix != ".pth":
+            return False
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return any(_VISION.match(name) for name in state)
+    except Exception:  # readers raise a dozen types, all of which mean this
+        return False
 
 
-def _video_language_model(
-    found: Recognised,
+def _build(
+    found: Imported,
     dtype: torch.dtype | str,
-    vision_path: str | Path | None,
-    fresh_summary: bool = False,
-) -> Cinego:
-    tower = VisionTower.from_pretrained(vision_path) if vision_path else None
-    with _meta(found) as settings:
-        own = {f.name for f in fields(CinegoConfig)} & settings.keys()
-        config = {name: settings.pop(name) for name in own}
-        model = Cinego(CinegoConfig.from_dict(config | {"language_model": settings}), tower)
-    fresh = {}
-    if fresh_summary:
-        config = model.config
-        size = (config.vision_hidden_size, config.tokens_per_frame, config.num_temporal_filters)
-        fresh = VideoSummary(config.summary, *size).state_dict()
-    return _finish(model, found, dtype, {SUMMARY + name: weight for name, weight in fresh.items()})
-
-
-@contextmanager
-def _meta(found: Recognised) -> Iterator[dict]:
-    """All settings of the model; what is built under it takes no memory, and draws no numbers."""
-    settings = found.assumed | found.told | found.known
+    vision_path: str | Path | None = None,
+    new_summary: bool = False,
+) -> Cinego | MiniMind:
+    """The model with its weights and its report. Until they come it takes no memory."""
+    in_file = {weight.dtype for weight in found.state.values()}
+    if dtype == "auto":  # one for all: the widest that the file has
+        dtype = min(reduce(torch.promote_types, in_file), torch.float32, key=lambda d: d.itemsize)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f'dtype must be "auto" or one like torch.bfloat16, not {dtype!r}')
+    tower = VisionTower.from_pretrained(vision_path) if vision_path and found.has_vision else None
+    settings = found.settings
     try:
         if settings["num_hidden_layers"] > len(found.state):  # building them might take for ever
             raise ValueError(
@@ -157,89 +170,84 @@ def _meta(found: Recognised) -> Iterator[dict]:
                 f"{settings['num_hidden_layers']} layers: correct num_hidden_layers"
             )
         with torch.device("meta"):
-            yield settings
+            if found.has_vision:
+                own = {f.name for f in fields(CinegoConfig)} & settings.keys()
+                config = {name: settings.pop(name) for name in own}
+                model = Cinego(CinegoConfig.from_dict(config | {"language_model": settings}), tower)
+            else:
+                model = MiniMind(LanguageModelConfig.from_dict(settings))
     except (TypeError, RuntimeError) as error:  # numbers that aren't, or that no tensor can have
         raise ValueError(f"{found.source} has impossible settings: {error}") from error
-
-
-def _finish(model, found: Recognised, dtype, fresh: dict[str, Tensor] | None = None):
-    """Fills `model`, which has no memory yet, and hands it over with its report."""
-    theirs = {weight.dtype for weight in found.state.values()}
-    if dtype == "auto":  # one for all: the widest that the file has
-        dtype = min(reduce(torch.promote_types, theirs), torch.float32, key=lambda d: d.itemsize)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f'dtype must be "auto" or one like torch.bfloat16, not {dtype!r}')
-    fresh = fresh or {}
-    found.state |= fresh
-    config = getattr(model.config, "language_model", model.config)
-    fill(model, found.state, found.source, config.head_dim if found.interleaved else None, dtype)
+    initialised = {}
+    if new_summary:
+        config = model.config
+        size = (config.vision_hidden_size, config.tokens_per_frame, config.num_temporal_filters)
+        summary = VideoSummary(config.summary, *size)
+        initialised = {SUMMARY + name: weight for name, weight in summary.state_dict().items()}
+    found.state |= initialised
+    _fill(model, found, dtype)
     model.load_report = LoadReport(
         source=str(found.source),
         title=found.title,
         num_parameters=sum(p.numel() for p in model.parameters()),
-        dtypes=sorted(map(_name, theirs)),
-        dtype=_name(dtype),
+        dtypes=sorted(map(_dtype_name, in_file)),
+        dtype=_dtype_name(dtype),
         converted=found.converted,
-        assumed={name: value for name, value in found.assumed.items() if name not in found.known},
+        assumed={name: value for name, value in found.assumed.items() if name not in found.given},
         left_out=found.left_out,
-        initialised=list(fresh),
+        initialised=list(initialised),
     )
     return model.eval()
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _fill(model: Cinego | MiniMind, found: Imported, dtype: torch.dtype) -> None:
+    """Moves the state into `model`, in `dtype`: every parameter is set and nothing is left over.
 
-
-def fill(
-    model: nn.Module,
-    state: dict[str, Tensor],
-    source: str | Path,
-    interleaved: int | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> None:
-    """Moves `state` into `model` so that every parameter is set and none is left over, in `dtype`.
-
-    interleaved: the width of a head where q and k still have their rows in pairs 2i, 2i+1.
-    `state` is emptied on the way and its memory taken over where it fits, so that no more than one
-    tensor is in memory twice. Raises ValueError, before anything is moved, with all names that
+    The state is emptied on the way and its memory taken over where it fits, so that no more than
+    one tensor is in memory twice. Raises ValueError, before anything is moved, with all names that
     don't fit.
     """
-    prefix = LLM if any(name.startswith(LLM) for name in state) else ""
+    state, source = found.state, found.source
+    prefix = LLM if found.has_vision else ""
     head, embedding = f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"
     if head in state:  # MiniMind writes the tied weight twice
         if embedding not in state or not torch.equal(state[head], state[embedding]):
             raise ValueError(f"{source}: {head} isn't tied to {embedding}, which Cinego needs")
         del state[head]
-    wanted = model.state_dict()
+    expected = model.state_dict()
     shapes = [
         f"{name} is {tuple(state[name].shape)} in the file, {tuple(weight.shape)} in the model"
-        for name, weight in wanted.items()
+        for name, weight in expected.items()
         if name in state and state[name].shape != weight.shape
     ]
-    missing = [f"missing {name}" for name in wanted if name not in state]
-    unknown = [f"unknown {name}" for name in state if name not in wanted]
+    missing = [f"missing {name}" for name in expected if name not in state]
+    unknown = [f"unknown {name}" for name in state if name not in expected]
     problems = []
-    for kind in (missing, unknown, shapes):
-        problems += kind[:6] + [f"… {len(kind) - 6} more"] * (len(kind) > 6)
+    for names in (missing, unknown, shapes):
+        problems += names[:6] + [f"… {len(names) - 6} more"] * (len(names) > 6)
     if problems:
         raise ValueError(
-            f"{source} is a checkpoint of another size or kind: set the width, layers and heads "
-            "that it was trained with\n  " + "\n  ".join(problems)
+            f"{source} is a checkpoint of another size or architecture: set the width, layers and "
+            "heads that it was trained with\n  " + "\n  ".join(problems)
         )
-    taken = set()
-    for name in wanted:
+    language_model = model.config.language_model if found.has_vision else model.config
+    used_memory = set()
+    for name in expected:
         weight = state.pop(name)
-        if interleaved and name.endswith(("q_proj.weight", "k_proj.weight")):
-            weight = pair_halves(weight, interleaved)
+        if found.interleaved and name.endswith(("q_proj.weight", "k_proj.weight")):
+            weight = pair_halves(weight, language_model.head_dim)
         weight = weight.to(dtype).contiguous()
         memory = weight.untyped_storage()
         # Two names in the file may share memory, and would then be trained as one.
-        if memory.nbytes() > weight.nbytes or memory.data_ptr() in taken:
+        if memory.nbytes() > weight.nbytes or memory.data_ptr() in used_memory:
             weight = weight.clone()
-        taken.add(weight.untyped_storage().data_ptr())
-        wanted[name] = weight
-    model.load_state_dict(wanted, strict=True, assign=True)
+        used_memory.add(weight.untyped_storage().data_ptr())
+        expected[name] = weight
+    model.load_state_dict(expected, strict=True, assign=True)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _brief(value) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, field, fields
+from typing import Self
 
 SUMMARY_KINDS = ("dct", "gpt4video", "mean", "concat")
 SUMMARY_ALIASES = {"ours": "dct"}  # its name in checkpoints and commands until Nov 2026
@@ -9,12 +10,40 @@ SUMMARY_ALIASES = {"ours": "dct"}  # its name in checkpoints and commands until 
 
 def has_cls(tokens_per_frame: int) -> bool:
     """Whether a frame's first token is a CLS. CLIP gives n x n places after one, SigLIP n x n
-    places alone, and no number is both: features on disk and checkpoints needn't tell it."""
+    places alone, and no number is both: features on disk and checkpoints needn't record it."""
     return math.isqrt(tokens_per_frame) ** 2 != tokens_per_frame
 
 
+class _Config:
+    """What both configs share: a check of all values at once, and the way to JSON and back."""
+
+    def problems(self) -> list[str]:
+        """Everything that keeps this config from being built, in words."""
+        raise NotImplementedError
+
+    def validate(self) -> Self:
+        """Itself, or a ValueError that lists all problems."""
+        if problems := self.problems():
+            raise ValueError(f"{type(self).__name__}: " + "; ".join(problems))
+        return self
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Self:
+        """The way back from `to_dict`. ValueError for names that it doesn't have: a misspelt
+        setting that is silently dropped trains the wrong model."""
+        names = [f.name for f in fields(cls)]
+        if unknown := sorted(set(values) - set(names)):
+            raise ValueError(
+                f"{cls.__name__} doesn't know {', '.join(unknown)}; it knows {', '.join(names)}"
+            )
+        return cls(**values)
+
+
 @dataclass
-class LanguageModelConfig:
+class LanguageModelConfig(_Config):
     """MiniMind's numbers, under the names of transformers. Embeddings are always tied."""
 
     vocab_size: int = 6400
@@ -48,7 +77,6 @@ class LanguageModelConfig:
         return self.hidden_size // self.num_attention_heads
 
     def problems(self) -> list[str]:
-        """Everything that keeps this config from being built, in words."""
         found = [
             f"{name} must be a positive number, not {getattr(self, name)!r}"
             for name in (
@@ -60,15 +88,15 @@ class LanguageModelConfig:
         ]
         if found:  # what follows divides by these numbers
             return found
-        if self.hidden_size % (2 * self.num_attention_heads):
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if self.hidden_size % (2 * heads):
             found.append(
                 f"hidden_size {self.hidden_size} must be a multiple of 2 x num_attention_heads "
-                f"{self.num_attention_heads}: rotary positions turn pairs of a head's channels"
+                f"{heads}: rotary positions turn pairs of a head's channels"
             )
-        if self.num_attention_heads % self.num_key_value_heads:
+        if heads % kv_heads:
             found.append(
-                f"num_attention_heads {self.num_attention_heads} must be a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
+                f"num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}"
             )
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
             found.append(
@@ -84,23 +112,13 @@ class LanguageModelConfig:
             found.append(f"dropout must be in [0, 1), not {self.dropout}")
         return found
 
-    def validate(self) -> "LanguageModelConfig":
-        return _raise_if(self.problems(), self)
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict) -> "LanguageModelConfig":
-        return cls(**_known(cls, values))
-
 
 @dataclass
-class CinegoConfig:
+class CinegoConfig(_Config):
     """A language model, the tower's two numbers, and how a video is condensed between them."""
 
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
-    summary: str = "dct"
+    summary: str = "dct"  # one of SUMMARY_KINDS
     vision_hidden_size: int = 768
     tokens_per_frame: int = 50
     num_temporal_filters: int = 8
@@ -109,6 +127,8 @@ class CinegoConfig:
 
     def __post_init__(self):
         self.summary = SUMMARY_ALIASES.get(self.summary, self.summary)
+        if isinstance(self.language_model, dict):
+            self.language_model = LanguageModelConfig.from_dict(self.language_model)
 
     def tokens_per_visual(self, num_frames: int) -> int:
         """Rows of the language model's input that a visual of `num_frames` frames takes."""
@@ -135,33 +155,3 @@ class CinegoConfig:
             if not all(0 <= i < self.language_model.vocab_size for i in self.image_ids):
                 found.append(f"image_ids must lie in 0..{self.language_model.vocab_size - 1}")
         return found
-
-    def validate(self) -> "CinegoConfig":
-        return _raise_if(self.problems(), self)
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict) -> "CinegoConfig":
-        values = _known(cls, values)
-        if isinstance(values.get("language_model"), dict):
-            values["language_model"] = LanguageModelConfig.from_dict(values["language_model"])
-        return cls(**values)
-
-
-def _known(cls, values: dict) -> dict:
-    """A misspelt setting that is silently dropped trains the wrong model: refuse it by name."""
-    names = [f.name for f in fields(cls)]
-    unknown = sorted(set(values) - set(names))
-    if unknown:
-        raise ValueError(
-            f"{cls.__name__} doesn't know {', '.join(unknown)}; it knows {', '.join(names)}"
-        )
-    return dict(values)
-
-
-def _raise_if(problems: list[str], config):
-    if problems:
-        raise ValueError(f"{type(config).__name__}: " + "; ".join(problems))
-    return config

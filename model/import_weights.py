@@ -1,7 +1,7 @@
-"""Any MiniMind's state dict, under our names and with the settings that its shapes tell.
+"""Weights as others wrote them, brought to our names and settings. Nothing in a file is ever run.
 
-Four generations of the language model have been published. Ours has the names and the rotary pairs
-(of channels i and i + E/2, where a head has E) of the last two, so the first two are converted:
+Four generations of MiniMind have been published. Ours has the names and the rotary pairs (of
+channels i and i + E/2, where a head has E) of the last two, so the first two are converted:
 
     MiniMind, Oct 2024    layers.0.attention.wq …            pairs 2i, 2i+1   theta 1e4
     MiniMind2, Feb 2025   the same                           the same         theta 1e6
@@ -10,14 +10,16 @@ Four generations of the language model have been published. Ours has the names a
 
 Each may be a mixture of experts: two of four and a shared one for a token up to MiniMind2, one of
 four in MiniMind-3. MiniMind-V (a linear projector) and Cinego 2025 (a two-branch summary, too)
-stand on one of them.
+stand on one of them. A transformers directory of the same architecture loads as well.
 """
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 LLM = "language_model."  # the prefix of MiniMind's names within Cinego's
@@ -47,34 +49,215 @@ _OLD_NAMES = (
     (re.compile(r"\.attention_norm\."), ".input_layernorm."),
     (re.compile(r"\.ffn_norm\."), ".post_attention_layernorm."),
 )
+# Families in transformers that compute what MiniMind does. Others share the names and differ
+# inside (Gemma's norms, SmolLM3's layers without positions), and would answer nonsense.
+_FAMILIES = ("llama", "qwen3", "qwen3_moe", "minimind", "minimind-v", "cinego")
+_SETTINGS = {  # of LanguageModelConfig: in MiniMind's own config.json, where its name differs
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "rms_norm_eps": "norm_eps",
+    **dict.fromkeys(
+        ("vocab_size", "intermediate_size", "max_position_embeddings", "rope_theta"), ""
+    ),
+}
 
 
 @dataclass
-class Recognised:
-    state: dict[str, Tensor]  # under our names
+class Imported:
+    """A state dict under our names, and what is known of its model."""
+
+    state: dict[str, Tensor]
     source: str | Path  # where it comes from, for messages
-    known: dict  # settings from elsewhere: files beside it, overrides
-    title: str = ""
+    given: dict  # settings from elsewhere: files beside it, overrides
+    title: str = ""  # the generation
     has_vision: bool = False
     interleaved: bool = False  # rows of q and k are still in the order of pairs 2i, 2i+1
-    told: dict = field(default_factory=dict)  # settings that the shapes tell,
+    inferred: dict = field(default_factory=dict)  # settings that the shapes tell,
     assumed: dict = field(default_factory=dict)  # and those that only the generation does
     converted: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # tensors that the model makes for itself
+
+    @property
+    def settings(self) -> dict:
+        return self.assumed | self.inferred | self.given
 
 
-def recognise(state: dict[str, Tensor], source: str | Path, known: dict) -> Recognised:
-    """Reads the generation of `state` from names and shapes. Its tensors move over, uncopied.
+def import_weights(path: str | Path, overrides: dict) -> Imported:
+    """The weights in `path` (.pth, .safetensors or a transformers directory) under our names.
 
-    known: settings from elsewhere. They decide where shapes leave a choice: 64 rows may be 4 heads
-    or 8. Raises ValueError where it is no MiniMind.
+    overrides: settings that decide over those beside the weights. Raises ValueError for what isn't
+    a checkpoint, or none of the models above.
     """
+    path = Path(path)
+    if path.is_dir():
+        state, given = _read_directory(path)
+    elif path.is_file():
+        state, about = read_tensors(path), path.with_suffix(".json")
+        given = _flat_settings(read_json(about), about) if about.is_file() else {}
+    else:
+        raise ValueError(f"no checkpoint {path}: train one first, or put the published file there")
+    return _recognise(state, path, given | overrides)
+
+
+# ---- files
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; ValueError where it is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(f"{path} isn't JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold an object")
+    return value
+
+
+def read_tensors(path: Path, skip: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """Every tensor but those whose names begin with `skip`, each in memory of its own.
+
+    ValueError for what isn't a plain state dict. weights_only: a checkpoint from the net may hold
+    any code, and this never runs it.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path, skip)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # readers raise a dozen types, all of which mean this
+        raise ValueError(f"{path} isn't a readable state dict: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} isn't a state dict but a {type(state).__name__}")
+    for name, weight in state.items():
+        if not isinstance(name, str) or not isinstance(weight, Tensor):
+            raise ValueError(
+                f"{path} isn't a state dict: it must map names to tensors, but {name!r} is a "
+                f"{type(weight).__name__}; save the model's state_dict() alone"
+            )
+    return {name: weight for name, weight in state.items() if not name.startswith(skip)}
+
+
+def _read_safetensors(path: Path, skip: tuple[str, ...]) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if not name.startswith(skip)]  # noqa: SIM118
+    state = {}
+    for name in names:
+        # Opened for each tensor: a page once read stays mapped, and counts, until it is closed.
+        with safe_open(path, framework="pt") as file:
+            state[name] = file.get_tensor(name).clone()
+    return state
+
+
+def _read_directory(directory: Path) -> tuple[dict[str, Tensor], dict]:
+    """What transformers' save_pretrained wrote: its config.json and one or several files."""
+    files, about = _weight_files(directory), directory / "config.json"
+    if not about.is_file():
+        raise ValueError(f"{about} is missing: copy the model's config there")
+    config = read_json(about)
+    # What scripts/export_hf.py wrote brings our own settings along, and its tower.
+    exported = config.get("cinego")
+    given = {} if exported is None else _flat_settings(exported, about)
+    is_ours = exported is not None and config.get("model_type") == "cinego"  # 2025's is so, too
+    if not is_ours:
+        given |= _transformers_settings(config, about)
+    state = {}
+    for file in files:
+        part = read_tensors(file, ("vision_tower.",) if is_ours else ())
+        if twice := sorted(state.keys() & part.keys()):
+            raise ValueError(f"{file} has {twice[0]}, which another file of {directory} has too")
+        state |= part
+    if is_ours:
+        state = {name.removeprefix("cinego."): state.pop(name) for name in list(state)}
+    return state, given
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (directory / name).is_file():
+            return [directory / name]
+        if not (index := directory / f"{name}.index.json").is_file():
+            continue
+        weight_map = read_json(index).get("weight_map")
+        parts = weight_map.values() if isinstance(weight_map, dict) else ()
+        if not parts or not all(isinstance(part, str) for part in parts):
+            raise ValueError(f"{index} names no files: its weight_map must map tensors to them")
+        for part in (parts := sorted(set(parts))):
+            if Path(part).name != part:
+                raise ValueError(f"{index} names files outside of {directory}")
+            if not (directory / part).is_file():
+                raise ValueError(f"{index} names {part}, which is missing: copy it there")
+        return [directory / part for part in parts]
+    raise ValueError(
+        f"no checkpoint in {directory}: a transformers directory has config.json and "
+        "model.safetensors or pytorch_model.bin"
+    )
+
+
+def _flat_settings(about: dict, source: Path) -> dict:
+    """The settings in what save_model writes beside the weights, without levels."""
+    try:
+        config = dict(about["model_config"])
+        return config | config.pop("language_model", {})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{source} doesn't hold a model_config: {error!r}") from error
+
+
+def _transformers_settings(config: dict, about: Path) -> dict:
+    """The language model's settings in a config.json; refuses what MiniMind doesn't compute."""
+    family = config.get("model_type") or "minimind"
+    found = {name: config.get(name, config.get(theirs)) for name, theirs in _SETTINGS.items()}
+    found = {name: value for name, value in found.items() if value is not None}
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    rope = rope if isinstance(rope, dict) else {}
+    if "rope_theta" in rope:
+        found["rope_theta"] = rope["rope_theta"]
+    if family in ("llama", "qwen3", "qwen3_moe"):  # what these leave out is transformers' default
+        found = {"rope_theta": 1e4, "rms_norm_eps": 1e-6, "qk_norm": family != "llama"} | found
+    if config.get("use_moe") or family == "qwen3_moe":
+        found.pop("intermediate_size", None)  # may be a dense layer's: the experts' shapes tell
+        names = ("num_experts_per_tok", "norm_topk_prob")
+        found |= {name: config[name] for name in names if name in config}
+        if found.get("num_experts_per_tok") == 1 and "n_routed_experts" in config:
+            found["norm_topk_prob"] = False  # MiniMind2 never scaled a single weight
+    if wrong := [name for name, value in found.items() if not isinstance(value, int | float)]:
+        raise ValueError(f"{about}: {', '.join(wrong)} must be a number")
+
+    head_dim = found.get("hidden_size", 0) // (found.get("num_attention_heads") or 1)
+    sparse_step = config.get("decoder_sparse_step", 1)
+    fits = {
+        f"model_type {family}": family in _FAMILIES,
+        "use_sliding_window": not config.get("use_sliding_window"),
+        "dense layers among experts": not config.get("mlp_only_layers") and sparse_step == 1,
+    }
+    for name, value, usual in (
+        ("rope_type", rope.get("rope_type", rope.get("type")), "default"),
+        ("head_dim", config.get("head_dim"), head_dim),
+        ("hidden_act", config.get("hidden_act"), "silu"),
+        ("scoring_func", config.get("scoring_func"), "softmax"),
+    ):
+        fits[f"{name} {value}"] = value in (None, usual)
+    if problems := [problem for problem, fit in fits.items() if not fit]:
+        raise ValueError(f"{about}: Cinego's language model has no {', '.join(problems)}")
+    if family in ("minimind-v", "cinego") and isinstance(config.get("image_ids"), list):
+        found["image_ids"] = config["image_ids"]
+    return found
+
+
+# ---- generations
+
+
+def _recognise(state: dict[str, Tensor], source: Path, given: dict) -> Imported:
+    """Reads the generation from names and shapes. Tensors move over from `state`, uncopied."""
     plain = {name: _WRAPPER.sub("", name).removeprefix(".") for name in state}
     left_out = [name for name in state if _UNNEEDED.search(plain[name])]
     for name in left_out:
         del state[name], plain[name]
     _check_tensors(state, source)
-    _check_settings(known, source)
+    for name in ("num_attention_heads", "num_key_value_heads", "num_experts_per_tok"):
+        value = given.get(name, 1)  # these are divided by below; the model's config checks all
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{source}: {name} must be a positive number, not {value!r}")
 
     def has(*starts: str) -> bool:
         return any(name.startswith(starts) for name in plain.values())
@@ -86,7 +269,7 @@ def recognise(state: dict[str, Tensor], source: str | Path, known: dict) -> Reco
     elif has("video_summarizer."):
         ancestor = "Cinego 2025"
     has_vision = ours or ancestor != "Cinego" or has(PROJECTOR, SUMMARY)
-    found = Recognised({}, source, known, has_vision=has_vision, interleaved=old, left_out=left_out)
+    found = Imported({}, source, given, has_vision=has_vision, interleaved=old, left_out=left_out)
     for name, new in plain.items():
         for theirs, our in _VISION_NAMES + (_OLD_NAMES if old else ()):
             new = theirs.sub(our, new)
@@ -110,22 +293,22 @@ def recognise(state: dict[str, Tensor], source: str | Path, known: dict) -> Reco
     }
     found.converted = [change for change, happened in changes.items() if happened]
 
-    found.title = _read_language_model(found)
+    found.title = _infer_language_model(found, prefix)
     if has_vision:
-        _read_vision(found, ancestor)
+        _infer_vision(found, ancestor)
         found.title = f"{ancestor} on {found.title}"
     return found
 
 
 def pair_halves(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows of q or k for pairs (2i, 2i+1) → rows for pairs (i, i + E/2), within each head.
+    """(H · E, C) rows of q or k for rotary pairs (2i, 2i+1) → for pairs (i, i + E/2), head by head.
 
     Queries and keys move alike, so their products stay, and attention sees nothing else of them.
     """
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _check_tensors(state: dict[str, Tensor], source) -> None:
+def _check_tensors(state: dict[str, Tensor], source: Path) -> None:
     """A crafted tensor claims a shape that its bytes don't fill: copied, it fills the memory."""
     floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     odd = [
@@ -144,14 +327,6 @@ def _check_tensors(state: dict[str, Tensor], source) -> None:
         )
 
 
-def _check_settings(known: dict, source) -> None:
-    """Of those that are reckoned with below; the model's config checks all of them."""
-    for name in ("num_attention_heads", "num_key_value_heads", "num_experts_per_tok"):
-        value = known.get(name, 1)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{source}: {name} must be a positive number, not {value!r}")
-
-
 def _unfuse(name: str, weight: Tensor) -> dict[str, Tensor]:
     """Some serving engines write q, k and v, or gate and up, as one matrix."""
     if name.endswith(".qkv_proj.weight"):
@@ -166,7 +341,7 @@ def _unfuse(name: str, weight: Tensor) -> dict[str, Tensor]:
     return {f"{start}.{n}.weight": part for n, part in zip(names, parts, strict=True)}
 
 
-def _matrix(found: Recognised, name: str) -> Tensor:
+def _matrix(found: Imported, name: str) -> Tensor:
     if name in found.state and found.state[name].ndim == 2:
         return found.state[name]
     raise ValueError(
@@ -180,10 +355,9 @@ def _count(state: dict[str, Tensor], start: str) -> int:
     return len({name.removeprefix(start).split(".")[0] for name in state if name.startswith(start)})
 
 
-def _read_language_model(found: Recognised) -> str:
-    """Fills in the settings; gives the generation."""
-    prefix = LLM if found.has_vision else ""
-    first = f"{prefix}model.layers.0."
+def _infer_language_model(found: Imported, prefix: str) -> str:
+    """Fills in the language model's settings; gives the generation."""
+    given, first = found.given, f"{prefix}model.layers.0."
     vocab_size, width = _matrix(found, prefix + "model.embed_tokens.weight").shape
     kv_width = len(_matrix(found, first + "self_attn.k_proj.weight"))
     q_norm = found.state.get(first + "self_attn.q_norm.weight")
@@ -201,27 +375,26 @@ def _read_language_model(found: Recognised) -> str:
     else:
         title, eps = "MiniMind-3", 1e-6
 
-    if "num_attention_heads" in found.known:
-        heads = found.known["num_attention_heads"]
+    if "num_attention_heads" in given:
+        heads = given["num_attention_heads"]
     elif q_norm is not None:
         heads = width // len(q_norm)
-    elif "num_key_value_heads" in found.known:
-        heads = width * found.known["num_key_value_heads"] // kv_width
+    elif "num_key_value_heads" in given:
+        heads = width * given["num_key_value_heads"] // kv_width
     else:
         heads = found.assumed["num_attention_heads"] = usual_heads
     found.assumed |= {"rope_theta": theta, "rms_norm_eps": eps}
     mlp = first + "mlp."
     if mlp + "gate.weight" in found.state:
-        routed = found.told["num_experts"] = len(_matrix(found, mlp + "gate.weight"))
-        found.told["num_shared_experts"] = _count(found.state, mlp + "shared_experts.")
+        routed = found.inferred["num_experts"] = len(_matrix(found, mlp + "gate.weight"))
+        found.inferred["num_shared_experts"] = _count(found.state, mlp + "shared_experts.")
         # How many of them a token takes, no shape tells.
         usual = min(2 if q_norm is None else 1, routed)
-        chosen = found.known.get("num_experts_per_tok", usual)
         # MiniMind2 leaves a single weight as it is, MiniMind-3 makes it 1.
-        normalise = chosen > 1 or q_norm is not None
+        normalise = given.get("num_experts_per_tok", usual) > 1 or q_norm is not None
         found.assumed |= {"num_experts_per_tok": usual, "norm_topk_prob": normalise}
         title, mlp = f"{title}, mixture of {routed} experts", mlp + "experts.0."
-    found.told |= {
+    found.inferred |= {
         "vocab_size": vocab_size,
         "hidden_size": width,
         "intermediate_size": len(_matrix(found, mlp + "gate_proj.weight")),
@@ -233,23 +406,23 @@ def _read_language_model(found: Recognised) -> str:
     return title
 
 
-def _read_vision(found: Recognised, ancestor: str) -> None:
-    width = _matrix(found, PROJECTOR + "weight").shape[1]
-    found.told["vision_hidden_size"] = width
+def _infer_vision(found: Imported, ancestor: str) -> None:
+    """Fills in the settings of CinegoConfig."""
+    width = found.inferred["vision_hidden_size"] = _matrix(found, PROJECTOR + "weight").shape[1]
     queries = found.state.get(SUMMARY + "queries", found.state.get(SUMMARY + "query_s"))
     if queries is None:
         # Nothing tells `mean` from `concat`; for the images of MiniMind-V they are the same.
         found.assumed["summary"] = "mean"
     else:
-        found.told |= {"summary": "gpt4video", "tokens_per_frame": queries.shape[-2:][0]}
+        found.inferred |= {"summary": "gpt4video", "tokens_per_frame": queries.shape[-2:][0]}
     if SUMMARY + "spatial.weight" in found.state:
-        courses = _matrix(found, SUMMARY + "spatial.weight").shape[1]
-        found.told |= {"summary": "dct", "num_temporal_filters": courses // width - 1}
+        coefficients = _matrix(found, SUMMARY + "spatial.weight").shape[1]
+        found.inferred |= {"summary": "dct", "num_temporal_filters": coefficients // width - 1}
 
     if ancestor == "Cinego 2025":
-        found.assumed["image_ids"] = [34] * found.told.get("tokens_per_frame", 197)
+        found.assumed["image_ids"] = [34] * found.inferred.get("tokens_per_frame", 197)
     elif ancestor == "MiniMind-V":
         # Oct 2024: 50 tokens of ViT-B/32 for 25 "<" and 25 ">". Later: 196 of ViT-B/16 for "@".
         first = found.title.startswith("MiniMind, Oct 2024")
-        ids = found.known.get("image_ids") or ([30] * 25 + [32] * 25 if first else [34] * 196)
+        ids = found.given.get("image_ids") or ([30] * 25 + [32] * 25 if first else [34] * 196)
         found.assumed |= {"image_ids": ids, "tokens_per_frame": len(ids)}

@@ -39,8 +39,7 @@ from transformers import (
 
 from cli import launch
 from dataset.video import FrameTransform
-from model.checkpoint import load_model, save_model
-from model.checkpoint_files import read_about
+from model.checkpoint import load_model, read_about, save_model
 from model.cinego import Cinego
 from model.config import LanguageModelConfig
 from model.minimind import MiniMind
