@@ -11,9 +11,8 @@ what opens local files and other hosts. Of a request it writes down path and sta
 
 import sys
 
-from cli import launch
+from cli import launch, parse_flags
 from inference.server.settings import Settings
-from trainer.config import parse
 
 # The model is imported once the flags are right: --help and its errors come at once.
 
@@ -41,5 +40,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    asked = parse(Settings, __doc__)
-    launch(lambda: main(asked))
+    launch(lambda: main(parse_flags(Settings, __doc__)))

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from cli import launch as launch  # the stages' scripts call it by this module's name
+from cli import TOKENIZER_PATH, VISION_PATH, Flags, FrameFlags, flag, parse_flags
 from dataset.conversation import placeholder_ids
 from dataset.feature_store import FeatureStore
 from dataset.samples import read_samples
@@ -37,92 +37,105 @@ from model.cinego import Cinego
 from model.config import SUMMARY_ALIASES, CinegoConfig, LanguageModelConfig
 from model.lora import add_adapters
 from model.vision_tower import VisionTower
-from trainer.config import TrainConfig, flag, local_flag, parse, side_flag
+from trainer.config import TrainConfig, run_flag
 from trainer.distributed import World, setup
 from trainer.dry_run import dry_run
 from trainer.engine import train
 from trainer.interrupt import obey_training_alone
 
+local_flag = partial(flag, scope="process")  # each machine may have its own folders
+
 
 @dataclass
-class StageConfig(TrainConfig):
-    """The engine's settings and those of model and data."""
+class DataFlags(FrameFlags):
+    """Data"""
 
-    data_path: list[str] = local_flag(None, "training samples, one or more jsonl files")
-    val_path: list[str] | None = local_flag(None, "held-out samples, for the validation loss")
+    data_path: list[str] | None = local_flag(None, "training samples, one or more jsonl files")
+    val_path: list[str] | None = local_flag(
+        None, "held-out samples for the validation loss, one or more jsonl files"
+    )
     images_path: str = local_flag("dataset/videos", "folder that the samples' paths start from")
     use_feature: bool = flag(False, "read features that extract_features.py wrote, not videos")
-    features_path: str = local_flag("dataset/features", "their folder")
-    val_features_path: str | None = local_flag(None, "another folder for the held-out samples")
-    vision_path: str = local_flag(
-        "model/vision_model/clip-vit-base-patch32", "the frozen vision tower, for reading videos"
+    features_path: str = local_flag("dataset/features", "folder of the features")
+    val_features_path: str | None = local_flag(
+        None, "folder of the held-out samples' features (default: --features_path)"
     )
-    tokenizer_path: str = local_flag("model/text_tokenizer", "folder of the tokenizer")
-    video_backend: Literal["pyav", "decord"] = flag("pyav", "reader of video files")
-    num_frames: int = flag(8, "frames taken from a video, at most")
-    sampling: Literal["uniform", "fps"] = flag("uniform", "which; fps: up to num_frames of them")
-    fps: float | None = flag(None, "frames a second with --sampling fps")
-    resize: Literal["tower", "crop", "squash", "pad"] = flag(
-        "tower", "how a frame becomes square; tower: as its preprocessor_config.json says"
-    )
-    max_seq_len: int = flag(1024, "longest row, in tokens; visual tokens count")
+    vision_path: str = local_flag(VISION_PATH, "frozen vision tower, for reading videos")
+    tokenizer_path: str = local_flag(TOKENIZER_PATH, "folder of the tokenizer")
+    max_seq_len: int = flag(1024, "longest row in tokens; visual tokens count", at_least=1)
     share_prefix: bool = flag(True, "all samples of one visual share a row, the visual comes once")
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if not self.data_path:
+            found.append("--data_path is missing: give one or more jsonl files")
+        if self.val_features_path and not self.use_feature:
+            found.append("--val_features_path is for features on disk: give --use_feature too")
+        return found
+
+
+@dataclass
+class ModelFlags(Flags):
+    """Model"""
+
     load_from: str | None = local_flag(None, "weights to start from (default: by stage and --dim)")
     from_scratch: bool = flag(False, "start from random weights instead")
-    freeze_llm: Literal[0, 1, 2] = flag(
-        0, "of the language model, 0: all learns, 1: its first and last layer, 2: nothing"
-    )
-    lora_rank: int = flag(0, "low-rank adapters learn in its place; 0: none")
-    lora_alpha: float = flag(0.0, "they are scaled by alpha / rank; 0: twice the rank")
-    dim: int = flag(512, "width of the language model", also="hidden_size")
-    n_layers: int = flag(8, "its layers", also="num_hidden_layers")
-    n_heads: int = flag(8, "its attention heads")
-    n_kv_heads: int = flag(2, "its key/value heads")
+    dim: int = flag(512, "width of the language model", "--hidden_size", at_least=1)
+    n_layers: int = flag(8, "layers of the language model", "--num_hidden_layers", at_least=1)
+    n_heads: int = flag(8, "attention heads of the language model", at_least=1)
+    n_kv_heads: int = flag(2, "key/value heads of the language model", at_least=1)
     use_moe: bool = flag(False, "a mixture of 4 experts in each layer; a token takes one")
-    embedding_std: float = flag(0.02, "spread of its random embeddings, for --from_scratch")
+    embedding_std: float = flag(0.02, "spread of random embeddings, for --from_scratch")
     summary: Literal["dct", "gpt4video", "mean", "concat", "ours"] = flag(
-        "dct", "how frames condense; ours: the old name of dct"
+        "dct", "how frames are condensed; ours: the old name of dct"
     )
-    gradient_checkpointing: bool = side_flag(
+    freeze_llm: Literal[0, 1, 2] = flag(
+        0, "of the language model, 0: all is trained, 1: its first and last layer, 2: nothing"
+    )
+    lora_rank: int = flag(
+        0, "rank of low-rank adapters, trained in place of the language model; 0: none", at_least=0
+    )
+    lora_alpha: float = flag(
+        0.0, "adapters are scaled by lora_alpha / lora_rank; 0: twice the rank", at_least=0
+    )
+    gradient_checkpointing: bool = run_flag(
         False, "keep less for the backward pass and compute it again: memory for time"
     )
-    dry_run: bool = side_flag(False, "two updates, and what the whole run will cost; nothing else")
-    compile: bool = side_flag(False, "torch.compile the layers; the first updates are slow")
+    compile: bool = run_flag(False, "torch.compile the layers; the first steps are slow")
 
     def __post_init__(self):
         self.summary = SUMMARY_ALIASES.get(self.summary, self.summary)
 
     def problems(self) -> list[str]:
         found = super().problems()
-        if not self.data_path:
-            found.append("--data_path is missing: give one or more jsonl files")
-        if self.patience and not self.val_path:
-            found.append("--patience watches the validation loss: give --val_path too")
-        if self.val_features_path and not self.use_feature:
-            found.append("--val_features_path is for features on disk: give --use_feature too")
-        if 0 < self.tokens_per_batch < self.max_seq_len:
-            found.append(
-                f"--tokens_per_batch {self.tokens_per_batch} can't hold a row of --max_seq_len "
-                f"{self.max_seq_len}"
-            )
         if self.from_scratch and self.freeze_llm:
             found.append(
                 f"--from_scratch with --freeze_llm {self.freeze_llm} would keep a random language "
                 "model"
             )
-        if self.lora_rank < 0 or self.lora_alpha < 0:
-            found.append("--lora_rank and --lora_alpha must be 0 or more")
         if self.lora_alpha and not self.lora_rank:
             found.append("--lora_alpha scales adapters: give --lora_rank too")
         if self.lora_rank and (self.from_scratch or self.freeze_llm == 1):
             found.append("--lora_rank: adapters stand beside a trained, frozen language model; ")
             found[-1] += "leave --from_scratch and --freeze_llm 1 out"
-        for name in ("num_frames", "max_seq_len", "dim", "n_layers", "n_heads", "n_kv_heads"):
-            if getattr(self, name) < 1:
-                found.append(f"--{name} is {getattr(self, name)}: give 1 or more")
-        is_fps, fps = self.sampling == "fps", self.fps
-        if is_fps != (fps is not None) or (is_fps and fps <= 0):
-            found.append("--sampling fps and --fps above 0 go together")
+        return found
+
+
+@dataclass
+class StageConfig(DataFlags, ModelFlags, TrainConfig):
+    """Before the run"""
+
+    dry_run: bool = run_flag(False, "two steps, and what the whole run will cost; nothing else")
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.patience and not self.val_path:
+            found.append("--patience watches the validation loss: give --val_path too")
+        if 0 < self.tokens_per_batch < self.max_seq_len:
+            found.append(
+                f"--tokens_per_batch {self.tokens_per_batch} can't hold a row of --max_seq_len "
+                f"{self.max_seq_len}"
+            )
         return found
 
 
@@ -156,7 +169,7 @@ def run(
     512_moe as MiniMind names it); `load` makes the model from the start weights; `defaults` replace
     those of StageConfig.
     """
-    config = parse(StageConfig, description, argv, run_name=run_name, **defaults)
+    config = parse_flags(StageConfig, description, argv, run_name=run_name, **defaults)
     size = f"{config.dim}_moe" if config.use_moe else str(config.dim)
     config.run_name = config.run_name.replace("{dim}", size)
     start = Path(config.load_from or Path(config.out_dir, start_weights.format(dim=size)))

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import stage
+from cli import launch
 from model.checkpoint import load_language_model
 from model.cinego import Cinego
 from model.config import CinegoConfig
@@ -49,4 +50,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    stage.launch(main)
+    launch(main)

@@ -14,6 +14,7 @@ Writes out/sft_videolm_512.pth and .json, logs to out/sft_videolm_512/.
 from pathlib import Path
 
 import stage
+from cli import launch
 from model.checkpoint import load_video_language_model
 from model.cinego import Cinego
 from model.config import CinegoConfig
@@ -44,4 +45,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    stage.launch(main)
+    launch(main)

@@ -15,13 +15,13 @@ import sys
 
 from streamlit import runtime
 
+from cli import launch, parse_flags
 from inference.page.settings import PageSettings
-from trainer.config import parse
 
 
 def main() -> None:
     if not runtime.exists():  # python web_demo.py
-        parse(PageSettings, __doc__)  # answers --help, and says what is wrong with flags
+        parse_flags(PageSettings, __doc__)  # answers --help, and says what is wrong with flags
         flags = ["--", *sys.argv[1:]] if sys.argv[1:] else []
         streamlit = (
             ["streamlit"] if shutil.which("streamlit") else [sys.executable, "-m", "streamlit"]
@@ -31,12 +31,13 @@ def main() -> None:
     from inference.page.view import View, show_wrong_flags
 
     try:
-        settings = parse(PageSettings, __doc__)
-    except SystemExit:  # argparse has told the terminal why; here it would end without a word
+        settings = parse_flags(PageSettings, __doc__)
+    except ValueError as error:  # the terminal hears what is wrong, the page only that it is
+        print(f"web_demo.py: {error}", file=sys.stderr)
         show_wrong_flags()
     else:
         View(settings).run()
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

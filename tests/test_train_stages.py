@@ -220,15 +220,12 @@ def test_what_does_not_fit_is_refused(flags, size, said):
     assert not Path("out").exists()
 
 
-def test_flags_that_contradict_each_other(capsys):
-    with pytest.raises(SystemExit):
+def test_flags_that_contradict_each_other():
+    with pytest.raises(ValueError, match=r"--n_heads is 0(.|\n)*random language model"):
         command(train_pretrain, "--from_scratch --n_heads 0")
-    said = capsys.readouterr().err
-    assert "random language model" in said and "--n_heads is 0" in said
     for flags in ("--sampling fps", "--fps 2", "--sampling fps --fps 0"):
-        with pytest.raises(SystemExit):
+        with pytest.raises(ValueError, match="go together"):
             command(train_pretrain, f"--from_scratch --freeze_llm 0 {flags}")
-        assert "go together" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no such language model.*--from_scratch --freeze_llm 0"):
         command(train_pretrain)
 

@@ -174,10 +174,11 @@ def train(
             if bad:
                 journal.quarantine(world.gather([b for part in micro_batches for b in part["bad"]]))
             judge = samples_seen >= SAMPLES_TO_JUDGE or step_in_epoch + 1 == steps_an_epoch
-            if judge and samples_bad > config.max_bad * samples_seen:
+            if judge and samples_bad > config.max_skipped_fraction * samples_seen:
                 raise TrainingStopped(
                     f"{samples_bad:.0f} of {samples_seen:.0f} samples can't be decoded, more than "
-                    f"--max_bad {config.max_bad}; they are named in {journal.quarantine_path}"
+                    f"--max_skipped_fraction {config.max_skipped_fraction}; they are named "
+                    f"in {journal.quarantine_path}"
                 )
 
             loss = grad_norm = 0.0

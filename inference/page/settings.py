@@ -3,14 +3,16 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from cli import flag
 from inference.server.settings import Shared
-from trainer.config import flag
 
 MAX_FRAMES = 64  # of a visual: each one is shown
 
 
 @dataclass
 class PageSettings(Shared):
+    """Page"""
+
     load_from: str | None = flag(None, "checkpoint or directory chosen first; none: in --out_dir")
     out_dir: str = flag("out", "folder whose models can be chosen")
     examples: list[str] | None = flag(

@@ -7,13 +7,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.config import flag
+from cli import Flags, flag
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass
-class Shared:
+class Shared(Flags):
     """The model, and how much of it and of this machine a stranger gets."""
 
     load_from: str | None = flag(None, "checkpoint, or a directory of transformers")
@@ -33,19 +33,15 @@ class Shared:
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the values, one sentence each."""
-        found = []
+        found = super().problems()
         for field in fields(self):
             value = getattr(self, field.name)
             # A limit of less than one second makes sense, and of less than a whole MiB.
-            low = field.metadata.get("at_least", 1e-3 if isinstance(value, float) else 1)
-            if isinstance(value, int | float) and not low <= value < math.inf:
+            low = 1e-3 if isinstance(value, float) else 1
+            unchecked = field.metadata["at_least"] is None and isinstance(value, int | float)
+            if unchecked and not low <= value < math.inf:
                 found.append(f"--{field.name} is {value}: give {low} or more")
         return found
-
-    def validate(self) -> None:
-        """Raises ValueError that lists all problems at once."""
-        if found := self.problems():
-            raise ValueError("\n".join(found))
 
     def media_limits(self, num_frames: int) -> dict[str, Any]:
         """Of `dataset.video.read_frames`, for a file of which `num_frames` frames are wanted."""
@@ -59,6 +55,8 @@ class Shared:
 
 @dataclass
 class Settings(Shared):
+    """Server"""
+
     load_from: str = flag("out/sft_videolm_512.pth", "checkpoint, or a directory of transformers")
     model_name: str = flag("cinego", "its name in the API")
     temperature: float = flag(0.0, "where a request has none; 0: the likeliest answer", at_least=0)

@@ -346,7 +346,7 @@ def test_the_script_says_how_it_is_started(folder):
         return result.stdout + result.stderr
 
     assert "streamlit run web_demo.py -- --load_from 'a b.pth'" in run("--load_from", "a b.pth")
-    assert "did you mean '--load_from'" in run("--load_form", "x")
+    assert "did you mean --load_from" in run("--load_form", "x")
     assert "up to 64" in run("--num_frames", 65)
 
 

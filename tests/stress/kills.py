@@ -58,7 +58,13 @@ def command(folder: Path, out: str, processes: int, updates: int) -> list[str]:
     return [
         *("--out_dir", str(folder / out), "--run_name", "run", "--device", "cpu"),
         *("--data_path", str(folder / "data.jsonl"), "--val_path", str(folder / "data.jsonl")),
-        *("--use_feature", "--features_path", str(folder / "features"), "--max_bad", "0.1"),
+        *(
+            "--use_feature",
+            "--features_path",
+            str(folder / "features"),
+            "--max_skipped_fraction",
+            "0.1",
+        ),
         *("--tokenizer_path", str(TOKENIZER), "--from_scratch", "--freeze_llm", "0"),
         *("--dim", "32", "--n_layers", "1", "--n_heads", "2", "--n_kv_heads", "1"),
         *("--num_frames", str(FRAMES), "--dtype", "float32", "--learning_rate", "1e-2"),

@@ -22,9 +22,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from cli import launch
+from cli import launch, parse_flags
 from dataset.video_dataset import LengthGroupedBatchSampler
-from trainer.config import TrainConfig, parse
+from trainer.config import TrainConfig
 from trainer.distributed import setup
 from trainer.engine import train
 
@@ -76,9 +76,9 @@ def collate(indices: list[int]) -> dict:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     argv = [text.replace("{rank}", os.environ.get("RANK", "0")) for text in argv]
-    defaults = {"batch_size": 2, "log_interval": 1, "save_interval": 2, "max_bad": 0.5}
+    defaults = {"batch_size": 2, "log_interval": 1, "save_interval": 2, "max_skipped_fraction": 0.5}
     defaults |= {"dtype": "float32", "device": "cpu", "num_workers": 0}
-    config = parse(TrainConfig, argv=argv, learning_rate=0.01, **defaults)
+    config = parse_flags(TrainConfig, argv=argv, learning_rate=0.01, **defaults)
     torch.set_num_threads(1)
     with setup(config.device, config.timeout) as world:
         sampler = LengthGroupedBatchSampler(
