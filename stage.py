@@ -182,7 +182,8 @@ def train_stage(config: StageConfig, start: Path, load: Load, world: World) -> d
     tokenizer = open_tokenizer(config.tokenizer_path)
     visuals = open_visuals(config)
     model = build_model(config, tokenizer, visuals, start, load)
-    world.say("parameters: " + ", ".join(f"{k} {v:,}" for k, v in model.parameter_counts().items()))
+    counts = ", ".join(f"{name} {n:,}" for name, n in model.parameter_counts().items())
+    world.print_rank0(f"parameters: {counts}")
 
     def loader(paths: list[str] | None, source, training: bool) -> DataLoader | None:
         return paths and make_loader(config, paths, source, tokenizer, model, world, training)

@@ -32,12 +32,12 @@ def dry_run(
     micro_batches = list(sampler)
     real = sum(int(sampler.lengths[batch].sum()) for batch in micro_batches)
     padded = sum(int(sampler.lengths[batch].max()) * len(batch) for batch in micro_batches if batch)
-    real, padded = world.sum(real, padded)
+    real, padded = world.all_reduce_sum(real, padded)
 
     with tempfile.TemporaryDirectory() as folder:
         short = dataclasses.replace(
             config,
-            out_dir=world.from_main(folder),
+            out_dir=world.broadcast_object(folder),
             epochs=UPDATES,  # an epoch has at least one
             max_steps=UPDATES,
             log_interval=1,  # the figures are those of the second update alone
@@ -61,7 +61,7 @@ def dry_run(
         "seconds": updates * update_tokens / metrics["tokens_per_second"],
     }
     hours, minutes = divmod(math.ceil(figures["seconds"] / 60), 60)
-    world.say(
+    world.print_rank0(
         f"dry run: {UPDATES} updates with the longest rows; nothing is written\n"
         f"  parameters  {figures['parameters']:,}, of which {figures['trainable']:,} learn\n"
         f"  memory      {figures['memory_mb']:,.0f} MB at most, of this process\n"

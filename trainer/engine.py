@@ -19,7 +19,7 @@ from torch import nn
 from device import choose_dtype
 from trainer.checkpoint import find_state, forget_after, list_states, save_state
 from trainer.config import TrainConfig
-from trainer.distributed import World, code_fingerprint, restarted
+from trainer.distributed import World, code_fingerprint, is_restarted
 from trainer.interrupt import StopRequest
 from trainer.logger import Journal, losses_of
 from trainer.optim import Optimizers, rate_factor
@@ -62,7 +62,7 @@ def train(
     weights_path = Path(config.out_dir) / f"{run}.pth"
     folder = Path(config.out_dir) / run
     identity = {**config.identity(), **lineage}
-    world.agree(
+    world.check_consistent(
         {**config.shared(), **lineage, "validation": val_loader is not None}
         | {"code": code_fingerprint(), "torch": torch.__version__}
     )
@@ -71,9 +71,9 @@ def train(
     state = None
     if world.is_main:
         # A process that torchrun started anew goes on, whatever the first one was told.
-        resume = "auto" if restarted() and list_states(folder) else config.resume
+        resume = "auto" if is_restarted() and list_states(folder) else config.resume
         state = find_state(folder, resume, identity)
-    state = world.from_main(state)
+    state = world.broadcast_object(state)
 
     # What an update is follows from the number of processes that the run began with. Others that
     # take it up cut the same batches in another way.
@@ -84,8 +84,8 @@ def train(
     if total_steps == 0:
         raise ValueError("the training data gives no batch; lower --batch_size or add samples")
     if state and state["finished"]:
-        if world.from_main(weights_path.is_file()):
-            world.say(f"{run}: already finished, {weights_path} stands; nothing to do")
+        if world.broadcast_object(weights_path.is_file()):
+            world.print_rank0(f"{run}: already finished, {weights_path} stands; nothing to do")
             return state["metrics"]
         state = None  # its weights were taken away: somebody wants them made again
 
@@ -106,16 +106,16 @@ def train(
         step = state["step"]
         samples_seen, samples_bad = state["samples_seen"], state["samples_bad"]
         best_loss, best_step, stale = state["validations"]
-    world.broadcast(model.state_dict().values())
+    world.broadcast_tensors(model.state_dict().values())
     if world.is_main:
         forget_after(folder, step)
         for suffix in ("pth", "json"):  # what a kill in mid-write left of the weights
             for half in weights_path.parent.glob(f".{run}.{suffix}.*"):
                 half.unlink()
-    world.say(f"{run}: {optimizers.description}; on {device} in {config.dtype}")
-    world.say(f"{run}: updates {step} to {total_steps}")
+    world.print_rank0(f"{run}: {optimizers.description}; on {device} in {config.dtype}")
+    world.print_rank0(f"{run}: updates {step} to {total_steps}")
     if config.warmup_iters >= total_steps:
-        world.say(
+        world.print_rank0(
             f"warning: the run ends within its warm-up and never reaches its rates: lower "
             f"--warmup_iters {config.warmup_iters}"
         )
@@ -166,13 +166,15 @@ def train(
             waiting = time.perf_counter()
             micro_batches = take(batches, accumulation_steps, stop)
             waited = time.perf_counter() - waiting
-            *sums, stopping = world.sum(*count(micro_batches), stop.came())
+            *sums, stopping = world.all_reduce_sum(*count(micro_batches), stop.came())
             if stopping:
                 leave(step, total_steps, save, stop, world)
             tokens, real, padded, seen, bad = sums
             samples_seen, samples_bad = samples_seen + seen, samples_bad + bad
             if bad:
-                journal.quarantine(world.gather([b for part in micro_batches for b in part["bad"]]))
+                journal.quarantine(
+                    world.gather_objects([b for part in micro_batches for b in part["bad"]])
+                )
             judge = samples_seen >= SAMPLES_TO_JUDGE or step_in_epoch + 1 == steps_an_epoch
             if judge and samples_bad > config.max_skipped_fraction * samples_seen:
                 raise TrainingStopped(
@@ -194,9 +196,9 @@ def train(
                     if loss_sum.requires_grad:  # text under a frozen model teaches nothing
                         scaler.scale(loss_sum / tokens).backward()
                     losses.append(loss_sum.detach())
-                world.sum_gradients(optimizers.parameters)
+                world.all_reduce_gradients(optimizers.parameters)
                 grad_norm = optimizers.unscale_and_clip(scaler, config.grad_clip).item()
-                (loss,) = world.sum(float(sum(losses)) / tokens)
+                (loss,) = world.all_reduce_sum(float(sum(losses)) / tokens)
                 # float16 overflows now and then by design: the scaler skips such a step by itself.
                 if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
                     raise TrainingStopped(blame(filled, losses, loss, grad_norm, step, world))
@@ -240,10 +242,12 @@ def train(
 
     journal.close()
     if step < total_steps:
-        world.say(f"{run}: stopped, {stale} validations without a val_loss under {best_loss:.4f}")
+        world.print_rank0(
+            f"{run}: stopped, {stale} validations without a val_loss under {best_loss:.4f}"
+        )
     of = f" of update {best_step}" if config.patience and best_step else ""
     where = f"; weights{of} in {weights_path}" if weights_path.is_file() else ""  # none: a dry run
-    world.say(f"{run}: {losses_of(metrics)}{where}")
+    world.print_rank0(f"{run}: {losses_of(metrics)}{where}")
     return metrics
 
 
@@ -265,11 +269,11 @@ def leave(
     name = signal.Signals(stop.signum).name if stop.signum else "a signal to another process"
     if step:
         save(False)
-        world.say(
+        world.print_rank0(
             f"{name}: saved update {step} of {total_steps}; the same command goes on from there"
         )
     else:
-        world.say(f"{name}: left before the first update, nothing to save")
+        world.print_rank0(f"{name}: left before the first update, nothing to save")
     raise StoppedBySignal(128 + (stop.signum or signal.SIGTERM))
 
 
@@ -308,10 +312,10 @@ def evaluate(
             loss_sum += loss_of(model, batch, config, world.device)
             tokens += batch["supervised_tokens"]
     model.train()
-    journal.quarantine(world.gather(bad))
-    loss_sum, tokens = world.sum(float(loss_sum), tokens)
+    journal.quarantine(world.gather_objects(bad))
+    loss_sum, tokens = world.all_reduce_sum(float(loss_sum), tokens)
     if not tokens:  # training goes on: its weights are worth more than the figure
-        world.say(
+        world.print_rank0(
             "warning: no sample of the validation can be read, so there is no val_loss; "
             f"why stands in {journal.quarantine_path}"
         )
@@ -333,4 +337,4 @@ def blame(
 
 
 def names_of(batches: list[Batch], world: World) -> list[str]:
-    return world.gather([name for batch in batches for name in batch["sample_ids"]])
+    return world.gather_objects([name for batch in batches for name in batch["sample_ids"]])
