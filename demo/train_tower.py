@@ -18,14 +18,15 @@ random blobs, its shapes in other colours, its icons with their colours exchange
 CLIP's objects, there may be any number, and none can be predicted from what they are.
 """
 
-import argparse
 import copy
 import io
 import json
 import math
 import time
 from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from cli import Flags, flag, launch, parse_flags
 from demo.objects import (
     COLOURS,
     DRAWINGS,
@@ -316,95 +318,84 @@ def save(tower: CLIPVisionModel, directory: Path, trained: dict) -> None:
         (directory / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("demo/tower"))
-    parser.add_argument(
-        "--start_from",
-        type=Path,
-        help="a tower that this script trained, to go on with; give another --seed for new stills",
-    )
-    parser.add_argument(
-        "--width", type=int, default=128, help="hidden size; the features are this wide"
-    )
-    parser.add_argument("--layers", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2000, help="training steps")
-    parser.add_argument("--batch_size", type=int, default=128, help="stills a step")
-    parser.add_argument(
-        "--learning_rate", type=float, default=2e-3, help="AdamW: embeddings, norms, heads"
-    )
-    parser.add_argument(
-        "--muon_learning_rate", type=float, default=1e-2, help="Muon: matrices of the layers"
-    )
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="autocast"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+@dataclass
+class TowerFlags(Flags):
+    """Training of the tower"""
 
-    torch.manual_seed(args.seed)
-    tower = build_tower(args.width, args.layers)
-    before = {}
-    if args.start_from:
-        try:
-            begun = VisionTower.from_pretrained(args.start_from).model
-            before = {"before": json.loads((args.start_from / "training.json").read_text())}
-        except (ValueError, OSError) as error:
-            parser.error(f"--start_from {args.start_from}: {error}")
-        size = (begun.config.hidden_size, begun.config.num_hidden_layers)
-        if size != (args.width, args.layers):
-            parser.error(f"--start_from has --width {size[0]} --layers {size[1]}: give these")
-        tower.load_state_dict(begun.state_dict())
-    heads = Heads(args.width)
+    out: Path = flag(Path("demo/tower"), "directory to write, in CLIP's format")
+    start_from: Path | None = flag(
+        None, "tower of this script to train further; give another --seed for new stills"
+    )
+    width: int = flag(128, "hidden size; the features are this wide")
+    layers: int = flag(5, "layers of the tower")
+    steps: int = flag(2000, "training steps", at_least=1)
+    batch_size: int = flag(128, "stills a step", at_least=1)
+    learning_rate: float = flag(2e-3, "AdamW's: embeddings, norms, heads")
+    muon_learning_rate: float = flag(1e-2, "Muon's: matrices of the layers")
+    dtype: Literal["float32", "bfloat16"] = flag("bfloat16", "of autocast")
+    seed: int = flag(0, "of weights and stills")
+
+
+def load_start(flags: TowerFlags) -> tuple[dict, dict]:
+    """State dict of --start_from, and how it was trained. Raises ValueError for another size."""
+    model = VisionTower.from_pretrained(flags.start_from).model
+    size = (model.config.hidden_size, model.config.num_hidden_layers)
+    if size != (flags.width, flags.layers):
+        raise ValueError(f"--start_from has --width {size[0]} --layers {size[1]}: give these")
+    trained = json.loads((flags.start_from / "training.json").read_text())
+    return model.state_dict(), {"before": trained}
+
+
+def main() -> None:
+    flags = parse_flags(TowerFlags, __doc__)
+    torch.manual_seed(flags.seed)
+    tower, before = build_tower(flags.width, flags.layers), {}
+    if flags.start_from:
+        state, before = load_start(flags)
+        tower.load_state_dict(state)
+    heads = Heads(flags.width)
     matrices = [p for p in tower.encoder.parameters() if p.ndim == 2]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in [*tower.parameters(), *heads.parameters()] if id(p) not in chosen]
+    of_muon = {id(p) for p in matrices}
+    parameters = [*tower.parameters(), *heads.parameters()]
+    others = [p for p in parameters if id(p) not in of_muon]
     optimizers = [
         torch.optim.Muon(
-            matrices, lr=args.muon_learning_rate, weight_decay=0.01, adjust_lr_fn="original"
+            matrices, lr=flags.muon_learning_rate, weight_decay=0.01, adjust_lr_fn="original"
         ),
-        torch.optim.AdamW(others, lr=args.learning_rate, weight_decay=0.01, betas=(0.9, 0.98)),
+        torch.optim.AdamW(others, lr=flags.learning_rate, weight_decay=0.01, betas=(0.9, 0.98)),
     ]
-    schedule = lambda step: min((step + 1) / 100, 1 - step / args.steps)  # noqa: E731
+
+    def schedule(step: int) -> float:
+        return min((step + 1) / 100, 1 - step / flags.steps)
+
     schedulers = [torch.optim.lr_scheduler.LambdaLR(o, schedule) for o in optimizers]
     print(f"tower: {sum(p.numel() for p in tower.parameters()) / 1e6:.2f} M parameters")
 
-    stills = [iter(Stills(args.seed + 10_000, 200, split)) for split in ("train", "test")]
-    held_out = [[next(batches) for _ in range(5)] for batches in stills]
-    loader = iter(
-        DataLoader(
-            Stills(args.seed, args.batch_size), batch_size=None, num_workers=1, prefetch_factor=8
-        )
-    )
-    started, scores = time.process_time(), {}
-    for step in (bar := tqdm(range(args.steps), desc="tower", unit="step")):
+    streams = [iter(Stills(flags.seed + 10_000, 200, split)) for split in ("train", "test")]
+    held_out = [[next(batches) for _ in range(5)] for batches in streams]
+    stills = Stills(flags.seed, flags.batch_size)
+    loader = iter(DataLoader(stills, batch_size=None, num_workers=1, prefetch_factor=8))
+    started = time.process_time()
+    for step in (bar := tqdm(range(flags.steps), desc="tower", unit="step")):
         batch = next(loader)
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=flags.dtype == "bfloat16"):
             out = heads(encode(tower, batch["picture"]))
         parts = losses({key: value.float() for key, value in out.items()}, batch)
         sum(parts.values()).backward()
-        nn.utils.clip_grad_norm_([*tower.parameters(), *heads.parameters()], 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
         if step % 20 == 0:
             bar.set_postfix({key: f"{value.item():.3f}" for key, value in parts.items()})
-        if (step + 1) % 200 == 0 or step + 1 == args.steps:
+        if (step + 1) % 200 == 0 or step + 1 == flags.steps:
             scores = score(tower, heads, *held_out)
             tqdm.write(f"step {step + 1}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
-            trained = {
-                **before,
-                "command": {
-                    key: str(value) if isinstance(value, Path) else value
-                    for key, value in vars(args).items()
-                },
-                "cpu_seconds": round(time.process_time() - started),
-            }
-            save(tower, args.out, trained | {"held_out_stills": scores})
+            command = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(flags).items()}
+            trained = {"command": command, "cpu_seconds": round(time.process_time() - started)}
+            save(tower, flags.out, before | trained | {"held_out_stills": scores})
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -15,20 +15,21 @@ time is followed by its twin, the same frames played backwards, with the answers
 model that can't tell forwards from backwards gets at most one of such a pair right.
 """
 
-import argparse
 import json
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, replace
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
+from cli import Flags, flag, launch, parse_flags
 from demo.language import make_captions, make_questions
 from demo.objects import Object, sprite_of
 from demo.scene import SPLITS, VECTORS, Actor, Scene, sample_scene
@@ -263,30 +264,21 @@ def make_split(split: str, seed: int, clips: int, out: Path, workers: int) -> No
     print(f"{out}: {clips} clips, {captions} captions, {questions} conversations")
 
 
+@dataclass
+class WorldFlags(Flags):
+    """Clips"""
+
+    out: Path = flag(MISSING, "folder to write clips/ and the jsonl files into")
+    split: Literal["train", "val", "test"] = flag("train", "which combinations")
+    seed: int = flag(0, "another seed gives other clips of the same split")
+    clips: int = flag(1000, "number of clips, reversed twins not counted", at_least=1)
+    workers: int = flag(os.cpu_count() or 1, "processes that render", at_least=1)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--split", choices=SPLITS, default="train", help="which combinations (default: train)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="another seed gives other clips of the same split"
-    )
-    parser.add_argument(
-        "--clips", type=int, default=1000, help="number of clips, reversed twins not counted"
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder to write clips/ and the jsonl files into"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes that render (default: all)"
-    )
-    args = parser.parse_args()
-    if args.clips < 1 or args.workers < 1:
-        parser.error("--clips and --workers must be at least 1")
-    make_split(args.split, args.seed, args.clips, args.out, args.workers)
+    flags = parse_flags(WorldFlags, __doc__)
+    make_split(flags.split, flags.seed, flags.clips, flags.out, flags.workers)
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)
