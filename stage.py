@@ -80,11 +80,21 @@ class ModelFlags(Flags):
 
     load_from: str | None = local_flag(None, "weights to start from (default: by stage and --dim)")
     from_scratch: bool = flag(False, "start from random weights instead")
-    dim: int = flag(512, "width of the language model", "--hidden_size", at_least=1)
-    n_layers: int = flag(8, "layers of the language model", "--num_hidden_layers", at_least=1)
-    n_heads: int = flag(8, "attention heads of the language model", at_least=1)
-    n_kv_heads: int = flag(2, "key/value heads of the language model", at_least=1)
-    use_moe: bool = flag(False, "a mixture of 4 experts in each layer; a token takes one")
+    # Weights know their own shape; these describe a language model that starts from scratch.
+    dim: int | None = flag(
+        None,
+        "width from scratch (default: 512); of weights, which to start from: OUT_DIR/lm_DIM.pth",
+        "--hidden_size",
+        at_least=1,
+    )
+    n_layers: int | None = flag(
+        None, "layers from scratch (default: 8)", "--num_hidden_layers", at_least=1
+    )
+    n_heads: int | None = flag(None, "attention heads from scratch (default: 8)", at_least=1)
+    n_kv_heads: int | None = flag(None, "key/value heads from scratch (default: 2)", at_least=1)
+    use_moe: bool = flag(
+        False, "mixture of 4 experts in each layer, a token takes one; of weights: lm_DIM_moe.pth"
+    )
     embedding_std: float = flag(0.02, "spread of random embeddings, for --from_scratch")
     summary: Literal["dct", "gpt4video", "mean", "concat", "ours"] = flag(
         "dct", "how frames are condensed; ours: the old name of dct"
@@ -165,13 +175,12 @@ def run(
 ) -> dict[str, Any]:
     """One stage, from the command line to the checkpoint; returns the last line of metrics.
 
-    `run_name` and `start_weights` are the stage's published names, with `{dim}` in them (512, or
-    512_moe as MiniMind names it); `load` makes the model from the start weights; `defaults` replace
-    those of StageConfig.
+    `run_name` and `start_weights` are the stage's published names. Their `{dim}` becomes 512, or
+    512_moe as MiniMind names it: the flags' in `start_weights`, the model's in `run_name`. `load`
+    makes the model from the start weights; `defaults` replace those of StageConfig.
     """
     config = parse_flags(StageConfig, description, argv, run_name=run_name, **defaults)
-    size = f"{config.dim}_moe" if config.use_moe else str(config.dim)
-    config.run_name = config.run_name.replace("{dim}", size)
+    size = f"{config.dim or 512}" + "_moe" * config.use_moe
     start = Path(config.load_from or Path(config.out_dir, start_weights.format(dim=size)))
     with setup(config.device, config.timeout) as world:
         return train_stage(config, start, load, world)
@@ -258,10 +267,10 @@ def build_model(
     wanted = CinegoConfig(
         language_model=LanguageModelConfig(
             vocab_size=len(tokenizer),
-            hidden_size=config.dim,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.n_kv_heads,
+            hidden_size=config.dim or 512,
+            num_hidden_layers=config.n_layers or 8,
+            num_attention_heads=config.n_heads or 8,
+            num_key_value_heads=config.n_kv_heads or 2,
             embedding_std=config.embedding_std,
             num_experts=4 if config.use_moe else 0,
             # Unlike MiniMind-3's, so that a router that starts here learns from the answers too.
@@ -278,12 +287,15 @@ def build_model(
     else:
         model, tower_before = load(start, wanted, visuals.tower), tower_of(start)
     language_model, given = model.config.language_model, wanted.language_model
+    shape = {
+        "dim": language_model.hidden_size,
+        "n_layers": language_model.num_hidden_layers,
+        "n_heads": language_model.num_attention_heads,
+        "n_kv_heads": language_model.num_key_value_heads,
+        "use_moe": language_model.num_experts > 0,
+    }
     pairs = {
-        "--dim": (language_model.hidden_size, given.hidden_size),
-        "--n_layers": (language_model.num_hidden_layers, given.num_hidden_layers),
-        "--n_heads": (language_model.num_attention_heads, given.num_attention_heads),
-        "--n_kv_heads": (language_model.num_key_value_heads, given.num_key_value_heads),
-        "--use_moe": (language_model.num_experts > 0, config.use_moe),
+        **{f"--{name}": (there, getattr(config, name) or there) for name, there in shape.items()},
         "--tokenizer_path: vocabulary": (language_model.vocab_size, given.vocab_size),
         "--tokenizer_path: placeholder": (
             list(model.config.image_ids or ()),  # a list or a tuple, as its file has it
@@ -297,6 +309,10 @@ def build_model(
     misfits = [f"  {key}: {a} in the file, {b} given" for key, (a, b) in pairs.items() if a != b]
     if misfits:
         raise ValueError(f"{start} doesn't fit the settings:\n" + "\n".join(misfits))
+    for name, value in shape.items():  # for the run's record
+        setattr(config, name, value)
+    size = f"{config.dim}" + "_moe" * config.use_moe
+    config.run_name = config.run_name.replace("{dim}", size)
     model.set_trainable(config.freeze_llm)
     if config.lora_rank:
         add_adapters(

@@ -21,6 +21,7 @@ from model.cinego import Cinego
 from model.config import LanguageModelConfig
 from model.minimind import MiniMind
 from model.vision_tower import VisionTower
+from tests.model.ancestors import old_state, with_experts
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "model/text_tokenizer"
 SIZE = "--dim 32 --n_layers 2 --n_heads 2 --n_kv_heads 1"
@@ -125,8 +126,34 @@ def test_experts_go_through_both_stages_under_their_own_names():
     assert metrics["loss"] < 0.7 * json.loads(rows[0])["loss"]
     config = load_video_language_model("out/sft_videolm_32_moe.pth").config.language_model
     assert (config.num_experts, config.num_experts_per_tok) == (4, 1)
-    with pytest.raises(ValueError, match="--use_moe: True in the file, False given"):
-        command(train_sft, "--load_from out/pretrain_videolm_32_moe.pth")
+    with pytest.raises(ValueError, match="--use_moe: False in the file, True given"):
+        command(train_pretrain, "--from_scratch --freeze_llm 0 --run_name dense")
+        command(train_sft, "--use_moe --load_from out/dense.pth")
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+@pytest.mark.parametrize("generation", ["2024", "Feb 2025", "Apr 2025", "2026"])
+def test_the_shape_of_a_language_model_comes_from_its_weights(generation, moe, capsys):
+    """Heads, layers and experts aren't given, and both checkpoints are named after the width."""
+    heads, kv_heads = (16, 8) if generation == "2024" else (8, 2)
+    if generation in ("2024", "Feb 2025"):
+        state = old_state(width=512, heads=heads, kv_heads=kv_heads, vocab=6400)
+        state = with_experts(state) if moe else state
+    else:
+        experts = {"num_experts": 4 * moe, "qk_norm": generation == "2026"}
+        state = MiniMind(LanguageModelConfig(num_hidden_layers=2, **experts)).state_dict()
+    name = "512" + "_moe" * moe
+    Path("out").mkdir()
+    torch.save(state, f"out/lm_{name}.pth")
+    size = "--dim 512" + " --use_moe" * moe
+    command(train_pretrain, "--max_steps 1", size)
+    command(train_sft, "--max_steps 1", size)
+    assert generation in capsys.readouterr().out.replace("MiniMind-3", "2026")
+    about = json.loads(Path(f"out/sft_videolm_{name}.json").read_text())
+    config, training = about["model_config"]["language_model"], about["training"]
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (heads, kv_heads)
+    shape = [training[key] for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe")]
+    assert shape == [512, 2, heads, kv_heads, moe]
 
 
 def test_random_start_and_shared_rows():

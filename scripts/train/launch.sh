@@ -1,0 +1,18 @@
+# Sourced by the scripts beside it.
+#   launch SCRIPT DIM LAYERS FLAGS...
+# Starts a stage with $N processes (default: 1), one a GPU. It starts from the weights that are
+# named after DIM, or from $LOAD_FROM, and reads videos by the usual tower, or by $VISION_PATH.
+# Weights know their own shape: LAYERS is for --from_scratch alone.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+launch() {
+    local script=$1 flags=(--dim "$2" --warmup_iters 100 --save_interval 500)
+    local run=("$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)")
+    [[ " $* " != *" --from_scratch "* ]] || flags+=(--n_layers "$3")
+    shift 3
+    [ "${N:-1}" = 1 ] || run+=(-m torch.distributed.run --standalone --nproc_per_node "$N")
+    [ -z "${LOAD_FROM:-}" ] || flags+=(--load_from "$LOAD_FROM")
+    [ -z "${VISION_PATH:-}" ] || flags+=(--vision_path "$VISION_PATH")
+    exec "${run[@]}" "$script" "${flags[@]}" "$@"
+}
