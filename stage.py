@@ -341,7 +341,7 @@ def make_loader(
 ) -> DataLoader:
     """Batches of rows of like length; each process gets its own share of them."""
     dataset = VideoDataset(
-        [sample for path in paths for sample in read_samples(path)],
+        read_samples(*paths),
         tokenizer,
         source,
         num_tokens=model.config.tokens_per_visual,

@@ -29,6 +29,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -44,7 +45,7 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer
 
 from dataset.conversation import IGNORED
-from dataset.samples import Sample
+from dataset.samples import Samples, read_samples
 from dataset.video_dataset import LengthGroupedBatchSampler, VideoDataset, collate
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
@@ -76,14 +77,14 @@ class Source:
         return torch.randn(self.num_frames, PATCHES, WIDTH, generator=generator).half()
 
 
-def make_samples(number: int, seed: int) -> list[Sample]:
+def make_samples(number: int, seed: int) -> Samples:
     """Conversations of one question and one answer; each word is one token."""
     rng = np.random.default_rng(seed)
 
     def words(count: float) -> str:
         return " ".join(rng.choice(WORDS, int(count)))
 
-    samples = []
+    lines = []
     for i in range(number):
         question = np.clip(rng.normal(QUESTION["mean"], QUESTION["spread"]), 8, QUESTION["most"])
         centre = np.log(ANSWER["mean"]) - ANSWER["spread"] ** 2 / 2  # of a log-normal's mean
@@ -93,8 +94,11 @@ def make_samples(number: int, seed: int) -> list[Sample]:
             {"role": "assistant", "content": words(answer)},
         ]
         video = str(i // QUESTIONS_PER_VIDEO)
-        samples.append(Sample(f"s{i}", [video], messages, False, None, None, i, "made up"))
-    return samples
+        lines.append(json.dumps({"id": f"s{i}", "video": video, "conversations": messages}))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "samples.jsonl")
+        path.write_text("\n".join(lines))
+        return read_samples(path)  # which keeps the file open
 
 
 @dataclass

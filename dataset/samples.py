@@ -1,20 +1,36 @@
-"""One line of a jsonl or a parquet as a `Sample`: what it shows, what is said, and where it stands.
+"""jsonl → samples; each line is checked once, and parsed when its sample is asked for.
 
-    for sample in read_samples("train.jsonl"):
-        print(sample.where, sample.files("dataset/videos"), sample.messages)
+    samples = read_samples("train.jsonl")
+    samples[3].where, samples[3].files("dataset/videos"), samples[3].messages
 
-Whatever is wrong with a line is a ValueError with file, line and mend. Paths stay under their root.
+So millions of samples take hardly any memory: training plans its order from the columns of an
+index (dataset/jsonl.py). Whatever is wrong with a line is a ValueError with file, line and fix.
 """
 
+import hashlib
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
-from dataset.conversation import mark_visuals, normalise_messages
-from dataset.parquet import RowImage
-from dataset.records import read_records
+import numpy as np
+
+from dataset.conversation import CONTENT_MARK, VISUAL_MARK, mark_visuals, normalise_messages
+from dataset.jsonl import clean_line, load_index, parse_json
+
+COLUMNS = np.dtype(
+    [
+        ("offset", np.int64),  # of the line's first byte
+        ("line", np.int32),  # its number, from 1
+        ("tokens", np.int32),  # of its text, estimated: nothing is tokenised up front
+        ("visuals", np.int32),  # how many
+        ("group", np.int64),  # samples of one group can share a row; 0: stands alone
+        ("answered", np.bool_),  # the last turn is the assistant's
+    ]
+)
+VERSION = "1"  # of COLUMNS and what is computed for them: an index of another is made again
 
 
 @dataclass(slots=True)
@@ -40,29 +56,64 @@ class Sample:
             raise ValueError(f"{self.where}: {error}") from None
 
 
-def read_samples(path) -> list[Sample]:
-    """Read a jsonl, a JSON array or a parquet of conversations; ValueError names file, line, mend.
+class Samples(Sequence):
+    """The samples of one or more jsonl files, one file after the other."""
+
+    def __init__(self, paths: Sequence[str]):
+        self.paths = [os.fspath(path) for path in paths]
+        self._files = []  # (path, an open file, its columns)
+        digests = b""
+        for path in self.paths:
+            columns, sha256 = load_index(path, COLUMNS, partial(_describe, path=path), VERSION)
+            file = open(path, "rb", buffering=0)  # noqa: SIM115 (used for life)
+            self._files.append((path, file, columns))
+            digests += bytes.fromhex(sha256)
+        self._ends = np.cumsum([len(columns["line"]) for *_, columns in self._files])
+        # 16 hex digits of the contents: a moved file is the same, a changed one another.
+        self.fingerprint = hashlib.sha256(digests).hexdigest()[:16]
+
+    def __reduce__(self):
+        return Samples, (self.paths,)  # a spawned worker maps the index itself
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, number: int | slice) -> Sample | list[Sample]:
+        """ValueError where the line isn't what was indexed any more."""
+        if isinstance(number, slice):
+            return [self[i] for i in range(len(self))[number]]
+        number = range(len(self))[number]
+        which = int(np.searchsorted(self._ends, number, side="right"))
+        path, file, columns = self._files[which]
+        number -= int(self._ends[which]) - len(columns["line"])
+        start, line = int(columns["offset"][number]), int(columns["line"][number])
+        is_last = number + 1 == len(columns["offset"])
+        end = os.fstat(file.fileno()).st_size if is_last else int(columns["offset"][number + 1])
+        text = os.pread(file.fileno(), end - start, start)  # no place in the file is shared
+        try:
+            return parse_sample(clean_line(text.partition(b"\n")[0]), line, path)
+        except ValueError as error:
+            raise ValueError(f"{path}:{line}: changed since the start: {error}") from error
+
+    def column(self, name: str) -> np.ndarray:
+        """One of COLUMNS for all samples."""
+        parts = [columns[name] for *_, columns in self._files]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def read_samples(*paths) -> Samples:
+    """The samples of one or more jsonl files; ValueError names files, lines and fixes.
 
     Fields: `conversations`; `video` or `image` (a path, a list, or paths separated by commas;
-    none is text only); optional `id`, `reverse`, `scoring`, `language`. Others are left alone. The
-    pictures in a parquet (dataset/parquet.py) stay there until they are needed.
+    none is text only); optional `id`, `reverse`, `scoring`, `language`. Others are left alone.
     """
-    path = os.fspath(path)
-    samples = []
-    for line, record in read_records(path):
-        try:
-            samples.append(parse_sample(record, line, path))
-        except ValueError as error:
-            raise ValueError(f"{path}:{line}: {error}") from error
-    if not samples:
-        raise ValueError(f"{path}: holds no sample; write one JSON object a line")
-    return samples
+    return Samples(paths)
 
 
 def parse_sample(record: object, line: int, path: str) -> Sample:
-    """One record as a sample; ValueError says what is wrong with it."""
-    if isinstance(record, ValueError):
-        raise record
+    """A line's text, or the object in it, as a sample; ValueError says what is wrong with it."""
+    if isinstance(record, bytes):
+        record = parse_json(record)
     if not isinstance(record, dict):
         raise ValueError(f"a sample must be a JSON object, not {type(record).__name__}")
     if "conversations" not in record:
@@ -72,29 +123,23 @@ def parse_sample(record: object, line: int, path: str) -> Sample:
             raise ValueError(f"the key is {plural[:-1]!r}, not {plural!r}, for a list of paths too")
     if record.get("video") and record.get("image"):
         raise ValueError("both 'video' and 'image'; put all paths into one, in order of the tags")
-    visuals = record.get("video") or record.get("image") or []
-    if isinstance(visuals, str):
-        visuals = [part.strip() for part in visuals.split(",")]
-    if not isinstance(visuals, list) or not all(isinstance(v, str) for v in visuals):
-        raise ValueError("'video' or 'image' must be a path or a list of paths")
+    visuals = split_paths(record.get("video") or record.get("image") or [])
     for visual in visuals:
         check_relative(visual)
-
     messages = normalise_messages(record["conversations"])
     mark_visuals(messages, len(visuals))
-    answers = sum(message["role"] == "assistant" for message in messages)
     reverse, scoring = record.get("reverse", False), record.get("scoring")
     language, sample_id = record.get("language"), record.get("id")
     if not isinstance(reverse, bool):
         raise ValueError(f"'reverse' must be true or false, not {reverse!r}")
-    if scoring is not None and not (
-        isinstance(scoring, list) and all(isinstance(entry, dict) for entry in scoring)
-    ):
-        raise ValueError("'scoring' must be a list of objects")
-    if scoring is not None and len(scoring) != answers:
-        raise ValueError(
-            f"'scoring' has {len(scoring)} entries for {answers} answers; one for each"
-        )
+    if scoring is not None:
+        if not isinstance(scoring, list) or not all(isinstance(entry, dict) for entry in scoring):
+            raise ValueError("'scoring' must be a list of objects")
+        answers = sum(message["role"] == "assistant" for message in messages)
+        if len(scoring) != answers:
+            raise ValueError(
+                f"'scoring' has {len(scoring)} entries for {answers} answers; one for each"
+            )
     if language is not None and not isinstance(language, str):
         raise ValueError(f"'language' must be a string, not {language!r}")
     if sample_id is None:
@@ -104,6 +149,47 @@ def parse_sample(record: object, line: int, path: str) -> Sample:
     texts = [message["content"] for message in messages] + visuals + [str(sample_id)]
     "".join(texts).encode()  # ValueError for half of a surrogate pair
     return Sample(str(sample_id), visuals, messages, reverse, scoring, language, line, path)
+
+
+def split_paths(visuals: object) -> list[str]:
+    """The value of `video` or `image` as a list of paths; ValueError if it is none."""
+    if isinstance(visuals, str):
+        visuals = [part.strip() for part in visuals.split(",")]
+    if not isinstance(visuals, list) or not all(isinstance(visual, str) for visual in visuals):
+        raise ValueError("'video' or 'image' must be a path or a list of paths")
+    return visuals
+
+
+def _describe(text: bytes, line: int, path: str) -> tuple[int, int, int, bool]:
+    """What COLUMNS keep of a line: tokens, visuals, group, answered."""
+    sample = parse_sample(text, line, path)
+    answered = sample.messages[-1]["role"] == "assistant"
+    return _estimate_tokens(sample.messages), len(sample.visuals), _group(sample), answered
+
+
+def _estimate_tokens(messages: list[dict]) -> int:
+    """About 4 ASCII letters a token and 1.5 Chinese characters, and what the template adds."""
+    text = "".join(message["content"] for message in messages)
+    wide = (len(text.encode()) - len(text)) // 2
+    return (len(text) - wide) // 4 + wide * 2 // 3 + 6 * len(messages)
+
+
+def _group(sample: Sample) -> int:
+    """A hash of what samples must have in common to share a row: the visuals, and all text before
+    the last of them ends. 0 where a visual comes after the first answer: that row stands alone.
+    """
+    if not sample.visuals:
+        return 0
+    before = []
+    for message in mark_visuals(sample.messages, len(sample.visuals)):
+        if message["role"] == "assistant":
+            break
+        before.append(message["content"])
+    text = CONTENT_MARK.join(before)  # which no text holds
+    if text.count(VISUAL_MARK) != len(sample.visuals):
+        return 0
+    key = repr((sample.visuals, sample.reverse, text[: text.rindex(VISUAL_MARK)])).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big", signed=True) or 1
 
 
 @lru_cache(maxsize=4096)
@@ -118,8 +204,6 @@ def check_relative(relative: str) -> None:
 
 def resolve_under(root, relative: str) -> Path:
     """The file `relative` under `root`; ValueError if it leaves the root, by a link too."""
-    if isinstance(relative, RowImage):  # it lies in the data file that the user named
-        return relative.locate()
     check_relative(relative)
     root = os.path.realpath(root)
     path = os.path.realpath(os.path.join(root, relative))

@@ -11,7 +11,7 @@ itself only (`segment_ids`), and its positions go on where the shared part ends.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Protocol
@@ -20,17 +20,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from dataset.conversation import (
-    CONTENT_MARK,
-    IGNORED,
-    VISUAL_MARK,
-    ConversationError,
-    Encoded,
-    encode,
-    mark_visuals,
-    truncate,
-)
-from dataset.samples import Sample, resolve_under
+from dataset.conversation import IGNORED, ConversationError, Encoded, encode, truncate
+from dataset.samples import Sample, Samples, resolve_under
 from dataset.video import read_frames
 
 # ------------------------------------------------------------------------------------- sources
@@ -93,12 +84,17 @@ class VideoDataset(Dataset):
     """Rows of one conversation, or of all conversations about the same visuals.
 
     num_tokens: placeholder tokens of a visual with that many frames.
-    lengths: each row's estimated tokens, for the sampler: nothing is tokenised up front.
+    lengths: each row's estimated tokens, for the sampler.
+
+    Row r holds the samples `order[starts[r]:ends[r]]`. Arrays, since lists of lists would take
+    gigabytes for millions of samples, and workers would copy them bit by bit.
+
+    Raises ValueError, with file and line, for a sample without an answer to learn from.
     """
 
     def __init__(
         self,
-        samples: Sequence[Sample],
+        samples: Samples,
         tokenizer,
         source: VisualSource | None,
         num_tokens: Callable[[int], int],
@@ -107,36 +103,32 @@ class VideoDataset(Dataset):
     ):
         self.samples, self.tokenizer, self.source = samples, tokenizer, source
         self.num_tokens, self.max_length = num_tokens, max_length
-        for sample in samples:
-            if sample.messages[-1]["role"] != "assistant":
-                raise ValueError(f"{sample.where}: the last turn must be an answer to learn from")
-            if sample.visuals and source is None:
-                raise ValueError(f"{sample.where}: names {sample.visuals}, but no source is given")
-        self.rows, self.lengths = self._plan(share_prefix)
-
-    def _plan(self, share_prefix: bool) -> tuple[list[list[int]], list[int]]:
-        rows, lengths, open_rows = [], [], {}
-        for index, sample in enumerate(self.samples):
-            tokens = _estimated_tokens(sample.messages)
-            visual_tokens = len(sample.visuals) * self.num_tokens(1)
-            key = _prefix_key(sample) if share_prefix else None
-            row = open_rows.get(key) if key is not None else None
-            if row is None or lengths[row] + tokens > self.max_length:
-                row = len(rows)
-                rows.append([])
-                lengths.append(visual_tokens)
-                open_rows[key] = row
-            rows[row].append(index)
-            lengths[row] += tokens
-        return rows, lengths
+        answered, visuals = samples.column("answered"), samples.column("visuals")
+        if not answered.all():
+            where = samples[int(answered.argmin())].where
+            raise ValueError(f"{where}: the last turn must be an answer to learn from")
+        if source is None and visuals.any():
+            first = samples[int((visuals > 0).argmax())]
+            raise ValueError(f"{first.where}: names {first.visuals}, but no source is given")
+        groups = samples.column("group") if share_prefix else np.zeros_like(visuals)
+        self.order, self.starts, self.ends, self.lengths = plan_rows(
+            samples.column("tokens"), visuals * num_tokens(1), groups, max_length
+        )
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.starts)
+
+    def samples_of(self, row: int) -> np.ndarray:
+        """Numbers of the samples in a row."""
+        return self.order[self.starts[row] : self.ends[row]]
 
     def __getitem__(self, row: int) -> list[Row]:
         """Usually one Row; more where the estimate was too low and the group has to be split."""
-        samples = [self.samples[index] for index in self.rows[row]]
+        samples = [self.samples[number] for number in self.samples_of(row)]
         visuals, first = [], samples[0]
+        assert all((s.visuals, s.reverse) == (first.visuals, first.reverse) for s in samples), (
+            f"{[sample.where for sample in samples]} share a row, but not their visuals"
+        )
         for relative in first.visuals:
             try:
                 visual = self.source.load(relative)
@@ -159,35 +151,42 @@ class VideoDataset(Dataset):
         return [*rows, Row(bad=bad)] if bad else rows
 
 
+def plan_rows(
+    tokens: np.ndarray, visual_tokens: np.ndarray, groups: np.ndarray, max_length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Which samples share a row: those of a group, in their order, up to `max_length` tokens.
+
+    tokens, visual_tokens, groups: one of each a sample; group 0 is no group.
+    Returns `order`, `starts`, `ends` (row r holds the samples `order[starts[r]:ends[r]]`) and each
+    row's tokens. Rows come in the order of their first samples.
+    """
+    order = np.argsort(groups, kind="stable").astype(np.int32)
+    sorted_groups = groups[order]
+    is_first = np.ones(len(order), bool)
+    is_first[1:] = (sorted_groups[1:] != sorted_groups[:-1]) | (sorted_groups[1:] == 0)
+    open_starts = np.flatnonzero(is_first)  # where a row starts that isn't planned yet
+    group_ends = np.append(open_starts[1:], len(order))
+    text = np.concatenate([[0], np.cumsum(tokens[order])])  # tokens before each place of `order`
+    starts, ends = [], []
+    while len(open_starts):  # one row of each group at a time
+        capacity = max_length - visual_tokens[order[open_starts]]
+        fitting = np.searchsorted(text, text[open_starts] + capacity, side="right") - 1
+        row_ends = np.clip(fitting, open_starts + 1, group_ends)
+        starts.append(open_starts)
+        ends.append(row_ends)
+        is_left = row_ends < group_ends
+        open_starts, group_ends = row_ends[is_left], group_ends[is_left]
+    starts, ends = np.concatenate(starts), np.concatenate(ends)
+    rows = np.argsort(order[starts])
+    starts, ends = starts[rows].astype(np.int32), ends[rows].astype(np.int32)
+    lengths = visual_tokens[order[starts]] + (text[ends] - text[starts]).astype(np.int32)
+    return order, starts, ends, lengths
+
+
 def _bad(sample: Sample, visual: str | None, error: Exception) -> dict:
     reason = str(error) or type(error).__name__
     record = {"id": sample.id, "path": visual, "file": sample.path, "line": sample.line}
     return record | {"reason": reason}
-
-
-def _estimated_tokens(messages: list[dict]) -> int:
-    """About 4 ASCII letters a token and 1.5 Chinese characters, and what the template adds."""
-    text = "".join(message["content"] for message in messages)
-    wide = (len(text.encode("utf-8", "replace")) - len(text)) // 2
-    return (len(text) - wide) // 4 + wide * 2 // 3 + 6 * len(messages)
-
-
-def _prefix_key(sample: Sample) -> tuple | None:
-    """What samples must have in common to share a row: the visuals and all text before their end.
-
-    None where the visuals don't come before the first answer: that row stands alone.
-    """
-    if not sample.visuals:
-        return None
-    before = []
-    for message in mark_visuals(sample.messages, len(sample.visuals)):
-        if message["role"] == "assistant":
-            break
-        before.append(message["content"])
-    text = CONTENT_MARK.join(before)  # which no text holds
-    if text.count(VISUAL_MARK) != len(sample.visuals):
-        return None
-    return (*sample.visuals, sample.reverse, text[: text.rindex(VISUAL_MARK)])
 
 
 def _without_tail(encoded: Encoded) -> Encoded:
@@ -246,7 +245,7 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: np.ndarray,
         batch_size: int,
         seed: int = 0,
         rank: int = 0,
@@ -256,7 +255,7 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
     ):
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"batch_size {batch_size} and rank {rank} of {world_size} don't work")
-        if len(lengths) < world_size:
+        if shuffle and len(lengths) < world_size:
             raise ValueError(
                 f"{len(lengths)} rows are too few for {world_size} processes: each needs one. Add "
                 "samples (of other videos, where those of one share a row) or start fewer processes"
@@ -294,43 +293,43 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
             wanted = -(-total // (self.tokens_per_batch * self.planned))
             return max(1, min(wanted, total // most))
         wanted = -(-len(self.lengths) // (self.batch_size * self.planned))
-        return min(wanted, len(self.lengths) // self.planned)
+        return max(1, min(wanted, len(self.lengths) // self.planned))
 
     def __iter__(self) -> Iterator[list[int]]:
         start, self.skipped = self.skipped, 0
         parts = self.plan_for(self.planned)
-        for batch in self._global_batches()[start // parts :]:
-            # More processes than planned: some may have no row, which is a batch of none.
-            for part in np.array_split(batch[self.rank :: self.world_size], parts):
+        order, bounds, steps = self._plan_epoch()
+        for step in steps[start // parts :]:
+            # More processes than rows: some may have no row, which is a batch of none.
+            batch = order[bounds[step] : bounds[step + 1]][self.rank :: self.world_size]
+            for part in np.array_split(batch, parts):
                 yield part.tolist()
 
-    def _global_batches(self) -> list[np.ndarray]:
-        """All ranks' rows, step by step, in near-equal parts: no last batch of a few rows."""
+    def _plan_epoch(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All ranks' rows: their order, where each step's begin and end in it, and the steps'."""
+        count = self._steps()
         if not self.shuffle:
             order = np.argsort(self.lengths, kind="stable")[::-1]  # out of memory shows at once
-            return self._cut(order)
+            return order, self._cut(order, count), np.arange(count)
         rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(len(self.lengths))
         # Sorted within windows only: the same rows must not meet in a batch every epoch. Every
         # other window falls, so that a batch across two of them has like lengths as well.
-        rows = self.batch_size * self.planned
-        if self.tokens_per_batch:
-            rows = -(-len(order) // self._steps())
+        rows = -(-len(order) // count) if self.tokens_per_batch else self.batch_size * self.planned
         window = min(rows * 32, -(-len(order) // 4))
-        parts = [order[i : i + window] for i in range(0, len(order), window)]
-        parts = [part[np.argsort(self.lengths[part])] for part in parts]
-        order = np.concatenate([part[:: (-1) ** i] for i, part in enumerate(parts)])
-        batches = self._cut(order)
-        return [batches[i] for i in rng.permutation(len(batches))]
+        for number, first in enumerate(range(0, len(order), window)):
+            part = order[first : first + window]
+            part[:] = part[np.argsort(self.lengths[part])][:: (-1) ** number]
+        return order, self._cut(order, count), rng.permutation(count)
 
-    def _cut(self, order: np.ndarray) -> list[np.ndarray]:
-        """Parts of about as many rows, or of about as many tokens."""
-        steps = self._steps()
+    def _cut(self, order: np.ndarray, count: int) -> np.ndarray:
+        """Bounds of near-equal parts, by rows or by tokens: no last batch of a few rows."""
         if not self.tokens_per_batch:
-            return np.array_split(order, steps)
-        ends = self.lengths[order].cumsum()
-        shares = ends[-1] * np.arange(1, steps) / steps
-        return np.split(order, np.searchsorted(ends, shares, side="right"))
+            size, larger = divmod(len(order), count)
+            return np.arange(count + 1) * size + np.minimum(np.arange(count + 1), larger)
+        tokens = np.cumsum(self.lengths[order])
+        shares = tokens[-1] * np.arange(1, count) / count
+        return np.concatenate([[0], np.searchsorted(tokens, shares, side="right"), [len(order)]])
 
 
 def collate(rows: list[list[Row]], pad_id: int) -> dict:

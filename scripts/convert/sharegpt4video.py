@@ -13,9 +13,17 @@ The caption with idx -1 is of the whole video and becomes the answer to a reques
 looked for under `video_path`, then in a folder called as its archive, then by its name.
 """
 
+import zlib
 from pathlib import PurePosixPath
 
-from scripts.convert.common import Media, caption_prompt, main, one_path
+from scripts.convert.common import Media, main, one_path
+
+PROMPTS = (
+    "Describe this video in detail.",
+    "What happens in this video? Give a detailed account.",
+    "Please write a detailed description of the video.",
+    "Explain what can be seen in the video, from its beginning to its end.",
+)
 
 
 def convert(record: dict, media: Media) -> dict:
@@ -32,11 +40,12 @@ def convert(record: dict, media: Media) -> dict:
     if isinstance(archive, str):
         places.append(f"{PurePosixPath(archive).stem}/{PurePosixPath(path).name}")
     name = record.get("video_id") or PurePosixPath(path).stem
+    prompt = PROMPTS[zlib.crc32(str(name).encode()) % len(PROMPTS)]
     return {
         "id": name,
         "video": media.find(*places),
         "conversations": [
-            {"from": "human", "value": f"<video>\n{caption_prompt(str(name))}"},
+            {"from": "human", "value": f"<video>\n{prompt}"},
             {"from": "gpt", "value": whole[0]},
         ],
     }

@@ -14,21 +14,20 @@ from pathlib import PurePosixPath
 
 from scripts.convert.common import Media, main, one_path, turns
 
+SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")  # the first that there is
+
 
 def convert(record: dict, media: Media) -> dict:
     if "conversations" in record:
         name = str(PurePosixPath(one_path(record, "video")).with_suffix(""))
-        return {
-            "id": record.get("id", name),
-            "video": media.find_stem(name, ".mp4"),
-            "conversations": turns(record),
-        }
+        video = media.find(*(name + suffix for suffix in SUFFIXES))
+        return {"id": record.get("id", name), "video": video, "conversations": turns(record)}
     name, question, answer = (record.get(key) for key in ("video_id", "q", "a"))
     if not isinstance(name, str) or not isinstance(question, str) or not question.strip():
         raise ValueError("'video_id' and 'q' must be text")
     return {
         "id": name,
-        "video": media.find_stem(name, ".mp4"),
+        "video": media.find(*(name + suffix for suffix in SUFFIXES)),
         "conversations": [
             {"from": "human", "value": f"<video>\n{question.strip()}"},
             {"from": "gpt", "value": answer},

@@ -76,7 +76,7 @@ def test_every_mistake_is_named_and_the_rest_is_clean(data, capsys):
         assert detail in found[line]["detail"]
     report = json.loads(Path("out/report.json").read_text())
     assert (report["samples"], report["good"], report["visuals"]) == (10, 4, 4)
-    assert report["kinds"] == {"text": 3, "one visual": 3, "several visuals": 1}
+    assert report["visuals_a_sample"] == {"0": 3, "1": 3, "2": 1}
     assert report["truncated_share"] == pytest.approx(2 / 7)  # of those that have a length
     assert Image.open("out/lengths.png").width > 400
     said = capsys.readouterr().out
@@ -89,6 +89,16 @@ def test_every_mistake_is_named_and_the_rest_is_clean(data, capsys):
     clean.rename("data.jsonl")
     check("--num_workers", "0", code=None)
     assert problems() == {}
+
+
+def test_what_is_held_out_may_not_be_trained_on(data):
+    Path("data.jsonl").write_text("\n".join(LINES[:2]))
+    other = LINES[0].replace("text", "another id")
+    Path("val.jsonl").write_text("\n".join([sample("Which?"), LINES[2], other]))
+    check("--val_path", "val.jsonl", code=3)
+    ((line, found),) = problems().items()
+    assert (line, found["file"], found["reason"]) == (3, "val.jsonl", "in_training_data")
+    assert len(Path("out/val.clean.jsonl").read_text().splitlines()) == 2
 
 
 def test_features_in_place_of_media(data):
@@ -114,3 +124,8 @@ def test_what_can_not_be_checked(data):
     Path("data.jsonl").write_text("")
     with pytest.raises(ValueError, match="data.jsonl: no sample in it"):
         check(code=None)
+    Path("data.jsonl").write_text("[" + LINES[0] + "]")
+    with pytest.raises(ValueError, match="a JSON array; convert it"):
+        check(code=None)
+    with pytest.raises(ValueError, match="the same name"):
+        check("--val_path", "data.jsonl", code=None)

@@ -11,16 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dataset import parquet
-from dataset.samples import Sample, read_samples
+from dataset.samples import Sample, Samples, read_samples
 from scripts.convert import (
-    chinese_llava,
     llava_video_178k,
-    minimind_v_multi_image,
+    minimind_v,
     sharegpt4video,
+    to_jsonl,
     video_instruct_100k,
 )
-from scripts.convert.common import Seen, run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,13 +53,15 @@ def touch(root: Path, *paths: str) -> Path:
 
 
 @pytest.fixture
-def convert(tmp_path):
+def convert(tmp_path, capsys):
     """Runs a converter; what it wrote, read as training reads it, and its report."""
 
-    def convert(module, *data, images_path=None, output="out/new.jsonl"):
-        images_path = None if images_path is None else str(images_path)
-        report = run(module.convert, list(map(str, data)), images_path, str(tmp_path / output))
-        return read_samples(tmp_path / output), report
+    def convert(module, *data, images_path=None) -> tuple[Samples, str]:
+        output = tmp_path / "out/new.jsonl"
+        arguments = ["--data_path", *map(str, data), "--output", str(output)]
+        arguments += ["--images_path", str(images_path)] if images_path else []
+        module.main("", module.convert, arguments)
+        return read_samples(output), capsys.readouterr().out
 
     return convert
 
@@ -111,7 +111,7 @@ def test_llava_video(tmp_path, convert):
     assert caption.visuals == ["0_30_s_academic_v0_1/academic_source/Charades/RW587.mp4"]
     assert texts(caption) == ["<video>\nDescribe.", "A man sits.", "And then?", "He stands up."]
     assert (caption.id, question.id) == ("RW587", "RW587#2")  # one video, two questions
-    assert (report.read, report.written, report.dropped.count) == (4, 3, 1)
+    assert "3 samples of 4 records" in report
     assert dropped(tmp_path) == [(2, "the same as an earlier record, word for word")]
     first = json.loads((tmp_path / "out/new.jsonl").read_text().splitlines()[0])
     assert list(first) == ["id", "video", "conversations", "data_source"]
@@ -157,7 +157,7 @@ def test_records_that_cannot_be_used_are_dropped_and_listed(tmp_path, convert, c
     ((line, said),) = dropped(tmp_path)
     assert line == 1
     pytest.raises(ValueError, raise_, said).match(reason)
-    assert str(data) + ":1" in str(report)
+    assert str(data) + ":1" in report
 
 
 def raise_(text: str):
@@ -171,7 +171,7 @@ def test_a_file_in_another_folder_is_found_by_its_name(tmp_path, convert):
         llava_video_178k, write_json(tmp_path / "a.json", [record]), images_path=root
     )
     assert sample.visuals == ["unpacked/1006/8968804598.mp4"]
-    assert "found under another path" in str(report)
+    assert "1 × a file found under another path" in report
 
 
 # ---------------------------------------------------------------------------- VideoInstruct-100K
@@ -190,11 +190,11 @@ def test_video_instruct(tmp_path, convert):
     data = write_json(tmp_path / "VideoInstruct100K.json", asked)
     samples, report = convert(video_instruct_100k, data, images_path=root)
     assert [s.id for s in samples] == ["v_k_ZXmr8pmrs", "v_k_ZXmr8pmrs#2", "v_2"]
-    paths = [["train/v_k_ZXmr8pmrs.mkv"]] * 2 + [["v_2.MP4"]]
+    paths = [["train/v_k_ZXmr8pmrs.mkv"]] * 2 + [["v_2.webm"]]
     assert [s.visuals for s in samples] == paths
     assert texts(samples[1]) == ["<video>\nWhere?", "On a river."]
     assert [line for line, _ in dropped(tmp_path)] == [3, 4, 5]
-    assert "there is no video 'v_missing'" in str(report)
+    assert "there is no file 'v_missing.mp4'" in report
     assert convert(video_instruct_100k, data)[0][0].visuals == ["v_k_ZXmr8pmrs.mp4"]
 
 
@@ -215,7 +215,7 @@ def test_video_instruct_as_its_own_converter_leaves_it(tmp_path, convert):
 # --------------------------------------------------------------------- Chinese-LLaVA, MiniMind-V
 
 
-def test_chinese_llava_of_2024_and_2025(tmp_path, convert):
+def test_minimind_v_of_2024_and_2025(tmp_path, convert):
     old = [
         {
             "id": "000000334872",
@@ -242,7 +242,7 @@ def test_chinese_llava_of_2024_and_2025(tmp_path, convert):
         *("train-00000-of-00001_image_0_0.jpg", "a/COCO_train2014_1.jpg"),
     )
     data = [write_json(tmp_path / "230k.json", old), write_jsonl(tmp_path / "sft.jsonl", new)]
-    samples, report = convert(chinese_llava, *data, images_path=root)
+    samples, report = convert(minimind_v, *data, images_path=root)
     assert [sample.id for sample in samples] == [
         *("000000334872", "GCC_train_000644518", "sft-1", "sft-2", "sft-3")
     ]
@@ -255,7 +255,7 @@ def test_chinese_llava_of_2024_and_2025(tmp_path, convert):
     ]
     assert len(samples[0].messages) == 4 and texts(samples[1])[0].endswith(".\n<image>")
     assert samples[4].messages == user("<image>谁", "猫")
-    assert report.dropped.count == 1 and "turn …: the answer is empty" in str(report)
+    assert "dropped 1," in report and "turn 2: the answer is empty" in report
 
 
 def picture(color, size=(16, 12), format="JPEG") -> bytes:
@@ -286,16 +286,13 @@ ROWS = [
 
 
 def seen(sample, root) -> list[int]:
-    path = sample.files(root)[0]
-    file = path if path.is_file() else io.BytesIO(parquet.read_image(path))
-    return list(Image.open(file).convert("RGB").getpixel((5, 5)))
+    return list(Image.open(sample.files(root)[0]).convert("RGB").getpixel((5, 5)))
 
 
-@pytest.mark.parametrize("output", ["out/new.jsonl", "out/new.parquet"])
-def test_minimind_v_parquet(tmp_path, convert, output):
+def test_minimind_v_parquet(tmp_path, convert):
     data = write_parquet(tmp_path / "sft_i2t.parquet", ROWS, pa.binary())
     root = tmp_path / "pictures"
-    samples, report = convert(chinese_llava, data, images_path=root, output=output)
+    samples, report = convert(minimind_v, data, images_path=root)
     assert [s.id for s in samples] == ([f"sft_i2t-{row}" for row in (0, 1, 2, 5, 7)])
     assert [texts(s)[1] for s in samples] == [ROWS[row][0][1]["content"] for row in (0, 1, 2, 5, 7)]
     assert [len(s.visuals) for s in samples] == [1, 1, 0, 0, 1]
@@ -305,34 +302,13 @@ def test_minimind_v_parquet(tmp_path, convert, output):
     assert list(reasons) == [3, 4, 6]
     assert "2 visual tags" in reasons[3] and "can't be read" in reasons[4]
     assert "1 visual tags (<image>, <video>) for 0 visuals" in reasons[6]
-    assert f"{data}:5" in str(report.notes)  # its picture was left out
+    assert "1 × a picture without a tag was left out" in report
 
-    if output.endswith("jsonl"):
-        files = sorted(path.suffix for path in root.rglob("*") if path.is_file())
-        assert files == [".jpg", ".png"]  # the red one once
-        times = [path.stat().st_mtime_ns for path in root.rglob("*.jpg")]
-        convert(chinese_llava, data, images_path=root, output=output)
-        assert times == [path.stat().st_mtime_ns for path in root.rglob("*.jpg")]
-    else:
-        assert not root.exists() or not any(root.rglob("*.*"))
-
-
-def test_a_parquet_with_ids_of_a_strange_type(tmp_path, convert):
-    table = {"conversations": [json.dumps(human("Hi", "Hello"))] * 2, "id": [b"\xff", None]}
-    pq.write_table(pa.table(table), tmp_path / "x.parquet")
-    (sample,), _ = convert(chinese_llava, tmp_path / "x.parquet")
-    assert sample.id == "x-1" and "'id' must be a string" in dropped(tmp_path)[0][1]
-
-
-def test_a_parquet_is_rewritten_in_small_row_groups(tmp_path, convert, monkeypatch):
-    monkeypatch.setattr("dataset.parquet.WRITTEN_GROUP_BYTES", 2000)
-    rows = [(user(f"<image> {i}", "x"), [picture((i, 0, 0))]) for i in range(40)]
-    data = write_parquet(tmp_path / "large.parquet", rows, pa.list_(pa.binary()))
-    samples, _ = convert(chinese_llava, data, output="out/new.parquet")
-    written = pq.ParquetFile(tmp_path / "out/new.parquet")
-    assert written.num_row_groups > 8
-    assert written.schema_arrow.field("image_bytes").type == pa.list_(pa.binary())
-    assert len(samples) == 40 and abs(seen(samples[33], "")[0] - 33) < 3
+    files = sorted(path.suffix for path in root.rglob("*") if path.is_file())
+    assert files == [".jpg", ".png"]  # the red one once
+    times = [path.stat().st_mtime_ns for path in root.rglob("*.jpg")]
+    convert(minimind_v, data, images_path=root)
+    assert times == [path.stat().st_mtime_ns for path in root.rglob("*.jpg")]
 
 
 def test_multi_image(tmp_path, convert):
@@ -351,11 +327,64 @@ def test_multi_image(tmp_path, convert):
     ]
     root = touch(tmp_path / "images", "0.jpg", "1.jpg", "27266.jpg", "27267.jpg")
     data = write_json(tmp_path / "output.json", records)
-    (sample,), _ = convert(minimind_v_multi_image, data, images_path=root)
+    (sample,), _ = convert(minimind_v, data, images_path=root)
     assert (sample.id, sample.visuals) == ("000000000000", ["0.jpg", "1.jpg"])
     (stray, empty) = dropped(tmp_path)
     assert stray[0] == 2 and "3 visual tags (<image>, <video>) for 2 visuals" in stray[1]
     assert empty[0] == 3 and "must be relative" in empty[1]
+
+
+# ------------------------------------------------------------------------- any array or parquet
+
+
+def test_a_json_array_is_converted_by_the_command_that_training_names(tmp_path, monkeypatch):
+    records = [
+        {
+            "id": 1,
+            "video": "a.mp4",
+            "conversations": human("<video>?", "一只猫 \u2028 😀"),
+            "fps": 3,
+        },
+        {"conversations": user("Hi", "Hello"), "scoring": [{"type": "x"}], "language": "en"},
+    ]
+    path = tmp_path / "my data.json"
+    path.write_text("\ufeff \n" + json.dumps(records, indent=1), encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"my data.json: this is a JSON array; convert it"
+    ) as error:
+        read_samples(path)
+    command = str(error.value).partition("python ")[2]
+    subprocess.run(f"{sys.executable} {command}", shell=True, check=True, cwd=ROOT)
+    (video, text) = read_samples(tmp_path / "my data.jsonl")
+    assert (video.id, video.visuals, texts(video)[1]) == ("1", ["a.mp4"], "一只猫 \u2028 😀")
+    assert (text.id, text.scoring, text.language) == ("my data-2", [{"type": "x"}], "en")
+    assert json.loads((tmp_path / "my data.jsonl").read_text().split("\n")[0])["fps"] == 3
+
+
+def test_parquets_of_several_pictures_of_paths_and_of_the_datasets_library(tmp_path, convert):
+    two = {"bytes": picture("blue"), "path": "x.jpg"}
+    tables = {
+        "several": {
+            "conversations": [json.dumps(user("<image> or <image>?", "Red."))],
+            "image_bytes": [[picture("red"), picture("blue")]],
+        },
+        "paths": {"conversations": [user("<video>\nWhat?", "Up.")], "video": ["b.mp4"], "id": [7]},
+        "structs": {"conversations": [user("<image>?", "Blue.")], "images": [[two]]},
+        "text": {"conversations": ["{", json.dumps(human("Hi", "Hello"))], "id": [b"\xff", None]},
+    }
+    for name, table in tables.items():
+        pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
+    with pytest.raises(ValueError, match="a parquet; convert it.*to_jsonl.* --images_path"):
+        read_samples(tmp_path / "paths.parquet")
+    root = touch(tmp_path / "root", "b.mp4")
+    samples, _ = convert(
+        to_jsonl, *(tmp_path / f"{name}.parquet" for name in tables), images_path=root
+    )
+    assert seen(samples[0], root) == [254, 0, 0] and len(samples[0].visuals) == 2
+    assert (samples[1].id, samples[1].visuals) == ("7", ["b.mp4"])
+    assert seen(samples[2], root) == [0, 0, 254] and samples[3].visuals == []
+    ((row, reason),) = dropped(tmp_path)
+    assert row == 0 and "not JSON" in reason
 
 
 # -------------------------------------------------------------------------------- ShareGPT4Video
@@ -388,7 +417,7 @@ def test_sharegpt4video(tmp_path, convert):
     assert [line for line, _ in dropped(tmp_path)] == [3, 4]
     again, _ = convert(sharegpt4video, data, images_path=root)
     assert [s.messages for s in again] == [one.messages, two.messages]
-    assert report.read == 4
+    assert "2 samples of 4 records" in report
 
 
 # ---------------------------------------------------------------------------------- the commands
@@ -399,24 +428,22 @@ def test_sharegpt4video(tmp_path, convert):
     [
         (["--data_path", "gone.json", "--output", "x.jsonl"], "gone.json: no such file or folder"),
         (["--data_path", "empty", "--output", "x.jsonl"], "no .json, .jsonl, .parquet in empty"),
-        (["--data_path", "a.json", "--output", "x.json"], "must end in .jsonl"),
-        (
-            ["--data_path", "a.json", "--output", "x.parquet"],
-            "only where each --data_path holds pictures",
-        ),
+        (["--data_path", "a.json", "--output", "x.json"], "must be a name that ends in .jsonl"),
         (["--data_path", "b.jsonl", "--output", "b.jsonl"], "b.jsonl is an input too"),
         (["--data_path", "a.json", "--output", "x.jsonl", "--images_path", "no"], "no such folder"),
         (["--data_path", "x.parquet", "--output", "x.jsonl"], "--images_path is missing"),
         (["--data_path", "cut.json", "--output", "x.jsonl"], "cut.json: the JSON array is broken"),
         (["--data_path", "b.jsonl", "--output", "x.jsonl"], "none of 1 records can be used"),
+        (["--data_path", "z.parquet", "--output", "x.jsonl"], "not a parquet that can be read"),
     ],
 )
-def test_wrong_arguments_leave_nothing_behind(tmp_path, monkeypatch, capsys, arguments, reason):
+def test_wrong_arguments_leave_nothing_behind(tmp_path, monkeypatch, arguments, reason):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     write_json(tmp_path / "a.json", [NEXTQA])
     write_jsonl(tmp_path / "b.jsonl", [3])
     (tmp_path / "cut.json").write_text(json.dumps([NEXTQA, NEXTQA])[:-20])
+    (tmp_path / "z.parquet").write_bytes(b"PAR1 but no more")
     write_parquet(tmp_path / "x.parquet", ROWS, pa.binary())
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit, match=reason):
@@ -435,18 +462,15 @@ def test_the_command(tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert "new.jsonl: 1 samples of 2 records\ndropped 1, all listed in" in result.stdout
+    assert "new.jsonl: 1 samples of 2 records\ndropped 1, listed in" in result.stdout
     assert f"{data}:2: there is no file 'gone'" in result.stdout
     assert f"next: python -m scripts.check_data --data_path {tmp_path}/new.jsonl" in result.stdout
-    assert "B/s" in result.stderr  # progress
+    assert "records/s" in result.stderr  # progress
     assert len(read_samples(tmp_path / "new.jsonl")) == 1
 
 
-def test_ids_and_samples_are_told_apart_however_many():
-    seen = Seen()
-    assert [seen.unique_name(str(i % 5000)) for i in range(10_000)] == [
-        *(str(i) for i in range(5000)),
-        *(f"{i}#2" for i in range(5000)),
-    ]
-    assert [seen.unique_name(name) for name in ("7", "7#2", "7#2")] == ["7#3", "7#2#2", "7#2#3"]
-    assert len(seen.table) * 8 < 400_000
+def test_ids_that_come_again_are_numbered(tmp_path, convert):
+    names = ["7", "7", "7#2", "7", "7#2"]
+    records = [NEXTQA | {"id": name, "video": f"{i}.mp4"} for i, name in enumerate(names)]
+    samples, _ = convert(llava_video_178k, write_json(tmp_path / "a.json", records))
+    assert [sample.id for sample in samples] == ["7", "7#2", "7#2#2", "7#3", "7#2#3"]

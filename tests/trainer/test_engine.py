@@ -70,6 +70,7 @@ def make_loader(names, batch_size, world=None, shuffle=False):
         sample = {"id": f"s{i}", "conversations": [{"from": a, "value": b} for a, b in turns]}
         lines.append(json.dumps(sample | ({} if name.startswith("text") else {"video": name})))
     path = Path("data.jsonl") if world is None else Path(f"data{world.rank}.jsonl")
+    path.unlink(missing_ok=True)  # the loader before goes on reading its own file
     path.write_text("\n".join(lines))
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     data = VideoDataset(read_samples(path), tokenizer, Source(), lambda frames: TOKENS)

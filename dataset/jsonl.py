@@ -1,0 +1,175 @@
+"""Lines of a jsonl, and an index of them that is made once and mapped into memory after that.
+
+    for line, text, offset in read_lines("train.jsonl"):
+        ...
+    columns, sha256 = load_index("train.jsonl", fields, describe)
+
+The index lies beside the data as `train.jsonl.index` (safetensors), or in ~/.cache/cinego where
+that folder can't be written. It is made again when the data's size or time of change differ.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shlex
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+KEPT_FROM = 8 << 20  # bytes; a smaller file is indexed in a second and leaves nothing behind
+MAX_LINE = 64 << 20  # bytes; a longer line isn't one record
+MAX_REPORTED = 10  # bad lines in one message
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # also within the file: it may have been joined of several
+CONVERT = "convert it to jsonl: python -m scripts.convert.to_jsonl --data_path {path}"
+NOT_JSONL = {  # how a file begins that is no jsonl → what to do about it
+    b"[": f"a JSON array; {CONVERT} --output {{output}}",
+    b"PAR1": f"a parquet; {CONVERT} --images_path dataset/videos --output {{output}}",
+    b"PK\x03\x04": "a zip archive; unpack it and name the file inside",
+    b"\x1f\x8b": "compressed with gzip; unpack it",
+    b"version https://git-lfs": "a pointer of Git LFS, not the data; run `git lfs pull`",
+}
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, bytes, int]]:
+    """(line as an editor counts, its text, its first byte) of each line that isn't blank.
+
+    ValueError, with what to do about it, for a file that can't be read or is no jsonl.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4096).removeprefix(BYTE_ORDER_MARK).lstrip()
+            for start, what in NOT_JSONL.items():
+                if head.startswith(start):
+                    name, suffix = os.path.splitext(path)
+                    output = f"{name}_lines.jsonl" if suffix == ".jsonl" else f"{name}.jsonl"
+                    names = {"path": shlex.quote(str(path)), "output": shlex.quote(output)}
+                    raise ValueError(f"{path}: this is {what.format(**names)}")
+            file.seek(0)
+            line = offset = 0
+            while text := file.readline(MAX_LINE + 1):
+                line += 1
+                if len(text) > MAX_LINE:
+                    size = f"{MAX_LINE >> 20} MiB"
+                    raise ValueError(f"{path}:{line}: longer than {size}; write one object a line")
+                if text := clean_line(text):
+                    yield line, text, offset
+                offset = file.tell()
+    except OSError as error:
+        raise ValueError(f"{path}: can't be read ({error.strerror}); fix the path") from error
+
+
+def clean_line(text: bytes) -> bytes:
+    """The text without what surrounds the record."""
+    return text.strip().removeprefix(BYTE_ORDER_MARK).strip()
+
+
+def parse_json(text: bytes) -> object:
+    """The JSON in a line; ValueError says what is wrong with it."""
+    try:
+        return json.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON in UTF-8 ({error}); write one object a line") from None
+
+
+def load_index(
+    path: str, fields: np.dtype, describe: Callable[[bytes, int], tuple], version: str
+) -> tuple[dict[str, np.ndarray], str]:
+    """What `describe` says of each line, as one array a field, and the file's SHA-256.
+
+    fields: `offset`, `line` and those that `describe(text, line)` returns, which raises ValueError
+    for a bad line. version: of both; an index of another version is made again. One process of
+    a machine makes an index, the others wait for it. Raises ValueError with all bad lines, up to
+    MAX_REPORTED, and as `read_lines` does.
+    """
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise ValueError(f"{path}: can't be read ({error.strerror}); fix the path") from error
+    identity = {"version": version, "size": str(stat.st_size), "mtime_ns": str(stat.st_mtime_ns)}
+    places = _places(path) if stat.st_size >= KEPT_FROM else []
+    if found := _find_index(places, identity):
+        return found
+    with _one_process(path):
+        if found := _find_index(places, identity):  # another process has made it meanwhile
+            return found
+        lines = np.fromiter(_describe_lines(path, describe, stat.st_size), fields)
+        if not len(lines):
+            raise ValueError(f"{path}: holds no sample; write one JSON object a line")
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if os.stat(path).st_mtime_ns != stat.st_mtime_ns:
+            raise ValueError(f"{path}: changes while it is read; start again when it's complete")
+        columns = {name: np.ascontiguousarray(lines[name]) for name in fields.names}
+        del lines
+        for place in places:
+            try:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                part = place.with_name(f"{place.name}.{os.getpid()}.tmp")
+                save_file(columns, part, {**identity, "sha256": sha256})
+                os.replace(part, place)
+                break
+            except (OSError, SafetensorError):  # a folder that can't be written, a full disk
+                continue
+        return _find_index(places, identity) or (columns, sha256)
+
+
+def _places(path: str) -> list[Path]:
+    beside = Path(f"{os.path.realpath(path)}.index")
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return [beside, Path(cache, "cinego", f"{_short_hash(path)}.index")]
+
+
+def _short_hash(path: str) -> str:
+    return hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16]
+
+
+def _find_index(places: list[Path], identity: dict) -> tuple[dict[str, np.ndarray], str] | None:
+    for place in places:
+        try:
+            with safe_open(place, "pt") as file:  # torch's tensors are mapped, numpy's are copied
+                made = file.metadata() or {}
+                if identity.items() <= made.items():
+                    columns = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+                    return columns, made["sha256"]
+        except (OSError, SafetensorError):
+            continue
+    return None
+
+
+@contextmanager
+def _one_process(path: str):
+    """One process of this user and machine at a time; a dead one holds nobody up."""
+    lock = Path(tempfile.gettempdir(), f"cinego-{os.getuid()}-{_short_hash(path)}.lock")
+    with open(lock, "a") as file:  # not beside the data: network disks may know no locks
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _describe_lines(path: str, describe: Callable, size: int) -> Iterator[tuple]:
+    bad = []
+    with tqdm(
+        total=size,
+        unit="B",
+        unit_scale=True,
+        desc=f"index of {Path(path).name}",
+        disable=size < KEPT_FROM,
+        mininterval=1,
+    ) as bar:
+        for line, text, offset in read_lines(path):
+            try:
+                yield offset, line, *describe(text, line)
+            except ValueError as error:
+                bad.append(f"{path}:{line}: {error}")
+                if len(bad) == MAX_REPORTED:
+                    break
+            if line % 4096 == 0:
+                bar.update(offset - bar.n)
+    if bad:
+        raise ValueError("\n".join(bad))

@@ -1,0 +1,151 @@
+"""Lines as other systems write them, and the index of a large file: made once, never stale."""
+
+import json
+import multiprocessing
+import os
+
+import pytest
+
+from dataset.jsonl import KEPT_FROM, read_lines
+from dataset.samples import read_samples
+
+
+def record(number: int) -> dict:
+    turns = [
+        {"role": "user", "content": f"<video>\nWhat is {number}? 一"},
+        {"role": "assistant", "content": "word " * 60},
+    ]
+    return {"id": number, "video": f"{number // 3}.mp4", "conversations": turns}
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A jsonl that is worth an index on the disk, with blank lines and a byte order mark."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "data" / "large.jsonl"
+    path.parent.mkdir()
+    count = KEPT_FROM // 400
+    lines = (json.dumps(record(i), ensure_ascii=i % 2 == 0) + "\n" for i in range(count))
+    path.write_text("\ufeff\n" + "\r\n".join(lines), encoding="utf-8")
+    assert path.stat().st_size > KEPT_FROM
+    return path
+
+
+def index_of(path):
+    return path.with_name(path.name + ".index")
+
+
+def test_an_index_finds_every_line_again(large):
+    made = read_samples(large)
+    assert index_of(large).is_file() and os.listdir(large.parent) == [
+        large.name,
+        index_of(large).name,
+    ]
+    mapped = read_samples(large)
+    lines = [(line, json.loads(text)) for line, text, _ in read_lines(large)]
+    assert len(made) == len(mapped) == len(lines)
+    for samples in (made, mapped):
+        for i in (0, 1, 2, len(lines) // 2, -2, -1):
+            assert (samples[i].line, samples[i].messages) == (
+                lines[i][0],
+                lines[i][1]["conversations"],
+            )
+    assert [s.id for s in mapped[3:6]] == ["3", "4", "5"]
+    with pytest.raises(IndexError):
+        mapped[len(mapped)]
+
+
+def test_it_is_read_not_made_again_until_the_data_changes(large):
+    before = read_samples(large).fingerprint
+    made = index_of(large).stat().st_mtime_ns
+    assert read_samples(large).fingerprint == before
+    assert index_of(large).stat().st_mtime_ns == made
+    with open(large, "a") as file:
+        file.write(json.dumps(record(-1)) + "\n")
+    after = read_samples(large)
+    assert after[-1].id == "-1" and after.fingerprint != before
+    index_of(large).write_bytes(b"cut short")
+    assert read_samples(large).fingerprint == after.fingerprint
+    with open(large, "a") as file:
+        file.write("{}\n")
+    with pytest.raises(ValueError, match="'conversations' is missing"):
+        read_samples(large)
+
+
+def test_a_folder_that_can_not_be_written(large, tmp_path):
+    index_of(large).mkdir()
+    first = read_samples(large)
+    assert len(list((tmp_path / "cache").rglob("*.index"))) == 1
+    assert read_samples(large).fingerprint == first.fingerprint
+    (tmp_path / "cache" / "cinego").rename(tmp_path / "gone")
+    (tmp_path / "cache" / "cinego").write_text("in the way")
+    assert len(read_samples(large)) == len(first)  # kept in memory
+
+
+def test_a_line_that_changes_under_a_run_is_named(large):
+    samples = read_samples(large)
+    data = large.read_bytes()
+    large.write_bytes(b"x" * len(data))
+    with pytest.raises(ValueError, match=r"large.jsonl:\d+: changed since the start"):
+        samples[5]
+
+
+def read_in_process(path, samples, results):
+    results.put((len(read_samples(path)), samples[7].id))
+
+
+def test_processes_share_one_index(large):
+    small = large.with_name("small.jsonl")
+    small.write_text("".join(json.dumps(record(i)) + "\n" for i in range(9)))
+    samples = read_samples(small, large)
+    assert len(samples) == 9 + KEPT_FROM // 400 and (samples[8].id, samples[9].id) == ("8", "0")
+    index_of(large).unlink()
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    workers = [
+        context.Process(target=read_in_process, args=(large, samples, results)) for _ in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    read = [results.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert read == [(KEPT_FROM // 400, "7")] * 2
+    assert not list(large.parent.glob("*.tmp"))
+
+
+def test_lines_as_other_systems_write_them(tmp_path):
+    path = tmp_path / "data.jsonl"
+    text = '\ufeff{"a": "\u2028\x85 一"}\r\n\r\n  \n\ufeff\n'
+    path.write_bytes((text + '\ufeff{"a": 2}\r\nnot json').encode())
+    read = {line: text.decode() for line, text, _ in read_lines(path)}
+    # The editor's numbers; U+2028 ends no line.
+    assert read == {1: '{"a": "\u2028\x85 一"}', 5: '{"a": 2}', 6: "not json"}
+
+
+@pytest.mark.parametrize(
+    ("head", "reason"),
+    [
+        (b"PK\x03\x04", "a zip archive; unpack it"),
+        (b"\x1f\x8b\x08", "compressed with gzip"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+        (b"PAR1 and more", "a parquet; convert it to jsonl: python -m scripts.convert.to_jsonl"),
+        (b"\n [\n", "a JSON array; .* --output .*data_lines.jsonl"),
+        (b"{" + b" " * (65 << 20), ":1: longer than 64 MiB"),
+    ],
+)
+def test_what_is_no_jsonl_is_refused_with_what_to_do(tmp_path, head, reason):
+    (tmp_path / "data.jsonl").write_bytes(head)
+    with pytest.raises(ValueError, match=f"data.jsonl.*{reason}"):
+        list(read_lines(tmp_path / "data.jsonl"))
+
+
+def test_bad_lines_are_named_together(tmp_path):
+    (tmp_path / "data.jsonl").write_text("{}\n" + json.dumps(record(1)) + "\n3\n" * 20)
+    with pytest.raises(ValueError) as error:
+        read_samples(tmp_path / "data.jsonl")
+    lines = str(error.value).splitlines()
+    assert len(lines) == 10 and lines[0].endswith(
+        "data.jsonl:1: the key 'conversations' is missing"
+    )
+    assert lines[1].endswith("data.jsonl:3: a sample must be a JSON object, not int")
