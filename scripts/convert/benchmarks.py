@@ -1,0 +1,526 @@
+"""The field's video benchmarks, as published, into test sets for `eval.py`: a subcommand each.
+
+    python -m scripts.convert.benchmarks tvbench --data_path TVBench --images_path TVBench/video \\
+        --output out/tvbench.jsonl
+    python eval.py --data_path out/tvbench.jsonl --images_path TVBench/video --controls \\
+        --output out/tvbench/eval.json
+
+`--data_path` is the folder of the annotations under their published names; what each benchmark
+measures and where to get it: docs/benchmarks.md. None ships with this repository.
+
+A question whose video isn't under `--images_path` stays in the output with `"missing": true`, so
+that it stays in the denominator; the share is reported, and `<output>.missing.txt` lists the files.
+A record that can't be used ends the conversion, or counts as wrong with `--keep_faulty`, as in the
+published scorers: a score on the rest of a benchmark isn't its score.
+
+A line's `scoring` tells eval.py what to do: `metric` is `choice` (`options`, and the place of the
+`right` one), `match` (the true answer of the conversation), `cider` (`references`), `span`
+(`seconds`), `judge` (not scored: the answers are written to `file` for the benchmark's own judge)
+or `faulty` (never asked, always wrong). `type` and `subsets` are reported apart; `group` ties lines
+that count only together.
+"""
+
+import csv
+import hashlib
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+
+from cli import Flags, flag, launch, parse_flags
+from dataset.samples import parse_sample
+from scripts.convert.media import Media, whole_file
+
+MAX_REPORTED = 10  # bad records in one message
+SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
+LETTERS = "ABCDEFGHIJ"
+CAPTION = {"en": "Describe this video in one sentence.", "zh": "用一句话描述这个视频。"}
+WHICH_CAPTION = "Which caption fits the video?"
+
+
+@dataclass
+class Question:
+    """A line of the output, before its video is looked for."""
+
+    videos: list[str]  # where the file may be, relative to --images_path
+    text: str
+    answer: str
+    scoring: dict
+    language: str = "en"
+    bounds: tuple[float, float] | None = None  # seconds of the video that it is about
+
+
+def choice(options: list, right: int | str, kind: str, **more) -> dict:
+    """`scoring` of a question with options; right: the place of the right one, from 0, or its text.
+
+    Raises ValueError where there are no options, or none of them is right.
+    """
+    if not isinstance(options, list) or not options:
+        raise ValueError("its list of options is empty")
+    options = [str(option).strip() for option in options]
+    if not all(options):
+        raise ValueError("one of its options is empty")
+    if isinstance(right, str):
+        if right.strip() not in options:
+            raise ValueError(f"its answer {right!r} isn't one of its options {options}")
+        right = options.index(right.strip())
+    if not 0 <= right < len(options):
+        raise ValueError(f"its answer is number {right}, its options are 0 to {len(options) - 1}")
+    return {"metric": "choice", "type": kind, "options": options, "right": right, **more}
+
+
+def ask(videos: list[str], text: str, scoring: dict, **more) -> Question:
+    """The question whose answer is the right option."""
+    return Question(videos, text.strip(), scoring["options"][scoring["right"]], scoring, **more)
+
+
+def judge(file: str, kind: str, record: dict) -> dict:
+    """`scoring` of an answer that only the benchmark's own judge can score."""
+    return {"metric": "judge", "type": kind, "file": file, "record": record}
+
+
+def stems(name: str) -> list[str]:
+    """Files of this name with any suffix of a video."""
+    return [name + suffix for suffix in SUFFIXES]
+
+
+# ------------------------------------------------------------------------------- the benchmarks
+# Each takes a record (with `file`, the stem of the file's name, and `place`, its number there from
+# 0 or its key) and the folder, and yields questions. ValueError says what is wrong with a record.
+
+
+def tvbench(record: dict, folder: Path) -> Iterator[Question]:
+    """json/<task>.json; videos in <task>/."""
+    yield _candidates(record, f"{record['file']}/{record['video']}")
+
+
+MVBENCH_FOLDERS = {
+    "star/Charades_v1_480": ["object_interaction", "action_sequence", "action_prediction"],
+    "sta/sta_video": ["action_localization"],
+    "clevrer/video_validation": [
+        *("moving_count", "moving_direction", "moving_attribute"),
+        *("counterfactual_inference", "object_existence"),
+    ],
+    "nturgbd": ["fine_grained_pose"],
+    "perception/videos": ["character_order", "object_shuffle", "state_change", "action_count"],
+    "vlnqa": ["egocentric_navigation"],
+    "tvqa/frames_fps3_hq": ["episodic_reasoning"],
+    "Moments_in_Time_Raw/videos": ["fine_grained_action"],
+    "scene_qa/video": ["scene_transition"],
+    "ssv2_video": ["action_antonym"],
+    "FunQA_test/test": ["unexpected_action"],
+}
+
+
+def mvbench(record: dict, folder: Path) -> Iterator[Question]:
+    """json/<task>.json; videos in the folders of its own release.
+
+    Episodic reasoning comes as folders of frames: make them videos
+    (ffmpeg -framerate 3 -i NAME/%05d.jpg NAME.mp4)."""
+    task, video = record["file"], record["video"]
+    root = next((f"{root}/" for root, tasks in MVBENCH_FOLDERS.items() if task in tasks), "")
+    suffix = ".mp4" if task == "episodic_reasoning" else ""
+    yield _candidates(record, f"{root}{video}{suffix}")
+
+
+def _candidates(record: dict, video: str) -> Question:
+    """MVBench's form; `start` and `end` where the question is about that part only."""
+    scoring = choice(record["candidates"], str(record["answer"]), record["file"])
+    start, end = record.get("start"), record.get("end")
+    bounds = None if start is None or end is None else (float(start), float(end))
+    return ask([video], record["question"], scoring, bounds=bounds)
+
+
+def vitatecs(record: dict, folder: Path) -> Iterator[Question]:
+    """<aspect>.jsonl: a true caption and a false one; videos in MSRVTT/ and VATEX/."""
+    true, false = record["caption"], record["counterfactual"]
+    source = record["src_dataset"]
+    # An order that depends on the texts alone: else the first would always be right.
+    digest = hashlib.blake2b(f"{true}{false}".encode(), digest_size=1).digest()
+    options = [true, false] if digest[0] % 2 else [false, true]
+    scoring = choice(options, true, record["aspect"], subsets=[source], letters=WHICH_CAPTION)
+    yield ask([f"{source}/{record['video_name']}"], CAPTION["en"], scoring)
+
+
+def vinoground(record: dict, folder: Path) -> Iterator[Question]:
+    """vinoground.csv: two captions and two videos a line, so four likelihoods."""
+    index, captions = record["index"], [record["pos_cap"], record["neg_cap"]]
+    subsets = [record["major"], *filter(None, (record["minor"] or "").split(";"))]
+    for right, side in enumerate(("pos", "neg")):
+        scoring = choice(captions, right, "caption", subsets=subsets, letters=WHICH_CAPTION)
+        yield ask(
+            [f"vinoground_videos/{index}_{side}.mp4"], CAPTION["en"], scoring | {"group": index}
+        )
+
+
+def tempcompass(record: dict, folder: Path) -> Iterator[Question]:
+    """questions/{multi-choice,yes_no,caption_matching,captioning}.json."""
+    task, video = record["file"], record["place"]
+    for aspect in (key for key, value in record.items() if isinstance(value, list)):
+        for number, item in enumerate(record[aspect], 1):
+            try:
+                yield _tempcompass(item, task, video, aspect)
+            except ValueError as error:
+                raise ValueError(f"{aspect} {number}: {error}") from None
+
+
+def _tempcompass(item: dict, task: str, video: str, aspect: str) -> Question:
+    text, answer, videos = item["question"], item["answer"].strip(), stems(video)
+    if task == "captioning":
+        fields = item | {"video_id": video, "dim": aspect}
+        return Question(videos, text, answer, judge("captioning.json", task, fields))
+    if task == "yes_no":
+        return ask(videos, text, choice(["yes", "no"], answer, task, subsets=[aspect]))
+    question, *lines = (line.strip() for line in text.split("\n"))
+    if answer not in lines:
+        raise ValueError(f"its answer {answer!r} isn't one of its options {lines}")
+    label = r"^(?:Option|Sentence|Caption) [12AB]:\s*|^[A-D][.)]?\s+"
+    options = [re.sub(label, "", line) for line in lines]
+    return ask(videos, question, choice(options, lines.index(answer), task, subsets=[aspect]))
+
+
+def nextqa(record: dict, folder: Path) -> Iterator[Question]:
+    """val.csv; and atp-hard-ct4.txt, where it is there: what one frame doesn't answer
+    (arXiv 2206.01720)."""
+    options = [record[f"a{i}"] for i in range(5)]
+    # The authors' own evaluation counts questions about what came before (TP) as TN.
+    kind = {"TP": "TN"}.get(record["type"], record["type"])
+    scoring = choice(options, int(record["answer"]), kind, subsets=[kind[0]])
+    if record["file"] == "val" and record["place"] in _atp_hard(folder):
+        scoring["subsets"].append("atp_hard")
+    yield ask(stems(record["video"]), record["question"].strip(" ?") + "?", scoring)
+
+
+def egoschema(record: dict, folder: Path) -> Iterator[Question]:
+    """questions.json and subset_answers.json: the 500 questions with public answers."""
+    name, answers = record["q_uid"], _read_beside(folder, "subset_answers.json")
+    if name in answers:
+        options = [record[f"option {i}"] for i in range(5)]
+        yield ask(stems(name), record["question"], choice(options, answers[name], "all"))
+
+
+def videomme(record: dict, folder: Path) -> Iterator[Question]:
+    """The parquet of 2,700 questions; videos are named after `videoID`."""
+    options = [re.sub(r"^[A-D]\.\s*", "", option) for option in record["options"]]
+    right = LETTERS.find(record["answer"]) if record["answer"] else -1
+    scoring = choice(options, right, record["task_type"])
+    scoring["subsets"] = [record["duration"], record["domain"]]
+    yield ask(stems(record["videoID"]), record["question"], scoring)
+
+
+def mlvu(record: dict, folder: Path) -> Iterator[Question]:
+    """json/1_plotQA.json … 9_summary.json; the last two need a judge."""
+    video, text, answer = record["video"], record["question"], str(record["answer"])
+    videos = [f"{record['file']}/{video}", f"{record['file'].partition('_')[2]}/{video}", video]
+    kind = record["question_type"]
+    if kind in ("subPlot", "summary"):
+        fields = {"video_name": PurePosixPath(video).name, "Q": text, "A": answer}
+        yield Question(videos, text, answer, judge(f"{kind.lower()}_all.json", kind, fields))
+    else:
+        yield ask(videos, text, choice(record["candidates"], answer, kind))
+
+
+def longvideobench(record: dict, folder: Path) -> Iterator[Question]:
+    """lvb_val.json; subtitles aren't used."""
+    scoring = choice(record["candidates"], record["correct_choice"], record["question_category"])
+    scoring["subsets"] = [f"{record['duration_group']} s"]
+    yield ask([record["video_path"]], record["question"], scoring)
+
+
+def msvd_qa(record: dict, folder: Path) -> Iterator[Question]:
+    """test_qa.json, and youtube_mapping.txt (`name vid1` a line), which names the videos."""
+    names, key = _youtube_names(folder), f"vid{record['video_id']}"
+    if key not in names:
+        raise ValueError(f"youtube_mapping.txt doesn't name {key}")
+    yield _short_answer(record, names[key], record["question"].split()[0])
+
+
+def msrvtt_qa(record: dict, folder: Path) -> Iterator[Question]:
+    """test_qa.json."""
+    yield _short_answer(record, f"video{record['video_id']}", record["question"].split()[0])
+
+
+ACTIVITYNET_TYPES = (
+    *("motion", "spatial", "temporal", "yes/no", "colour"),
+    *("object", "location", "number", "other"),
+)
+
+
+def activitynet_qa(record: dict, folder: Path) -> Iterator[Question]:
+    """test_q.json and test_a.json."""
+    file, key = f"{record['file'].removesuffix('_q')}_a.json", record["question_id"]
+    answer = _by_question(folder, file).get(key)
+    if answer is None:
+        raise ValueError(f"{file} has no answer to {key}")
+    if not 0 <= answer["type"] < len(ACTIVITYNET_TYPES):
+        raise ValueError(f"the type {answer['type']} of its answer isn't 0 to 8")
+    kind = ACTIVITYNET_TYPES[answer["type"]]
+    yield _short_answer(record | answer, f"v_{record['video_name']}", kind)
+
+
+def _short_answer(record: dict, video: str, kind: str) -> Question:
+    text = record["question"].strip(" ?") + "?"
+    scoring = {"metric": "match", "type": kind}
+    return Question(stems(video), text, str(record["answer"]), scoring)
+
+
+def vatex_en(record: dict, folder: Path) -> Iterator[Question]:
+    """vatex_public_test_english_v1.1.json: ten captions a video."""
+    yield _captions(record["videoID"], record["enCap"], "en")
+
+
+def vatex_zh(record: dict, folder: Path) -> Iterator[Question]:
+    """vatex_validation_v1.0.json: ten captions a video."""
+    yield _captions(record["videoID"], record["chCap"], "zh")
+
+
+def _captions(video: str, captions: list[str], language: str) -> Question:
+    if not isinstance(captions, list) or not captions or not all(captions):
+        raise ValueError("its list of captions is empty, or one of them is")
+    scoring = {"metric": "cider", "type": "captions", "references": captions}
+    return Question(stems(video), CAPTION[language], captions[0], scoring, language)
+
+
+def charades_sta(record: dict, folder: Path) -> Iterator[Question]:
+    """charades_sta_test.txt: `video start end##sentence.` a line, in seconds."""
+    match = re.fullmatch(r"(\S+) ([\d.]+) ([\d.]+)##(.+)", record["line"].strip())
+    if match is None:
+        raise ValueError("it isn't `video start end##sentence`")
+    start, end, sentence = float(match[2]), float(match[3]), match[4].strip(" .")
+    if not start < end:
+        raise ValueError(f"it ends at {end} s, but starts at {start} s")
+    text = f'When does this happen: "{sentence}"? Give its start and end in seconds.'
+    scoring = {"metric": "span", "type": "span", "seconds": [start, end]}
+    yield Question(stems(match[1]), text, f"{start} - {end}", scoring)
+
+
+# The files that hold the questions: the first of these patterns that some file fits.
+BENCHMARKS: dict[str, tuple[Callable[[dict, Path], Iterator[Question]], tuple[str, ...]]] = {
+    "tvbench": (tvbench, ("json/*.json", "*.json")),
+    "vitatecs": (vitatecs, ("data/*.jsonl", "*.jsonl")),
+    "vinoground": (vinoground, ("vinoground.csv",)),
+    "tempcompass": (tempcompass, ("questions/*.json",)),
+    "nextqa": (nextqa, ("{split}.csv",)),
+    "egoschema": (egoschema, ("questions.json",)),
+    "msvd_qa": (msvd_qa, ("{split}_qa.json",)),
+    "msrvtt_qa": (msrvtt_qa, ("{split}_qa.json",)),
+    "activitynet_qa": (activitynet_qa, ("{split}_q.json",)),
+    "vatex_en": (vatex_en, ("vatex_public_test_english_v1.1.json",)),
+    "vatex_zh": (vatex_zh, ("vatex_validation_v1.0.json",)),
+    "charades_sta": (charades_sta, ("charades_sta_{split}.txt",)),
+    "mvbench": (mvbench, ("json/*.json", "*.json")),
+    "videomme": (videomme, ("*.parquet",)),
+    "mlvu": (mlvu, ("[1-9]_*.json",)),
+    "longvideobench": (longvideobench, ("lvb_val.json",)),
+}
+
+
+# ------------------------------------------------------------------------------------- the files
+
+
+def find_files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    """The files that fit the first pattern which some file fits; ValueError if there are none."""
+    for pattern in patterns:
+        if paths := sorted(folder.rglob(pattern)):
+            return paths
+    raise ValueError(f"there is no {' or '.join(patterns)} in {folder}: download it there")
+
+
+def read_records(path: Path) -> Iterator[tuple[str, dict]]:
+    """(where it stands, record) of a published file; ValueError names the file if it is broken."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+        numbered = [(f"{path}: row {place}", place, row) for place, row in enumerate(rows)]
+    elif path.suffix == ".csv":
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            numbered = [(f"{path}:{reader.line_num}", i, row) for i, row in enumerate(reader)]
+    elif path.suffix in (".jsonl", ".txt"):
+        lines = enumerate(path.read_text(encoding="utf-8-sig").splitlines())
+        numbered = [
+            (
+                f"{path}:{i + 1}",
+                i,
+                _parse(path, line) if path.suffix == ".jsonl" else {"line": line},
+            )
+            for i, line in lines
+            if line.strip()
+        ]
+    else:
+        content = _parse(path, path.read_text(encoding="utf-8-sig"))
+        items = content.items() if isinstance(content, dict) else enumerate(content)
+        numbered = [
+            (f"{path}: item {key + 1 if isinstance(key, int) else key}", key, item)
+            for key, item in items
+        ]
+    for where, place, record in numbered:
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: not a JSON object; download the file again")
+        yield where, record | {"file": path.stem, "place": place}
+
+
+def _parse(path: Path, text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); download it again") from error
+
+
+@lru_cache(maxsize=4)
+def _read_beside(folder: Path, name: str) -> object:
+    """What a JSON file that goes with the questions holds, or the text of another file."""
+    path = find_files(folder, (name,))[0]
+    text = path.read_text(encoding="utf-8-sig")
+    return _parse(path, text) if path.suffix == ".json" else text
+
+
+@lru_cache(maxsize=1)
+def _by_question(folder: Path, name: str) -> dict[str, dict]:
+    return {answer["question_id"]: answer for answer in _read_beside(folder, name)}
+
+
+@lru_cache(maxsize=1)
+def _youtube_names(folder: Path) -> dict[str, str]:
+    lines = _read_beside(folder, "youtube_mapping.txt").splitlines()
+    return {key: name for name, key in (line.split() for line in lines if line.strip())}
+
+
+@lru_cache(maxsize=1)
+def _atp_hard(folder: Path) -> set[int]:
+    try:
+        return set(map(int, re.findall(r"\d+", _read_beside(folder, "atp-hard-ct4.txt"))))
+    except ValueError:  # the split is published elsewhere, and may not be wanted
+        return set()
+
+
+# ------------------------------------------------------------------------------------- the command
+
+
+def convert(
+    name: str,
+    data_path: str,
+    images_path: str | None,
+    output: str,
+    split: str | None = None,
+    keep_faulty: bool = False,
+) -> str:
+    """Writes the benchmark `name` as the jsonl `output`; returns a report in words.
+
+    keep_faulty: a record that can't be used becomes a line that counts as wrong; otherwise raises
+    ValueError that lists the first of them with file, line, reason and fix.
+    """
+    benchmark, patterns = BENCHMARKS[name]
+    folder, output, media = Path(data_path), Path(output), Media(images_path)
+    split = split or ("val" if name == "nextqa" else "test")
+    paths = find_files(folder, tuple(pattern.format(split=split) for pattern in patterns))
+    count, absent, missing, problems = 0, 0, {}, []
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(output) as file:
+        for where, record in (pair for path in paths for pair in read_records(path)):
+            try:
+                for question in benchmark(record, folder):
+                    count += 1
+                    line = _line(f"{name}-{count}", name, question, media, missing)
+                    absent += "missing" in line
+                    file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            except (KeyError, ValueError, TypeError, AttributeError) as error:
+                reason = f"the key {error} is missing" if isinstance(error, KeyError) else error
+                problems.append(f"{where}: {reason}")
+                count += 1
+                faulty = Question([], problems[-1], "-", {"metric": "faulty", "type": "faulty"})
+                line = _line(f"{name}-{count}", name, faulty, media, missing)
+                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        some = "\n".join(problems[:MAX_REPORTED])
+        if problems and not keep_faulty:
+            raise ValueError(
+                f"{some}\n{len(problems)} of the records of {name} can't be used: download the "
+                "annotations again, correct these, or count them as wrong (--keep_faulty)"
+            )
+        if not count:
+            raise ValueError(f"{folder}: no question of {name}; see docs/benchmarks.md")
+    lines = [f"{output}: {count:,} questions of {name}"]
+    if problems:
+        lines += [f"{some}\n{len(problems)} records can't be used: they count as wrong."]
+    listed = output.with_suffix(".missing.txt")
+    listed.unlink(missing_ok=True)
+    if missing:
+        listed.write_text("".join(f"{v}\t{why}\n" for v, why in missing.items()), encoding="utf-8")
+        lines.append(
+            f"MISSING: {len(missing):,} videos of {absent:,} questions ({absent / count:.1%}), "
+            f"listed in {listed}. They stay in the file and count as not answered."
+        )
+    root = images_path or "FOLDER_OF_THE_VIDEOS"
+    lines.append(
+        f"next: python eval.py --data_path {output} --images_path {root} --controls --output "
+        f"out/{name}/eval.json"
+    )
+    return "\n".join(lines)
+
+
+def _line(id: str, name: str, question: Question, media: Media, missing: dict[str, str]) -> dict:
+    line = {"id": id, "language": question.language}
+    if question.videos:
+        line["video"] = question.videos[0]
+    line["conversations"] = [
+        {"from": "human", "value": "<video>\n" * bool(question.videos) + question.text},
+        {"from": "gpt", "value": question.answer},
+    ]
+    line["scoring"] = [{"benchmark": name, **question.scoring}]
+    if question.bounds:
+        line["start"], line["end"] = question.bounds
+    parse_sample(line, 0, "")  # a path that leaves the folder is an error, not a missing video
+    try:
+        if question.videos:
+            line["video"] = media.find(*question.videos)
+    except ValueError as error:
+        line["missing"] = True
+        missing.setdefault(line["video"], str(error))
+    return line
+
+
+@dataclass
+class BenchmarkFlags(Flags):
+    """Benchmark"""
+
+    data_path: str | None = flag(None, "folder of the published annotations", "--source")
+    images_path: str | None = flag(
+        None, "folder of its videos (default: they aren't looked for)", "--videos"
+    )
+    split: str | None = flag(
+        None, "val or test, where both are published (default: test; NExT-QA: val)"
+    )
+    keep_faulty: bool = flag(False, "records that can't be used count as wrong, and don't stop it")
+    output: str | None = flag(None, "jsonl to write")
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.data_path is None or not Path(self.data_path).is_dir():
+            found.append(f"--data_path {self.data_path}: name the folder of the annotations")
+        if self.images_path is not None and not Path(self.images_path).is_dir():
+            found.append(f"--images_path {self.images_path}: no such folder")
+        if not (self.output or "").endswith(".jsonl"):
+            found.append("--output must be a name that ends in .jsonl")
+        return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        first = {key: inspect.getdoc(f).splitlines()[0] for key, (f, _) in BENCHMARKS.items()}
+        names = "\n".join(f"    {key:<16}{files}" for key, files in first.items())
+        print(f"{__doc__}\nBenchmarks, and the files of each:\n{names}")
+        return
+    if name not in BENCHMARKS:
+        raise ValueError(f"no benchmark {name!r}: choose one of {', '.join(BENCHMARKS)}")
+    flags = parse_flags(BenchmarkFlags, BENCHMARKS[name][0].__doc__, rest)
+    print(convert(name, **{field.name: getattr(flags, field.name) for field in fields(flags)}))
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,360 @@
+"""The field's benchmarks in files of exactly their published form, through their converters."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dataset.samples import read_samples
+from scripts.convert.benchmarks import BENCHMARKS, main
+
+
+def table(*rows: dict) -> str:
+    """Rows as a csv."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+MVBENCH = {
+    "video": "166583.webm",
+    "question": "What is the action performed by the person in the video?",
+    "candidates": ["Not sure", "Scattering something down", "Piling something up"],
+    "answer": "Piling something up",
+}
+BOUNDED = {**MVBENCH, "video": "ZS9XR.mp4", "start": 9.2, "end": 18.1}
+VITATECS = {
+    "src_dataset": "VATEX",
+    "video_name": "i0ccSYMl0vo_000027_000037.mp4",
+    "caption": "A woman is placing a strip on a leg.",
+    "counterfactual": "A woman is removing a strip from a leg.",
+    "aspect": "Direction",
+}
+VINOGROUND = {
+    "index": "0",
+    "pos_cap": "the man eats before he watches TV",
+    "neg_cap": "the man watches TV before he eats",
+    "major": "action",
+    "minor": "interaction;cyclical",
+}
+NEXTQA = {
+    **{"video": "4010069381", "frame_count": 369, "width": 640, "height": 480},
+    **{"question": "how do the two men play the instrument", "answer": 0, "qid": 6, "type": "CH"},
+    **{"a0": "roll the handle", "a1": "tap their feet", "a2": "strum", "a3": "hit", "a4": "pat"},
+}
+EGOSCHEMA = {
+    "q_uid": "0074f737-11cb-497d-8d07-77c3a8127391",
+    "google_drive_id": "1",
+    "question": "What is C doing?",
+    **{f"option {i}": f"C does thing {i}." for i in range(5)},
+}
+MSVD = {"id": 3, "video_id": 1301, "question": "what is a man doing?", "answer": "sing"}
+MSRVTT = {
+    "answer": "couch",
+    "category_id": 14,
+    "id": 2,
+    "question": "what hangs?",
+    "video_id": 6513,
+}
+ANET_Q = {"video_name": "1QIUV7WYKXg", "question": "is he sad", "question_id": "v_1QIUV7WYKXg_3"}
+ANET_A = {"answer": "no", "type": 3, "question_id": "v_1QIUV7WYKXg_3"}
+VATEX = {"videoID": "G9zN5TTuGO4_000179_000189", "enCap": ["A man reads.", "He reads a book."]}
+CHARADES = "3MSZA 24.3 30.4##person turn a light on.\n"
+VIDEOMME = {
+    **{"video_id": "001", "duration": "short", "domain": "Knowledge", "sub_category": "Humanity"},
+    **{"url": "https://example.org", "videoID": "fFjv93ACGo8", "question_id": "001-1"},
+    **{"task_type": "Counting Problem", "question": "When?", "answer": "C"},
+    "options": ["A. Apples.", "B. Candles.", "C. Berries.", "D. The three are alike."],
+}
+MLVU = {
+    **{"video": "movie101_66.mp4", "duration": 246, "question": "What color is he?"},
+    **{"candidates": ["Yellow", "Red"], "answer": "Yellow", "question_type": "plotQA"},
+}
+SUMMARY = {
+    **{"video": "217.mp4", "duration": 480.0, "question": "Please summarize this video."},
+    **{"answer": "Waves lap.", "question_type": "summary"},
+}
+LONGVIDEO = {
+    **{
+        "video_id": "86CxyhFV9MI",
+        "question": "In the video, who comes?",
+        "question_category": "T2E",
+    },
+    **{"candidates": ["a dog", "a cat"], "correct_choice": 1, "position": [1], "level": "L1-Event"},
+    **{"id": "86CxyhFV9MI_0", "video_path": "86CxyhFV9MI.mp4", "duration_group": 15},
+}
+
+
+def tempcompass(question: str, answer: str) -> dict:
+    return {"1034419625": {"action": [{"question": question, "answer": answer}]}}
+
+
+TEMPCOMPASS = {
+    "questions/multi-choice.json": tempcompass(
+        "What is he doing?\nA. dunking\nB. passing", "B. passing"
+    ),
+    "questions/yes_no.json": tempcompass("Is he dunking?", "no"),
+    "questions/caption_matching.json": tempcompass(
+        "Which caption matches better?\nCaption A: He dunks.\nCaption B: He sits.",
+        "Caption A: He dunks.",
+    ),
+    "questions/captioning.json": tempcompass("Information A: {}\nGenerated Caption:", "B. dunking"),
+}
+
+# benchmark → its files, and of each line: video, question, answer, what `scoring` holds at least.
+CASES = {
+    "tvbench": (
+        {"json/action_antonym.json": [MVBENCH], "json/action_sequence.json": [BOUNDED]},
+        [
+            ("action_antonym/166583.webm", MVBENCH["question"], "Piling something up",
+             {"metric": "choice", "options": MVBENCH["candidates"], "right": 2,
+             "type": "action_antonym"}),
+            ("action_sequence/ZS9XR.mp4", MVBENCH["question"], "Piling something up", {"right": 2}),
+        ],
+    ),
+    "mvbench": (
+        {"json/action_antonym.json": [MVBENCH], "json/episodic_reasoning.json": [{**MVBENCH,
+        "video": "friends_s01"}]},
+        [
+            ("ssv2_video/166583.webm", MVBENCH["question"], "Piling something up",
+             {"type": "action_antonym"}),
+            ("tvqa/frames_fps3_hq/friends_s01.mp4", MVBENCH["question"], "Piling something up", {}),
+        ],
+    ),
+    "vitatecs": (
+        {"data/Direction.jsonl": json.dumps(VITATECS) + "\n"},
+        [("VATEX/i0ccSYMl0vo_000027_000037.mp4", "Describe this video in one sentence.",
+          VITATECS["caption"], {"type": "Direction", "subsets": ["VATEX"]})],
+    ),
+    "vinoground": (
+        {"vinoground.csv": table(VINOGROUND)},
+        [
+            (f"vinoground_videos/0_{side}.mp4", "Describe this video in one sentence.",
+             VINOGROUND[f"{side}_cap"],
+             {"group": "0", "right": right, "subsets": ["action", "interaction", "cyclical"]})
+            for right, side in enumerate(("pos", "neg"))
+        ],
+    ),
+    "tempcompass": (
+        TEMPCOMPASS,
+        [
+            ("1034419625.mp4", "Which caption matches better?", "He dunks.",
+             {"type": "caption_matching", "options": ["He dunks.", "He sits."],
+             "subsets": ["action"]}),
+            ("1034419625.mp4", "Information A: {}\nGenerated Caption:", "B. dunking",
+             {"metric": "judge", "file": "captioning.json"}),
+            ("1034419625.mp4", "What is he doing?", "passing", {"options": ["dunking", "passing"],
+             "right": 1}),
+            ("1034419625.mp4", "Is he dunking?", "no", {"options": ["yes", "no"], "right": 1}),
+        ],
+    ),
+    "nextqa": (
+        {"val.csv": table(NEXTQA, {**NEXTQA, "type": "TP", "answer": 4}),
+        "atp-hard-ct4.txt": "1\n"},
+        [
+            ("4010069381.mp4", "how do the two men play the instrument?", "roll the handle",
+             {"type": "CH", "subsets": ["C"], "right": 0}),
+            ("4010069381.mp4", "how do the two men play the instrument?", "pat",
+             {"type": "TN", "subsets": ["T", "atp_hard"], "right": 4}),
+        ],
+    ),
+    "egoschema": (
+        {"questions.json": [EGOSCHEMA, {**EGOSCHEMA, "q_uid": "hidden"}],
+        "subset_answers.json": {EGOSCHEMA["q_uid"]: 3}},
+        [(f"{EGOSCHEMA['q_uid']}.mp4", "What is C doing?", "C does thing 3.", {"right": 3})],
+    ),
+    "msvd_qa": (
+        {"test_qa.json": [MSVD],
+        "youtube_mapping.txt": "-4wsuPCjDBc_5_15 vid1\n7NNg0_n-bS8_21_30 vid1301\n"},
+        [("7NNg0_n-bS8_21_30.mp4", "what is a man doing?", "sing", {"metric": "match",
+        "type": "what"})],
+    ),
+    "msrvtt_qa": (
+        {"test_qa.json": [MSRVTT]},
+        [("video6513.mp4", "what hangs?", "couch", {"metric": "match"})],
+    ),
+    "activitynet_qa": (
+        {"test_q.json": [ANET_Q], "test_a.json": [ANET_A]},
+        [("v_1QIUV7WYKXg.mp4", "is he sad?", "no", {"metric": "match", "type": "yes/no"})],
+    ),
+    "vatex_en": (
+        {"vatex_public_test_english_v1.1.json": [VATEX]},
+        [("G9zN5TTuGO4_000179_000189.mp4", "Describe this video in one sentence.", "A man reads.",
+          {"metric": "cider", "references": VATEX["enCap"]})],
+    ),
+    "vatex_zh": (
+        {"vatex_validation_v1.0.json": [{**VATEX, "chCap": ["一个男人在看书。"]}]},
+        [("G9zN5TTuGO4_000179_000189.mp4", "用一句话描述这个视频。", "一个男人在看书。",
+          {"metric": "cider"})],
+    ),
+    "charades_sta": (
+        {"charades_sta_test.txt": CHARADES},
+        [("3MSZA.mp4",
+        'When does this happen: "person turn a light on"? Give its start and end in seconds.',
+          "24.3 - 30.4", {"metric": "span", "seconds": [24.3, 30.4]})],
+    ),
+    "videomme": (
+        {"test-00000-of-00001.parquet": [VIDEOMME]},
+        [("fFjv93ACGo8.mp4", "When?", "Berries.",
+          {"type": "Counting Problem", "right": 2, "subsets": ["short", "Knowledge"]})],
+    ),
+    "mlvu": (
+        {"json/1_plotQA.json": [MLVU], "json/9_summary.json": [SUMMARY]},
+        [
+            ("1_plotQA/movie101_66.mp4", "What color is he?", "Yellow", {"type": "plotQA",
+             "right": 0}),
+            ("9_summary/217.mp4", "Please summarize this video.", "Waves lap.",
+             {"metric": "judge", "file": "summary_all.json",
+              "record": {"video_name": "217.mp4", "Q": "Please summarize this video.",
+              "A": "Waves lap."}}),
+        ],
+    ),
+    "longvideobench": (
+        {"lvb_val.json": [LONGVIDEO]},
+        [("86CxyhFV9MI.mp4", "In the video, who comes?", "a cat", {"type": "T2E", "right": 1,
+        "subsets": ["15 s"]})],
+    ),
+}  # fmt: skip
+
+
+def publish(folder: Path, files: dict) -> Path:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".parquet":
+            pq.write_table(pa.Table.from_pylist(content), path)
+        else:
+            text = content if isinstance(content, str) else json.dumps(content, indent=4)
+            path.write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def convert(tmp_path):
+    def convert(name: str, files: dict, *flags: str) -> list[dict]:
+        publish(tmp_path / "data", files)
+        output = tmp_path / "out.jsonl"
+        main([name, "--data_path", str(tmp_path / "data"), "--output", str(output), *flags])
+        assert len(list(read_samples(output)))  # as eval.py reads it
+        return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+
+    return convert
+
+
+def test_every_benchmark_has_a_case():
+    assert set(CASES) == set(BENCHMARKS)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_published_files_become_a_test_set(name, convert):
+    files, expected = CASES[name]
+    lines = convert(name, files)
+    assert len(lines) == len(expected)
+    for line, (video, question, answer, scoring) in zip(lines, expected, strict=True):
+        asked, told = (turn["value"] for turn in line["conversations"])
+        assert (line["video"], asked, told) == (video, f"<video>\n{question}", answer)
+        assert scoring.items() <= line["scoring"][0].items()
+        assert line["scoring"][0]["benchmark"] == name
+        if line["scoring"][0]["metric"] == "choice":
+            assert line["scoring"][0]["options"][line["scoring"][0]["right"]] == answer
+
+
+def test_the_true_caption_of_a_pair_is_not_always_the_first(convert):
+    pairs = [{**VITATECS, "caption": f"Caption {i}."} for i in range(100)]
+    lines = convert("vitatecs", {"data/Direction.jsonl": "\n".join(map(json.dumps, pairs))})
+    assert 30 < sum(line["scoring"][0]["right"] for line in lines) < 70
+
+
+def test_a_question_about_a_part_of_its_video_says_which(convert):
+    (line,) = convert("tvbench", {"json/action_sequence.json": [BOUNDED]})
+    assert (line["start"], line["end"]) == (9.2, 18.1)
+
+
+def test_missing_videos_stay_and_are_reported(tmp_path, convert, capsys):
+    videos = tmp_path / "videos"
+    (videos / "unpacked").mkdir(parents=True)
+    (videos / "unpacked/4010069381.mp4").touch()
+    rows = table(NEXTQA, {**NEXTQA, "video": "1"}, {**NEXTQA, "video": "1"})
+    here, *gone = convert("nextqa", {"val.csv": rows}, "--images_path", str(videos))
+    assert here["video"] == "unpacked/4010069381.mp4" and "missing" not in here
+    assert [line["missing"] for line in gone] == [True, True]
+    assert "MISSING: 1 videos of 2 questions (66.7%)" in capsys.readouterr().out
+    assert (tmp_path / "out.missing.txt").read_text().startswith("1.mp4\t")
+
+
+def without(record: dict, key: str) -> dict:
+    return {name: value for name, value in record.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "reason"),
+    [
+        ("tvbench", {"json/a.json": [MVBENCH, without(MVBENCH, "candidates")]},
+         "item 2: the key 'candidates'"),
+        ("tvbench", {"json/a.json": [{**MVBENCH, "candidates": []}]},
+         "item 1: its list of options is empty"),
+        ("mvbench", {"json/a.json": [{**MVBENCH, "answer": "Dancing"}]},
+         "'Dancing' isn't one of its options"),
+        ("mvbench", {"json/a.json": [{**MVBENCH, "video": "../x.mp4"}]}, "must be relative"),
+        ("vitatecs", {"a.jsonl": json.dumps(without(VITATECS, "counterfactual"))},
+         "a.jsonl:1: the key"),
+        ("vitatecs", {"a.jsonl": json.dumps({**VITATECS, "caption": " "})}, "options is empty"),
+        ("vinoground", {"vinoground.csv": table(without(VINOGROUND, "neg_cap"))},
+         ".csv:2: the key 'neg_cap'"),
+        ("vinoground", {"vinoground.csv": table({**VINOGROUND, "neg_cap": ""})},
+         "options is empty"),
+        ("tempcompass", {"questions/yes_no.json": tempcompass("Is it?", "maybe")},
+         "item 1034419625: action 1: its answer 'maybe'"),
+        ("tempcompass", {"questions/multi-choice.json": tempcompass("What?", "A. x")},
+         "isn't one of its options []"),
+        ("nextqa", {"val.csv": table(without(NEXTQA, "a3"))}, "val.csv:2: the key 'a3'"),
+        ("nextqa", {"val.csv": table({**NEXTQA, "answer": 5})},
+         "its answer is number 5, its options are 0 to 4"),
+        ("nextqa", {"val.csv": table({**NEXTQA, "a1": ""})}, "one of its options is empty"),
+        ("egoschema", {"questions.json": [EGOSCHEMA],
+         "subset_answers.json": {EGOSCHEMA["q_uid"]: 5}}, "is number 5"),
+        ("egoschema", {"questions.json": [EGOSCHEMA]}, "there is no subset_answers.json"),
+        ("msvd_qa", {"test_qa.json": [{**MSVD, "video_id": 9}], "youtube_mapping.txt": "a vid1\n"},
+         "doesn't name vid9"),
+        ("msrvtt_qa", {"test_qa.json": [without(MSRVTT, "answer")]}, "item 1: the key 'answer'"),
+        ("msrvtt_qa", {"test_qa.json": [{**MSRVTT, "answer": ""}]}, "answer is empty"),
+        ("activitynet_qa", {"test_q.json": [ANET_Q], "test_a.json": []},
+         "has no answer to v_1QIUV7WYKXg_3"),
+        ("vatex_en", {"vatex_public_test_english_v1.1.json": [{**VATEX, "enCap": []}]},
+         "list of captions is empty"),
+        ("vatex_zh", {"vatex_validation_v1.0.json": [VATEX]}, "the key 'chCap'"),
+        ("charades_sta", {"charades_sta_test.txt": CHARADES + "3MSZA 5##x\n"},
+         ".txt:2: it isn't `video start"),
+        ("charades_sta", {"charades_sta_test.txt": "3MSZA 9 5##x\n"},
+         "ends at 5.0 s, but starts at 9.0 s"),
+        ("videomme", {"a.parquet": [{**VIDEOMME, "answer": "E"}]}, "row 0: its answer is number 4"),
+        ("videomme", {"a.parquet": [{**VIDEOMME, "options": []}]}, "list of options is empty"),
+        ("mlvu", {"1_plotQA.json": [{**MLVU, "answer": "Blue"}]},
+         "'Blue' isn't one of its options"),
+        ("longvideobench", {"lvb_val.json": [{**LONGVIDEO, "correct_choice": 2}]}, "is number 2"),
+        ("longvideobench", {"lvb_val.json": "[{"}, "not JSON"),
+        ("longvideobench", {"other.json": "[]"}, "there is no lvb_val.json"),
+    ],
+)  # fmt: skip
+def test_a_wrong_record_is_named_with_its_fix(name, files, reason, convert, tmp_path):
+    with pytest.raises(ValueError, match=r"(again|there)") as error:
+        convert(name, files)
+    assert reason in str(error.value)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_faulty_records_count_where_asked_for(convert):
+    files = {"1_plotQA.json": [MLVU, {**MLVU, "answer": "Blue"}]}
+    right, wrong = convert("mlvu", files, "--keep_faulty")
+    assert right["scoring"][0]["metric"] == "choice" and wrong["scoring"][0]["metric"] == "faulty"
+
+
+def test_an_unknown_benchmark_is_refused():
+    with pytest.raises(ValueError, match="choose one of tvbench"):
+        main(["imagenet"])
