@@ -28,7 +28,7 @@ from tqdm import tqdm
 from dataset.conversation import ConversationError
 from dataset.samples import Sample, read_samples
 from dataset.scoring import fact_vocabulary, format_table, score_turn, summarise
-from dataset.video import SUFFIXES, VideoError
+from dataset.video import MEDIA_SUFFIXES, VideoError
 from inference import TOKENIZER_PATH, VISION_PATH, Answerer, Question, Visual, find_models
 from inference.terminal import Terminal
 from model.generate import Sampling
@@ -230,7 +230,7 @@ def named_files(args: argparse.Namespace) -> list[Path]:
 
 def files_of(folder: Path) -> list[Path]:
     files = sorted(folder.iterdir()) if folder.is_dir() else []
-    files = [file for file in files if file.suffix.lower() in SUFFIXES]
+    files = [file for file in files if file.suffix.lower() in MEDIA_SUFFIXES]
     if not files:
         raise ValueError(f"no video or image in {folder}: put one there or name one (--video FILE)")
     return files

@@ -37,14 +37,11 @@ from cli import launch
 from dataset.feature_store import FLOAT16, INT8, FeatureStore, relative_error
 from dataset.parallel import in_any_order
 from dataset.samples import read_samples, resolve_under
-from dataset.video import FrameTransform, VideoError, ending_workers, read_frames
+from dataset.video import MEDIA_SUFFIXES, FrameTransform, VideoError, ending_workers, read_frames
 from device import choose_device, choose_dtype
 from model.vision_tower import VisionTower
 from trainer.logger import cpu_seconds
 
-VIDEO_SUFFIXES = ".mp4 .m4v .mov .mkv .webm .avi .ts .mpg .mpeg .flv .wmv .3gp .ogv .gif"
-IMAGE_SUFFIXES = ".jpg .jpeg .png .webp .bmp .tif .tiff"
-MEDIA = {*VIDEO_SUFFIXES.split(), *IMAGE_SUFFIXES.split()}
 LISTED_FAILURES = 20  # on the terminal; the manifest names all
 
 
@@ -268,7 +265,7 @@ def list_visuals(data_paths: list[str], videos: list[str], root: Path) -> list[s
             raise ValueError(f"--videos {name}: there is no such file or folder")
         files = sorted(name.rglob("*")) if name.is_dir() else [name]
         for file in files:
-            if name.is_dir() and not (file.suffix.lower() in MEDIA and file.is_file()):
+            if name.is_dir() and not (file.suffix.lower() in MEDIA_SUFFIXES and file.is_file()):
                 continue
             try:
                 rel = file.resolve().relative_to(root.resolve())

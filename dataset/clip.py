@@ -1,12 +1,14 @@
-"""What is asked of a visual, what it gives, and which of its frames are taken."""
+"""What is asked of a visual, what comes back, and which of its frames are taken."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from dataset.transforms import FrameTransform
+
 
 class VideoError(ValueError):
-    """A visual that can't be read: `.path`, `.reason` (a short code), `.detail` (a sentence).
+    """A visual that can't be decoded: `.path`, `.reason` (a short code), `.detail` (a sentence).
 
     Reasons: missing, unreadable (no known container, or a broken one), no_video, no_frames,
     too_large, too_long, corrupt, timeout, crashed.
@@ -24,15 +26,12 @@ class VideoError(ValueError):
 class ContainerInfo:
     """What the file says about itself, true or not; None where it says nothing."""
 
-    format: str
     codec: str
     width: int  # as stored: before rotation, and of non-square pixels
     height: int
-    pixel_format: str | None = None
     pixel_aspect: float = 1.0  # width of a stored pixel over its height
     fps: float | None = None
     seconds: float | None = None
-    num_frames: int | None = None
 
 
 @dataclass
@@ -43,11 +42,17 @@ class Frames:
     timestamps: np.ndarray  # (F,) seconds after the first visible frame
     num_frames_total: int  # visible frames in the clip
     info: ContainerInfo
+    # Seconds at which the file is damaged; only with on_damage="keep", else damage is an error.
+    # Frames from there to the next keyframe may show something that was never filmed.
+    damaged: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One read, as the worker gets it; `read_frames` explains the fields."""
+    """One file to decode; `dataset.video.read_frames` explains the fields.
+
+    Raises ValueError for what makes no sense. Its checks raise VideoError, before any decoding.
+    """
 
     path: str
     num_frames: int
@@ -57,7 +62,21 @@ class Request:
     max_pixels: int
     max_seconds: float
     max_bytes: int
-    transform: dict | None = None  # FrameTransform's fields, to resize the frames by
+    transform: FrameTransform | None = None
+    on_damage: str = "error"
+
+    def __post_init__(self):
+        if self.num_frames < 1:
+            raise ValueError(f"num_frames is {self.num_frames}; ask for 1 frame or more")
+        if self.sampling == "fps" and not (self.fps and 0 < self.fps < float("inf")):
+            raise ValueError(f"sampling='fps' needs fps above 0, not {self.fps}")
+        for name, known in (
+            ("sampling", ("uniform", "fps")),
+            ("backend", ("pyav", "decord")),
+            ("on_damage", ("error", "keep")),
+        ):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} {value!r} isn't known; choose one of {known}")
 
     def choose(self, timestamps: np.ndarray) -> np.ndarray:
         """Indices of the frames to return, of a clip with frames at these seconds."""
@@ -67,23 +86,21 @@ class Request:
                 return indices
         return uniform_indices(len(timestamps), self.num_frames)
 
-    # All three are asked before anything is decoded.
-
     def check_picture(self, width: int, height: int) -> None:
         if width * height > self.max_pixels:
-            detail = f"frames of {width}×{height} pixels are above {self.max_pixels} pixels"
-            raise VideoError(self.path, "too_large", detail)
+            self._refuse("too_large", f"frames of {width}×{height}", f"{self.max_pixels} pixels")
 
     def check_length(self, seconds: float) -> None:
         if seconds > self.max_seconds:
-            detail = f"{seconds:.0f} s are above {self.max_seconds:g} s"
-            raise VideoError(self.path, "too_long", detail)
+            self._refuse("too_long", f"{seconds:.0f} s", f"{self.max_seconds:g} s")
 
     def check_output(self, num_frames: int, width: int, height: int) -> None:
-        needed = num_frames * width * height * 3
-        if needed > self.max_bytes:
-            detail = f"{num_frames} frames of {width}×{height} are {needed} bytes, above "
-            raise VideoError(self.path, "too_large", f"{detail}{self.max_bytes}")
+        if num_frames * width * height * 3 > self.max_bytes:
+            what = f"{num_frames} frames of {width}×{height}"
+            self._refuse("too_large", what, f"{self.max_bytes} bytes")
+
+    def _refuse(self, reason: str, what: str, limit: str) -> None:
+        raise VideoError(self.path, reason, f"{what} are above the limit of {limit}")
 
 
 def uniform_indices(total: int, num_frames: int) -> np.ndarray:

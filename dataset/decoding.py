@@ -1,64 +1,110 @@
 """The decoding itself: from a file's bytes to exactly the frames that were asked for.
 
-PyAV reads by default. A demux pass lists every packet's timestamp without decoding, so that the
+PyAV decodes by default. A demux pass lists every packet's timestamp without decoding, so that the
 frames are chosen on the clip's visible time line (edit lists and discarded packets left out). The
 decoder then jumps only where a keyframe saves work, and every frame that comes out is checked
 against the list: a clip whose list can't be trusted is decoded in order instead. Nothing here
-ever returns a frame that it isn't sure of: what can't be read raises `VideoError`.
+ever returns a frame that it isn't sure of: what can't be decoded raises `VideoError`, unless the
+caller asked to keep what is damaged, which is then reported.
 
-`dataset/video.py` is the door to this; there it runs in a process of its own (see
-`dataset/decode_worker.py`), so nothing that a worker doesn't need, torch above all, is imported.
+`dataset/video.py` is the door to this; there it runs in a process of its own (`serve`), so
+nothing that a worker doesn't need, torch above all, is imported.
 """
 
+import json
 import os
+import pickle
+import signal
+import sys
+import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import compress
-from pathlib import Path
+from dataclasses import asdict
+from itertools import chain, dropwhile, groupby
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from dataset.clip import ContainerInfo, Frames, Request, VideoError
-from dataset.images import is_image, on_white, read_image
-from dataset.transforms import FrameTransform
+from dataset.images import decode_image, is_image, on_white
 
 av.logging.set_level(None)  # FFmpeg's own lines on stderr; what matters is raised
 
 # Only containers that hold their own samples: a playlist disguised as mp4 would make FFmpeg open
-# other local files, or fetch from the network.
+# other local files, or fetch from the network. Streams without a container aren't among them:
+# nothing says whether their last picture is whole.
 CONTAINERS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,gif,"
-    "h264,hevc,m4v,av1,obu,ivf,mjpeg,dv,mxf,rm,nut,yuv4mpegpipe"
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,live_flv,asf,ogg,ivf,mxf,rm,nut,"
+    "yuv4mpegpipe"
 )
+OPEN_ENDED = ("mpegts", "mpeg")  # nor is it in these: the last packet of theirs is left out
 # "explode" makes damage an error instead of a concealed, invented picture; "bitstream" and "buffer"
 # find most of it in WMV and MS-MPEG-4. "aggressive" would refuse what other encoders write.
 ERRORS = "crccheck+bitstream+buffer+explode"
-# Streams without a container: nothing says how long their last picture is.
-BARE = ("h264", "hevc", "m4v", "mpegvideo")
-# Their decoders leave out by themselves what leans on frames before the first keyframe.
-MARK_LEADING = ("hevc", "vvc")
-MAX_DELAY = 17  # a decoder holds back 16 frames at most
-LAST_BYTES = {"gif": b";", "mjpeg": b"\xff\xd9"}
 HELD_BYTES = 16 << 20  # packets up to this size stay in memory: no second read, no seek
+MEMORY = 4 << 30  # bytes of data of a worker; a decoder that wants more gets an error
+GRACE = 5  # seconds after which a worker ends itself, should nobody be left to do it
+
+
+def serve() -> None:
+    """One request in, one reply out, until the input ends: what a decoding process runs.
+
+    Native decoders crash, hang with Python's lock held and eat memory on broken files. Here this
+    hits a process that is there to be killed. A request is a pickle of (Request, timeout). A reply
+    is the length of a JSON, that, and the frames' bytes: nothing of it is ever executed, should a
+    file have taken this process over.
+    """
+    import resource
+
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print must not get between the replies
+    warnings.simplefilter("ignore")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends us
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the kernel's doing: works against any code
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    soft = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    replies.write(b"ready")
+    replies.flush()
+    while True:
+        try:
+            request, timeout = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        signal.setitimer(signal.ITIMER_REAL, timeout + GRACE)
+        frames = b""
+        try:
+            reply = vars(decode(request))
+        except VideoError as error:
+            reply = {"video_error": [error.reason, error.detail]}
+        except ValueError as error:
+            reply = {"value_error": str(error)}
+        else:
+            frames = np.ascontiguousarray(reply.pop("frames"))
+            reply |= {
+                "shape": frames.shape,
+                "timestamps": reply["timestamps"].tolist(),
+                "info": asdict(reply["info"]),
+            }
+        header = json.dumps(reply).encode()
+        replies.write(len(header).to_bytes(8) + header)
+        replies.write(memoryview(frames).cast("B"))
+        replies.flush()
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def decode(request: Request) -> Frames:
-    """Read as `request` says.
-
-    Raises VideoError, whatever is wrong with the file.
-    """
-    path = Path(request.path)
+    """Decode what `request` asks for. Raises VideoError, whatever is wrong with the file."""
+    path = request.path
     try:
         if is_image(path):
-            clip = read_image(request)
+            clip = decode_image(request)
         else:
-            clip = (_read_decord if request.backend == "decord" else _read_pyav)(request)
+            clip = (_decode_decord if request.backend == "decord" else _decode_pyav)(request)
         if request.transform:
-            clip.frames = FrameTransform(**request.transform).resize_frames(clip.frames)
+            clip.frames = request.transform.resize_frames(clip.frames)
         return clip
     except VideoError:
         raise
@@ -82,34 +128,29 @@ class _UntrustedIndex(Exception):
     """The packets' timestamps don't tell which frames will come out."""
 
 
-def _read_pyav(request: Request) -> Frames:
+def _decode_pyav(request: Request) -> Frames:
     try:
-        return _read_by_index(request)
+        return _decode_by_index(request)
     except (_UntrustedIndex, av.FFmpegError):  # some codecs can't start at every keyframe
-        return _read_in_order(request)
+        return _decode_in_order(request)
 
 
-def _open(request: Request):
+def _open(request: Request, errors: str = ERRORS):
     """Open the container and its best moving picture: (container, stream)."""
     # max_pixels holds for the probing decoder too, which would swallow a bomb before our check.
     max_pixels = str(request.max_pixels)
-    options = {
-        "format_whitelist": CONTAINERS,
-        "protocol_whitelist": "file",
-        "max_pixels": max_pixels,
-    }
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+    options["max_pixels"] = max_pixels
     path = request.path
     try:
         container = av.open(path, options=options, metadata_errors="replace")
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise VideoError(path, "unreadable", f"not a video that can be opened: {error}") from error
+        detail = f"not a video that can be opened: {error} (a stream without a container needs one:"
+        raise VideoError(path, "unreadable", f"{detail} ffmpeg -i it -c copy new.mkv)") from error
     try:
         # Cover art of a music file is a video stream too; it isn't a moving picture.
-        streams = [
-            stream
-            for stream in container.streams.video
-            if not stream.disposition & av.stream.Disposition.attached_pic
-        ]
+        cover = av.stream.Disposition.attached_pic
+        streams = [each for each in container.streams.video if not each.disposition & cover]
         if not streams:
             raise VideoError(path, "no_video", "the file has no video stream")
         stream = max(streams, key=lambda stream: stream.width * stream.height)
@@ -121,215 +162,133 @@ def _open(request: Request):
     # One thread: workers run side by side anyway, and starting threads costs more than decoding a
     # short clip.
     context.thread_count, context.thread_type = 1, "SLICE"
-    context.options = {"err_detect": ERRORS, "max_pixels": max_pixels}
+    context.options = {"err_detect": errors, "max_pixels": max_pixels}
     return container, stream
 
 
 def _info(container, stream) -> ContainerInfo:
-    aspect = stream.sample_aspect_ratio
-    length = container.duration
     return ContainerInfo(
-        format=container.format.name,
         codec=stream.codec_context.name,
         width=stream.width,
         height=stream.height,
-        pixel_format=stream.codec_context.pix_fmt,
-        pixel_aspect=float(aspect) if aspect else 1.0,
+        pixel_aspect=float(stream.sample_aspect_ratio or 1),
         fps=float(stream.average_rate) if stream.average_rate else None,
-        seconds=None if length is None else length / av.time_base,
-        num_frames=stream.frames or None,
+        seconds=None if container.duration is None else container.duration / av.time_base,
     )
 
 
-def _demux(container, stream) -> Iterator:
-    """The stream's packets, to the end of the file or to where it was cut."""
-    packets = _whole_in_their_container(container, stream)
-    return _whole_pictures(stream, packets) if container.format.name in BARE else packets
-
-
-def _whole_in_their_container(container, stream) -> Iterator:
-    packets, packet = container.demux(stream), None
-    while True:
-        try:
-            following = next(packets, None)
-        except (av.FFmpegError, OSError):  # the next sample lies behind the end of the file
-            following = None
-        if following is not None and following.size == 0:  # PyAV's flush; we make our own
-            continue
-        is_last = following is None
-        if packet is not None and not (is_last and (packet.is_corrupt or _is_cut(container))):
-            yield packet
-        if is_last:
-            return
-        packet = following
-
-
-def _is_cut(container) -> bool:
-    """Whether the last packet is a part of one, for containers whose demuxers don't tell."""
-    size, name = container.size, container.format.name
-    if name == "mpegts":
-        return all(size % packet for packet in (188, 192, 204))
-    if name == "dv":
-        return all(size % frame for frame in (120_000, 144_000))
-    if name in LAST_BYTES:
-        with open(container.name, "rb") as file:
-            file.seek(-min(size, 64), os.SEEK_END)
-            return not file.read().rstrip(b"\0").endswith(LAST_BYTES[name])
-    return False
-
-
-def _whole_pictures(stream, packets: Iterator) -> Iterator:
-    """The packets of a bare stream; the last one only if it is whole.
-
-    Then its picture is the same whatever follows it: a decoder that reads on where the file was cut
-    draws what it finds there.
-    """
-    group, last = [], None  # from a keyframe on
-    for packet in packets:
-        if last is not None:
-            yield last
-        if packet.is_keyframe:
-            group = []
-        group.append(packet)
-        last = packet
-    if group and len({_look(stream, group, bytes([value]) * 64) for value in (0x55, 0xAA)}) == 1:
-        yield last
-
-
-def _look(stream, group: list, behind: bytes) -> tuple[int, ...]:
-    context = av.CodecContext.create(stream.codec_context.name, "r")
-    context.extradata, context.thread_count = stream.codec_context.extradata, 1
-    frames = []
-    with suppress(av.FFmpegError):  # the decoding proper will say so
-        for packet in [*group[:-1], av.Packet(bytes(group[-1]) + behind), None]:
-            frames += context.decode(packet)
-    return tuple(hash(frame.to_ndarray(format="rgb24").tobytes()) for frame in frames[-MAX_DELAY:])
+def _demux(container, stream) -> Iterator[av.Packet]:
+    """The stream's packets: from the first keyframe on, since a recording cut without care begins
+    between two, to the end of the file or to where it was cut."""
+    previous = None
+    with suppress(av.FFmpegError, OSError):  # the next sample lies behind the end of the file
+        for packet in container.demux(stream):
+            if not packet.size:  # PyAV's flush; we make our own
+                continue
+            if previous is not None:
+                yield previous
+            if previous is not None or packet.is_keyframe:
+                previous = packet
+    is_whole = container.format.name not in OPEN_ENDED and not (previous and previous.is_corrupt)
+    if previous is not None and is_whole:
+        yield previous
 
 
 class _Packets:
-    """What the demux pass learned: each packet's time, keyframe flag and visibility."""
+    """What a demux pass learns without decoding: when packets are shown, and which are keyframes.
+
+    Raises _UntrustedIndex where their times don't tell which frames will come out.
+    """
 
     def __init__(self, container, stream):
         self.container, self.stream = container, stream
-        self.pts, self.dts, self.is_key, self.is_visible = [], [], [], []
-        self.damaged = set()  # numbers of packets of which the demuxer saw that bytes are missing
         self.held, held_bytes = [], 0
-        for packet in _demux(container, stream):
+        self.pts, self.dts, self.keys, visible = [], [], [], []
+        for number, packet in enumerate(_demux(container, stream)):
             self.pts.append(packet.pts)
             self.dts.append(packet.dts)
-            self.is_key.append(packet.is_keyframe)
-            self.is_visible.append(not packet.is_discard)
-            if packet.is_corrupt:
-                self.damaged.add(len(self.pts) - 1)
+            if packet.is_keyframe:
+                self.keys.append(number)
+            # What an open group shows before its keyframe leans on a group that was cut away.
+            if not packet.is_discard and (packet.pts or 0) >= (self.pts[0] or 0):
+                visible.append(packet.pts)
             held_bytes += packet.size
-            if held_bytes > HELD_BYTES:
-                self.held = None
-            elif self.held is not None:
+            if held_bytes <= HELD_BYTES:
                 self.held.append(packet)
-        self._leave_out_what_leans_on_nothing()
+        self.number_of = {time: number for number, time in enumerate(self.pts)}
+        if not self.pts:
+            raise VideoError(container.name, "no_frames", "the video stream holds no samples")
+        if None in self.number_of or len(self.number_of) < len(self.pts) or not visible:
+            raise _UntrustedIndex
+        self.visible = sorted(visible)
 
-    def _leave_out_what_leans_on_nothing(self) -> None:
-        """A recording cut without care begins between keyframes, or with an open group."""
-        first = next((number for number, is_key in enumerate(self.is_key) if is_key), None)
-        if first is None or None in self.pts:
-            return
-        start = self.pts[first]
-        asks = self.stream.codec_context.name in MARK_LEADING and min(self.pts[first:]) < start
-        leading = set(self._leading(first)) if asks else ()
-        for number, time in enumerate(self.pts):
-            if number < first or (time < start and time not in leading):
-                self.is_visible[number] = False
+    def keyframe_before(self, time: int) -> int:
+        """Number of the keyframe that precedes a frame in the file *and* on the screen."""
+        k = bisect_right(self.keys, self.number_of[time]) - 1
+        while k >= 0 and self.pts[self.keys[k]] > time:
+            k -= 1
+        if k < 0:
+            raise _UntrustedIndex
+        return self.keys[k]
 
-    def _leading(self, first: int) -> Iterator[int]:
-        """Times of the frames that the decoder gives before the one of the first keyframe."""
-        for packet in self.since(first):
-            for frame in self.stream.codec_context.decode(packet):
-                if frame.pts is None or frame.pts >= self.pts[first]:
-                    return
-                yield frame.pts
-
-    def since(self, first: int) -> Iterator:
+    def since(self, first: int) -> Iterator[av.Packet | None]:
         """Packets from number `first` (a keyframe) on in file order; None is the flush."""
-        if self.held is not None:
-            yield from self.held[first:]
-            yield None
-            return
-        time = self.pts[first] if self.dts[first] is None else self.dts[first]
-        self.container.seek(time, stream=self.stream)
-        packets = _demux(self.container, self.stream)
-        for packet in packets:  # a seek may land early; if it lands late, the packet never comes
-            if packet.pts == self.pts[first]:
-                yield packet
-                yield from packets
-                yield None
-                return
+        if len(self.held) == len(self.pts):
+            packets = iter(self.held[first:])
+        else:
+            time = self.pts[first] if self.dts[first] is None else self.dts[first]
+            self.container.seek(time, stream=self.stream)
+            packets = _demux(self.container, self.stream)
+            # A seek may land early; if it lands late, the packet never comes.
+            packets = dropwhile(lambda packet: packet.pts != self.pts[first], packets)
+        return chain(packets, [None])
+
+    def decode(self, first: int, wanted: set[int]) -> Iterator[av.VideoFrame]:
+        """The frames at the times `wanted`, decoded from keyframe number `first` on. All that come
+        out are checked; _UntrustedIndex if one isn't what was listed."""
+        context, start = self.stream.codec_context, self.pts[first]
+        following = iter(self.visible[bisect_left(self.visible, start) :])
+        context.flush_buffers()
+        for packet in self.since(first):
+            if packet is not None and packet.pts < start:  # of an open group: see above
+                continue
+            if packet is not None and packet.is_corrupt:
+                break
+            for frame in context.decode(packet):
+                # Some files call every frame a keyframe. What comes after a false one is no error
+                # to the decoder: it is garbage.
+                is_false_key = frame.pts == start and not frame.key_frame
+                if frame.is_corrupt or is_false_key or frame.pts != next(following, None):
+                    raise _UntrustedIndex
+                if frame.pts in wanted:
+                    yield frame
+                    wanted = wanted - {frame.pts}
+                    if not wanted:
+                        return
         raise _UntrustedIndex
 
 
-class _Run:
-    """Frames decoded from one keyframe on; `fed` is the number of the next packet to decode."""
-
-    def __init__(self, stream, packets: _Packets, first: int):
-        self.context, self.damaged = stream.codec_context, packets.damaged
-        self.context.flush_buffers()
-        self.fed, self.starts_at = first, packets.pts[first]
-        self.frames = self._decode(packets.since(first))
-
-    def _decode(self, packets: Iterator) -> Iterator[av.VideoFrame]:
-        for packet in packets:
-            if self.fed in self.damaged:
-                raise _UntrustedIndex
-            self.fed += 1
-            # In an open group, frames shown before their keyframe lean on the group before it,
-            # which this run hasn't seen.
-            if packet is None or packet.pts >= self.starts_at:
-                yield from self.context.decode(packet)
-
-
-def _read_by_index(request: Request) -> Frames:
+def _decode_by_index(request: Request) -> Frames:
     """Choose by the packets' timestamps, decode from the nearest keyframes, check each frame."""
     container, stream = _open(request)
     with container:
         packets = _Packets(container, stream)
-        pts = packets.pts
-        if not pts:
-            raise VideoError(request.path, "no_frames", "the video stream holds no samples")
-        if None in pts or len(set(pts)) < len(pts) or not any(packets.is_visible):
-            raise _UntrustedIndex
-        visible = sorted(compress(pts, packets.is_visible))
+        visible = packets.visible
         seconds = (np.array(visible) - visible[0]) * float(stream.time_base)
         request.check_length(seconds[-1])
-        number_of = {time: number for number, time in enumerate(pts)}
-        keys = [number for number, is_key in enumerate(packets.is_key) if is_key]
-
-        indices, run = request.choose(seconds), None
-        images = _Images(request, len(indices), stream.width, stream.height)
-        for wanted in (visible[index] for index in indices):
-            # Start at the keyframe that precedes the frame in the file *and* on the screen.
-            k = bisect_right(keys, number_of[wanted]) - 1
-            while k >= 0 and pts[keys[k]] > wanted:
-                k -= 1
-            if k < 0:
-                raise _UntrustedIndex
-            if run is None or keys[k] >= run.fed:
-                run = _Run(stream, packets, keys[k])
-                following = iter(visible[bisect_left(visible, run.starts_at) :])
-            for frame in run.frames:
-                if frame.is_corrupt or frame.pts != next(following, None):
-                    raise _UntrustedIndex
-                # Some files call every frame a keyframe. What comes after a false one is no error
-                # to the decoder: it is garbage.
-                if frame.pts == run.starts_at and not frame.key_frame:
-                    raise _UntrustedIndex
-                if frame.pts == wanted:
-                    images.add(frame)
-                    break
-            else:
-                raise _UntrustedIndex
-        return Frames(images.all(), seconds[indices], len(visible), _info(container, stream))
+        indices = request.choose(seconds)
+        request.check_output(len(indices), stream.width, stream.height)
+        images = []
+        chosen = (visible[index] for index in indices)
+        for first, wanted in groupby(chosen, packets.keyframe_before):
+            for frame in packets.decode(first, set(wanted)):
+                images.append(_to_rgb(request, len(indices), frame))
+        return Frames(
+            _stack(request, images), seconds[indices], len(visible), _info(container, stream)
+        )
 
 
-def _read_in_order(request: Request) -> Frames:
+def _decode_in_order(request: Request) -> Frames:
     """Decode everything from the start, keeping only what was chosen.
 
     How many frames will come isn't known beforehand, so a first pass lists their times and a
@@ -338,113 +297,110 @@ def _read_in_order(request: Request) -> Frames:
     container, stream = _open(request)
     with container:
         info = _info(container, stream)
-        times = [frame.time for frame in _decode_all(request.path, container, stream)]
         rate = float(stream.average_rate or stream.guessed_rate or 25)
+    damaged = []
+    times = [frame.time for frame in _decode_all(request, damaged)]
     if not times:
         raise VideoError(request.path, "no_frames", "no frame of the video can be decoded")
     seconds = np.array(times, np.float64)  # what has no time is NaN
     if not (np.isfinite(seconds).all() and (np.diff(seconds) > 0).all()):
         seconds = np.arange(len(times)) / rate
+    damaged = sorted({max(0.0, round(time - seconds[0], 3)) for time in damaged})
     seconds -= seconds[0]
     request.check_length(seconds[-1])
 
     indices = request.choose(seconds)
-    images = _Images(request, len(indices), info.width, info.height)
-    chosen, last = set(indices.tolist()), indices[-1]
-    container, stream = _open(request)
-    with container:
-        for number, frame in enumerate(_decode_all(request.path, container, stream)):
-            if number in chosen:
-                images.add(frame)
-            if number == last:
-                break
-    return Frames(images.all(), seconds[indices], len(times), info)
+    request.check_output(len(indices), info.width, info.height)
+    chosen, images = set(indices.tolist()), []
+    for number, frame in enumerate(_decode_all(request, [])):
+        if number in chosen:
+            images.append(_to_rgb(request, len(indices), frame))
+        if len(images) == len(indices):
+            break
+    return Frames(_stack(request, images), seconds[indices], len(times), info, damaged)
 
 
-def _decode_all(path: str, container, stream) -> Iterator[av.VideoFrame]:
-    """All frames in order. Only the last packet may be broken: a file that was cut ends so."""
-    context, begun, broken = stream.codec_context, False, None
-    for packet in _demux(container, stream):
-        # A recording cut without care may begin between keyframes: nothing is right before one.
-        begun = begun or packet.is_keyframe
-        if not begun:
-            continue
-        if broken is not None:
-            raise VideoError(path, "corrupt", f"the data of the frame at {broken.pts} is damaged")
-        try:
-            if packet.is_corrupt:
-                broken = packet
-            else:
-                yield from _sound(path, context.decode(packet))
-        except av.FFmpegError:
-            broken = packet
-    frames = context.decode(None)
-    yield from _sound(path, (f for f in frames if broken is None or f.pts != broken.pts))
+def _decode_all(request: Request, damaged: list[float]) -> Iterator[av.VideoFrame]:
+    """All frames in order, and the seconds of damage in `damaged`.
+
+    With on_damage="error", only the last packet may be broken: a file that was cut ends so. With
+    "keep", the frames come from a second decoder, which conceals damage as players do, and the
+    errors of the first tell where it is.
+    """
+    keep = request.on_damage == "keep"
+    (container, stream), (second, second_stream) = _open(request), _open(request, errors="0")
+    strict, concealing = stream.codec_context, second_stream.codec_context
+    broken = None
+    with container, second:
+        for packet in chain(_demux(container, stream), [None]):
+            if broken is not None and packet is not None and not keep:
+                detail = f"the data of the frame at {_seconds(broken):.3f} s is damaged"
+                raise VideoError(request.path, "corrupt", detail)
+            try:
+                frames = strict.decode(packet)
+                is_damaged = packet is not None and packet.is_corrupt
+            except av.FFmpegError:
+                if packet is None and not keep:
+                    raise
+                frames, is_damaged = [], True
+            if is_damaged:
+                broken = packet or broken
+                damaged.append(_seconds(broken))
+            if keep:
+                try:
+                    frames = concealing.decode(packet)
+                except av.FFmpegError:
+                    frames = []
+            for frame in frames:
+                if frame.is_corrupt:
+                    damaged.append(frame.time or 0.0)
+                    if not keep:
+                        detail = f"the frame at {frame.time} s is damaged"
+                        raise VideoError(request.path, "corrupt", detail)
+                if keep or broken is None or frame.pts != broken.pts:
+                    yield frame
 
 
-def _sound(path: str, frames) -> Iterator[av.VideoFrame]:
-    for frame in frames:
-        if frame.is_corrupt:
-            raise VideoError(path, "corrupt", f"the frame at {frame.time} s is damaged")
-        yield frame
+def _seconds(packet: av.Packet | None) -> float:
+    """When a packet is shown, as far as it says so."""
+    time = None if packet is None else packet.dts if packet.pts is None else packet.pts
+    return 0.0 if time is None else float(time * packet.time_base)
 
 
-class _Images:
-    """Collects decoded frames as (H, W, 3) uint8 RGB, turned as their display matrix says."""
-
-    def __init__(self, request: Request, count: int, width: int, height: int):
-        request.check_output(count, width, height)
-        self.request, self.count, self.added = request, count, 0
-        self.reformatter = VideoReformatter()  # keeps its conversion tables from frame to frame
-
-    def add(self, frame: av.VideoFrame) -> None:
-        has_alpha = any(component.is_alpha for component in frame.format.components)
-        name = "rgba" if has_alpha else "rgb24"
-        image = self.reformatter.reformat(frame, format=name, threads=1).to_ndarray()
-        if has_alpha:
-            image = on_white(image)
-        image = _upright(image, frame.side_data.get("DISPLAYMATRIX"))
-        if not self.added:  # now the picture's size is sure, whatever the header said
-            self.request.check_picture(frame.width, frame.height)
-            self.request.check_output(self.count, frame.width, frame.height)
-            self.images = np.empty((self.count, *image.shape), np.uint8)
-        elif image.shape != self.images.shape[1:]:
-            detail = "the picture changes its size within the clip"
-            raise VideoError(self.request.path, "corrupt", detail)
-        self.images[self.added] = image
-        self.added += 1
-
-    def all(self) -> np.ndarray:
-        assert self.added == self.count, f"{self.added} frames of {self.count}"
-        return self.images
+def _to_rgb(request: Request, num_frames: int, frame: av.VideoFrame) -> np.ndarray:
+    """→ (H, W, 3) uint8 RGB, turned as its display matrix says; one of `num_frames`."""
+    request.check_output(num_frames, frame.width, frame.height)  # whatever the header said
+    has_alpha = any(component.is_alpha for component in frame.format.components)
+    image = frame.to_ndarray(format="rgba" if has_alpha else "rgb24")
+    if has_alpha:
+        image = on_white(image)
+    if matrix := frame.side_data.get("DISPLAYMATRIX"):
+        # A point (x, y) is shown at (a·x + c·y, b·x + d·y), y pointing down.
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+        if abs(b) > abs(a):
+            image, a, d = image.swapaxes(0, 1), c, b
+        image = image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    return image
 
 
-def _upright(image: np.ndarray, matrix) -> np.ndarray:
-    if matrix is None:
-        return image
-    # A point (x, y) is shown at (a·x + c·y, b·x + d·y), y pointing down.
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
-    if abs(b) > abs(a):
-        image, a, d = image.swapaxes(0, 1), c, b
-    return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+def _stack(request: Request, images: list[np.ndarray]) -> np.ndarray:
+    if len({image.shape for image in images}) > 1:
+        raise VideoError(request.path, "corrupt", "the picture changes its size within the clip")
+    return np.stack(images)
 
 
 # -------------------------------------------------------------------------------------- decord
 
 
-def _read_decord(request: Request) -> Frames:
-    try:
-        import decord
-    except ImportError as error:
-        raise ImportError("decord isn't installed") from error
+def _decode_decord(request: Request) -> Frames:
     container, stream = _open(request)  # decord knows neither budgets nor an allow-list
     with container:
         info = _info(container, stream)
+    import decord
+
     decord.logging.set_level(decord.logging.QUIET)
     try:
         reader = decord.VideoReader(request.path, num_threads=1)
-        if len(reader) == 0:
-            raise VideoError(request.path, "no_frames", "the video stream holds no samples")
         seconds = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0].astype(np.float64)
         seconds -= seconds[0]
         request.check_length(seconds[-1])

@@ -1,46 +1,44 @@
 """Pictures, and animated ones as clips, by Pillow: upright, 8-bit RGB, transparency on white."""
 
-from pathlib import Path
-
 import numpy as np
 from PIL import Image, ImageOps
 
 from dataset.clip import ContainerInfo, Frames, Request, VideoError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "TIFF")  # an MPO opens as a JPEG
-MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*")
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")  # an MPO opens as a JPEG
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"II*\0", b"MM\0*")
 # Apple's HEIC is a grid of tiles, of which FFmpeg hands over one as if it were the picture.
 HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
-def is_image(path: Path) -> bool:
-    """By content, since a name may lie. A GIF isn't one: FFmpeg reads it as the clip that it is."""
+def is_image(path: str) -> bool:
+    """By content, since a name may lie. VideoError for what can't be opened, and for HEIC."""
     try:
-        with path.open("rb") as file:
+        with open(path, "rb") as file:
             head = file.read(12)
     except OSError as error:
         raise VideoError(path, "unreadable", str(error)) from error
     if head[4:8] == b"ftyp" and head[8:] in HEIC:
         raise VideoError(path, "unreadable", "HEIC pictures aren't read; convert them to JPEG")
-    if path.suffix.lower() in (".mjpeg", ".mjpg"):
+    if path.lower().endswith((".mjpeg", ".mjpg")):
         return False  # one JPEG after another, as some cameras record
     if head[:4] == b"RIFF" and head[8:] == b"WEBP":
         return True
     return head.startswith(MAGIC) or (head[4:8] == b"ftyp" and head[8:] in (b"avif", b"avis"))
 
 
-def read_image(request: Request) -> Frames:
+def decode_image(request: Request) -> Frames:
     """The picture in the file, or the clip that it is when animated."""
     with Image.open(request.path, formats=FORMATS) as image:
         request.check_picture(image.width, image.height)
         count = getattr(image, "n_frames", 1)
         if count == 1 or image.format in ("MPO", "TIFF"):  # further pictures aren't later frames
             frame = to_rgb(request.path, ImageOps.exif_transpose(image))
-            return Frames(frame[None], np.zeros(1), 1, _info(image, 1, None))
-        return _read_animation(request, image, count)
+            return Frames(frame[None], np.zeros(1), 1, _info(image))
+        return _decode_animation(request, image, count)
 
 
-def _read_animation(request: Request, image: Image.Image, count: int) -> Frames:
+def _decode_animation(request: Request, image: Image.Image, count: int) -> Frames:
     # An animated PNG may begin with a picture for programs that can't play it.
     numbers = range(int(getattr(image, "default_image", False)), count)
     starts, end = [], 0.0
@@ -59,7 +57,8 @@ def _read_animation(request: Request, image: Image.Image, count: int) -> Frames:
     for index in indices:
         image.seek(numbers[index])
         frames.append(to_rgb(request.path, image))
-    return Frames(np.stack(frames), seconds[indices], len(numbers), _info(image, len(numbers), end))
+    info = _info(image, len(numbers) / end if end else None, end or None)
+    return Frames(np.stack(frames), seconds[indices], len(numbers), info)
 
 
 def to_rgb(path, image: Image.Image) -> np.ndarray:
@@ -79,14 +78,6 @@ def on_white(image: np.ndarray) -> np.ndarray:
     return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
-def _info(image: Image.Image, count: int, seconds: float | None) -> ContainerInfo:
-    return ContainerInfo(
-        format=image.format.lower(),
-        codec=image.format.lower(),
-        width=image.width,
-        height=image.height,
-        pixel_format=image.mode,
-        fps=count / seconds if seconds else None,
-        seconds=seconds,
-        num_frames=count,
-    )
+def _info(image: Image.Image, fps: float | None = None, seconds: float | None = None):
+    width, height = image.size
+    return ContainerInfo(image.format.lower(), width, height, fps=fps, seconds=seconds)

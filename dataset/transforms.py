@@ -13,7 +13,6 @@ if TYPE_CHECKING:  # decoding processes resize, and start several times faster w
     import torch
 
 Resize = Literal["crop", "squash", "pad"]
-CHUNK_BYTES = 32 << 20  # of frames resized at a time: more would leave the processor's caches
 
 
 @dataclass(frozen=True)
@@ -107,34 +106,16 @@ class FrameTransform:
         new_height, new_width = max(1, int(size * height / edge)), max(1, int(size * width / edge))
         if self.resize == "squash":
             new_height = new_width = size
-        cut = _middle(new_height, size), _middle(new_width, size)  # what is seen of the picture
-        place = (
-            _middle(size, new_height),
-            _middle(size, new_width),
-        )  # and where; all, or within bars
-
+        # What is shown of the picture, and where: everywhere, or between bars.
+        cut = _middle(new_height, size), _middle(new_width, size)
+        place = _middle(size, new_height), _middle(size, new_width)
         resized = np.empty((num_frames, size, size, 3), np.uint8)
         if self.resize == "pad":
             resized[:] = [min(255, max(0, round(mean / self.rescale))) for mean in self.mean]
-        step = max(1, CHUNK_BYTES // frames[0].nbytes)
-        for first in range(0, num_frames, step):
-            chunk = frames[first : first + step]
-            resized[first : first + step, *place] = self._resample(
-                chunk, new_height, new_width, *cut
-            )
+        for target, frame in zip(resized, frames, strict=True):
+            image = Image.fromarray(frame).resize((new_width, new_height), self.resample)
+            target[place] = np.asarray(image)[cut]
         return resized
-
-    def _resample(self, frames, new_height: int, new_width: int, rows: slice, columns: slice):
-        """All frames in two calls. Pillow resamples across and then down, and rounds in between, so
-        the frames may lie under each other for the one and side by side for the other."""
-        num_frames, height, width = frames.shape[:3]
-        stacked = np.ascontiguousarray(frames).reshape(num_frames * height, width, 3)
-        across = Image.fromarray(stacked).resize((new_width, num_frames * height), self.resample)
-        across = np.asarray(across)[:, columns].reshape(num_frames, height, -1, 3)
-        beside = np.ascontiguousarray(across.swapaxes(0, 1)).reshape(height, -1, 3)
-        down = Image.fromarray(beside).resize((beside.shape[1], new_height), self.resample)
-        down = np.asarray(down)[rows]
-        return down.reshape(len(down), num_frames, -1, 3).swapaxes(0, 1)
 
     def normalize(self, frames: "torch.Tensor") -> "torch.Tensor":
         """(F, S, S, 3) uint8 → (F, 3, S, S) float32, (frame · rescale − mean) / std."""

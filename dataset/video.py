@@ -11,14 +11,13 @@ native code that hangs, and no `except` catches one that crashes.
 import atexit
 import json
 import os
-import select
+import pickle
 import subprocess
 import sys
-import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from threading import Timer
 
 import numpy as np
 
@@ -30,12 +29,13 @@ from dataset.clip import (
     fps_indices,
     uniform_indices,
 )
-from dataset.decode_worker import main as decode_requests
 from dataset.decoding import decode
 from dataset.transforms import FrameTransform
 
 __all__ = [
-    "SUFFIXES",
+    "IMAGE_SUFFIXES",
+    "MEDIA_SUFFIXES",
+    "VIDEO_SUFFIXES",
     "ContainerInfo",
     "FrameTransform",
     "Frames",
@@ -47,10 +47,11 @@ __all__ = [
 ]
 
 # Of files that are taken for videos and images in a folder; what they are is told by content.
-SUFFIXES = {
-    *(".mp4", ".mkv", ".webm", ".avi", ".mov", ".ts", ".mpg", ".mpeg", ".m4v", ".gif"),
-    *(".png", ".jpg", ".jpeg", ".webp", ".bmp"),
-}
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv")
+VIDEO_SUFFIXES += (".wmv", ".3gp", ".ogv", ".gif")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif")
+MEDIA_SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
+
 MAX_PIXELS = 8192 * 4352  # a frame of 8K; a 400 kB file can announce frames of gigabytes
 MAX_SECONDS = 12 * 3600.0
 MAX_BYTES = 2 << 30  # of the frames handed over: 345 of full HD
@@ -69,13 +70,18 @@ def read_frames(
     max_seconds: float = MAX_SECONDS,
     max_bytes: int = MAX_BYTES,
     transform: FrameTransform | None = None,
+    on_damage: str = "error",
 ) -> Frames:
-    """Read at most `num_frames` frames of a video, or the one frame of an image.
+    """Decode at most `num_frames` frames of a video, or the one frame of an image.
 
     sampling="uniform" takes the middles of `num_frames` equal parts of the clip; "fps" one frame
     each 1/fps seconds, and falls back to uniform when those are more than `num_frames` (the rule
     of MiniCPM-V 2.6). A clip with fewer frames gives all of them. A GIF or an animated WebP or PNG
     is a clip. Pixels come as they are stored: `info.pixel_aspect` tells when they aren't square.
+
+    on_damage="error" gives exact frames or VideoError, as data must be. "keep" gives what a player
+    shows of a damaged video, and `damaged` then lists the seconds at which it is so: tell the
+    user. Frames are still chosen by the times that the decoder gives them.
 
     timeout: seconds, after which the decoding process is killed. It is kept for the next read, one
     for each thread that reads at the time. None decodes in this process: nothing to start, nothing
@@ -88,35 +94,27 @@ def read_frames(
     tower's size cross between the processes.
 
     backend="decord" is kept because the project's card names it. Its known faults are listed in
-    docs/video.md: wrong frames on some files, and hangs, which the timeout ends.
+    docs/video.md: wrong frames on some files, and hangs, which the timeout ends; `on_damage` means
+    nothing to it.
 
     Raises VideoError for what is wrong with the file, and a plain ValueError for arguments that
     make no sense.
     """
-    if num_frames < 1:
-        raise ValueError(f"num_frames is {num_frames}; ask for 1 frame or more")
-    if sampling not in ("uniform", "fps"):
-        raise ValueError(f"sampling {sampling!r} isn't known; choose 'uniform' or 'fps'")
-    if sampling == "fps" and not (fps and 0 < fps < float("inf")):
-        raise ValueError(f"sampling='fps' needs fps above 0, not {fps}")
-    if backend not in ("pyav", "decord"):
-        raise ValueError(f"backend {backend!r} isn't known; choose 'pyav' or 'decord'")
     if timeout is not None and not timeout > 0:
         raise ValueError(f"timeout is {timeout}; give seconds above 0, or None")
-
     # An absolute name can't be taken for a protocol ("concat:…"), and a pipe or device never ends.
     path = os.path.abspath(os.fsdecode(path))
+    budgets = max_pixels, max_seconds, max_bytes
+    request = Request(
+        path, num_frames, sampling, fps, backend, *budgets, transform=transform, on_damage=on_damage
+    )
     if "\0" in path or not os.path.isfile(path):
         raise VideoError(path, "missing", "there is no such file")
-    request = Request(
-        *(path, num_frames, sampling, fps, backend, max_pixels, max_seconds, max_bytes),
-        transform=transform and transform.describe(),
-    )
     if timeout is None:
         return decode(request)
     worker = _take_worker()
     try:
-        clip = worker.read(request, timeout)
+        clip = worker.decode(request, timeout)
     except (VideoError, ValueError):
         _give_back(worker)
         raise
@@ -131,7 +129,7 @@ def read_frames(
 
 
 class _Worker:
-    """A decoding process; see dataset/decode_worker.py for what is said between the two."""
+    """A decoding process; see `serve` in dataset/decoding.py for what goes between the two."""
 
     def __init__(self):
         settings = {
@@ -141,38 +139,31 @@ class _Worker:
         }
         self.process = subprocess.Popen(
             # -P: a file in the current directory must not pass for a module of ours.
-            [sys.executable, "-P", "-m", decode_requests.__module__],
+            [sys.executable, "-P", "-c", "from dataset.decoding import serve; serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            bufsize=0,
+            bufsize=0,  # a buffer has a lock, and a fork may copy it while it is held
             env=os.environ | settings,
         )
         _alive.add(self)
-        self.replies = self.process.stdout.fileno()
         if sys.platform == "linux":
             import fcntl
 
-            fcntl.fcntl(self.replies, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        self.readable = select.poll()  # unlike select.select, it takes handles above 1023
-        self.readable.register(self.replies, select.POLLIN)
-        self.ahead = b""  # read, but not yet asked for
-        self.deadline = time.monotonic() + START_SECONDS
+            fcntl.fcntl(self.process.stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         try:
-            started = self._line() == b"ready"
-        except TimeoutError:
-            started = False
-        if not started:
+            with self._killed_after(START_SECONDS):
+                self._receive(len(b"ready"))
+        except (EOFError, TimeoutError):
             self.kill()
-            raise RuntimeError("the decoding process doesn't start; its output tells why")
+            raise RuntimeError("the decoding process doesn't start; its output tells why") from None
 
-    def read(self, request: Request, timeout: float) -> Frames:
-        self.deadline = time.monotonic() + timeout
+    def decode(self, request: Request, timeout: float) -> Frames:
         try:
-            self._send(json.dumps([timeout, asdict(request)]).encode() + b"\n")
-            reply = json.loads(self._line())
-            if "shape" in reply:
-                frames = np.empty(reply["shape"], np.uint8)
-                self._fill(memoryview(frames).cast("B"))
+            with self._killed_after(timeout):
+                self._send(pickle.dumps((request, timeout)))
+                reply = json.loads(self._receive(int.from_bytes(self._receive(8))).tobytes())
+                if shape := reply.get("shape"):
+                    frames = self._receive(np.prod(shape)).reshape(shape)
         except TimeoutError:
             self.kill()
             detail = f"not decoded within {timeout:g} seconds"
@@ -181,49 +172,43 @@ class _Worker:
             self.kill()
             detail = f"the decoding process died of it (exit status {self.process.returncode})"
             raise VideoError(request.path, "crashed", detail) from None
-        if "error" in reply:
-            raise VideoError(request.path, *reply["error"])
-        if "mistake" in reply:
-            raise ValueError(reply["mistake"])
-        return Frames(
-            frames,
-            np.array(reply["timestamps"]),
-            reply["num_frames_total"],
-            ContainerInfo(**reply["info"]),
-        )
+        if "video_error" in reply:
+            raise VideoError(request.path, *reply["video_error"])
+        if "value_error" in reply:
+            raise ValueError(reply["value_error"])
+        total, info = reply["num_frames_total"], ContainerInfo(**reply["info"])
+        return Frames(frames, np.array(reply["timestamps"]), total, info, reply["damaged"])
+
+    @contextmanager
+    def _killed_after(self, seconds: float) -> Iterator[None]:
+        """Within it, reading from the process ends; TimeoutError if that took so many seconds."""
+        late = []
+        timer = Timer(seconds, lambda: (late.append(True), self.process.kill()))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except (EOFError, BrokenPipeError):
+            if not late:
+                raise
+        finally:
+            timer.cancel()
+            timer.join()
+        if late:
+            raise TimeoutError
 
     def _send(self, data: bytes) -> None:
-        sent = 0
-        while sent < len(data):
-            sent += self.process.stdin.write(data[sent:])
+        while data:
+            data = data[self.process.stdin.write(data) :]
 
-    def _line(self) -> bytes:
-        while b"\n" not in self.ahead:
-            self.ahead += self._some(1 << 16)
-        line, self.ahead = self.ahead.split(b"\n", 1)
-        return line
-
-    def _fill(self, into: memoryview) -> None:
-        into[: len(self.ahead)] = self.ahead
-        filled, self.ahead = len(self.ahead), b""
-        while filled < len(into):
-            self._wait()
-            count = os.readv(self.replies, [into[filled:]])
+    def _receive(self, size: int) -> np.ndarray:
+        data, filled = np.empty(size, np.uint8), 0
+        while filled < size:
+            count = self.process.stdout.readinto(memoryview(data)[filled:])
             if not count:
                 raise EOFError
             filled += count
-
-    def _some(self, most: int) -> bytes:
-        self._wait()
-        data = os.read(self.replies, most)
-        if not data:
-            raise EOFError
         return data
-
-    def _wait(self) -> None:
-        left = self.deadline - time.monotonic()
-        if left <= 0 or not self.readable.poll(left * 1000):
-            raise TimeoutError
 
     def kill(self) -> None:
         _alive.discard(self)

@@ -18,7 +18,7 @@ import streamlit as st
 from streamlit import config
 
 from dataset.conversation import ConversationError
-from dataset.video import SUFFIXES, VideoError, read_frames, uniform_indices
+from dataset.video import MEDIA_SUFFIXES, VideoError, read_frames, uniform_indices
 from inference import Answerer, find_models
 from inference.page.conversation import Conversation, Model, TooManyVisuals, Turn
 from inference.page.settings import MAX_FRAMES, PageSettings
@@ -68,7 +68,7 @@ def models_in(folder: str) -> list[str]:
 def examples_in(folders: list[str]) -> list[tuple[str, Any]]:
     """Some clips from all over the folders, each with a picture of it."""
     files = [file for folder in folders for file in sorted(Path(folder).iterdir())]
-    files = [file for file in files if file.suffix.lower() in SUFFIXES]
+    files = [file for file in files if file.suffix.lower() in MEDIA_SUFFIXES]
     found = []
     for index in uniform_indices(len(files), EXAMPLES):
         with suppress(VideoError):
@@ -272,7 +272,7 @@ class View:
             self.texts["ask"],
             key=key,
             accept_file="multiple",
-            file_type=sorted(SUFFIXES),
+            file_type=sorted(MEDIA_SUFFIXES),
             max_chars=4000,
             submit_mode="stop",
         )

@@ -105,7 +105,9 @@ class Report:
     peak_mb: int = 0  # of the workers
 
 
-def fuzz(files: range, seed: int, timeout: float, folder: Path, keep: Path | None = None) -> Report:
+def fuzz(
+    files: range, seed: int, timeout: float, folder: Path, keep=None, on_damage="error"
+) -> Report:
     """Reads the mutated files of these numbers."""
     seeds, report = make_seeds(folder), Report()
     contents = [path.read_bytes() for path in seeds]
@@ -117,7 +119,7 @@ def fuzz(files: range, seed: int, timeout: float, folder: Path, keep: Path | Non
         target.write_bytes(mutated)
         start = time.monotonic()
         try:
-            outcome = read_frames(target, 4, timeout=timeout)
+            outcome = read_frames(target, 4, timeout=timeout, on_damage=on_damage)
             assert outcome.frames.dtype == np.uint8 and 1 <= len(outcome.frames) <= 4
             report.outcomes["frames"] += 1
         except VideoError as error:
