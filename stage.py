@@ -40,8 +40,8 @@ from model.vision_tower import VisionTower
 from trainer.config import TrainConfig, run_flag
 from trainer.distributed import World, setup
 from trainer.dry_run import dry_run
-from trainer.engine import train
-from trainer.interrupt import obey_training_alone
+from trainer.engine import fit
+from trainer.interrupt import ignore_signals_in_worker
 
 local_flag = partial(flag, scope="process")  # each machine may have its own folders
 
@@ -209,7 +209,7 @@ def train_stage(config: StageConfig, start: Path, load: Load, world: World) -> d
     if config.dry_run:
         return dry_run(model, loader(config.data_path, visuals.train, False), config, world)
     train_loader = loader(config.data_path, visuals.train, True)
-    return train(model, train_loader, val_loader, config, world, save, lineage)
+    return fit(model, train_loader, val_loader, config, world, save, lineage)
 
 
 def open_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -363,7 +363,7 @@ def make_loader(
         batch_sampler=batches,
         collate_fn=partial(collate, pad_id=pad_id),
         num_workers=config.num_workers,
-        worker_init_fn=obey_training_alone,
+        worker_init_fn=ignore_signals_in_worker,
         persistent_workers=training and config.num_workers > 0,
         pin_memory=world.device.type == "cuda",
     )

@@ -51,7 +51,7 @@ from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
 from trainer.config import TrainConfig
 from trainer.dry_run import peak_memory
-from trainer.engine import loss_of
+from trainer.engine import compute_loss
 from trainer.optim import Optimizers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -222,10 +222,10 @@ def one_step(model, optimizers, config, device, way: Way, batch: dict, timed: bo
         if way.pad_to:
             loss = padded_loss(model, batch, way.pad_to, config, device)
         else:
-            loss = loss_of(model, batch, config, device)
+            loss = compute_loss(model, batch, config.dtype, device)
         (loss / batch["supervised_tokens"]).backward()
-        optimizers.unscale_and_clip(scaler, config.grad_clip)
-        optimizers.step(scaler)
+        norm = optimizers.clip_gradients(scaler, config.grad_clip)
+        optimizers.step(scaler, norm)
         optimizers.zero_grad()
 
     _, wall, cpu = clock(step, device)

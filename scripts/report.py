@@ -20,7 +20,7 @@ from matplotlib import font_manager
 
 from dataset.scoring import format_table
 from dataset.video import read_frames
-from trainer.curves import draw_curves, read_rows
+from trainer.logger import draw_curves, read_rows
 
 PACKAGES = ("torch", "transformers", "tokenizers", "av", "numpy")
 CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Zen Hei", "PingFang SC", "SimHei")

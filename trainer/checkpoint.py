@@ -1,6 +1,6 @@
-"""The training state on disk: written whole or not at all, and continued only by the same run.
+"""The training state on disk: written whole or not at all, and resumed only by the same run.
 
-A run's states are `state-<update>-<checksum>.pt` in its folder, the newest `--keep_last` of them.
+A run's states are `state-<step>-<checksum>.pt` in its folder, the newest `--keep_last` of them.
 The checksum stands in the name, so that one rename makes a state and what vouches for it appear
 together; a file that no longer fits its name is passed over for the one before.
 """
@@ -17,7 +17,7 @@ import torch
 NAME = re.compile(r"state-(\d{8})-([0-9a-f]{16})\.pt")
 
 
-class _Sink:
+class _HashingFile:
     """A file that hashes what is written to it, and remembers why a write failed: torch.save tells
     of a full disk by a RuntimeError about positions."""
 
@@ -37,8 +37,8 @@ class _Sink:
         self.file.flush()
 
 
-def save_state(folder: Path, state: dict[str, Any], keep: int) -> Path:
-    """Writes the state of update `state["step"]`, then drops all but the last `keep` ones.
+def save_state(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Writes the state after `step`, then drops all but the last `keep` ones.
 
     Raises OSError if it can't be written; the states before it stand as they were.
     """
@@ -46,29 +46,39 @@ def save_state(folder: Path, state: dict[str, Any], keep: int) -> Path:
     temporary = folder / "state.tmp"  # one name: a kill in mid-write leaves one such file, not many
     try:
         with open(temporary, "wb") as file:
-            sink = _Sink(file)
+            hashing = _HashingFile(file)
             try:
-                torch.save(state, sink)
+                torch.save(state, hashing)
             except RuntimeError:
-                raise sink.error or OSError(f"{temporary}: can't be written") from None
+                raise hashing.error or OSError(f"{temporary}: can't be written") from None
             file.flush()
             os.fsync(file.fileno())
-        name = f"state-{state['step']:08d}-{sink.digest.hexdigest()[:16]}.pt"
-        os.replace(temporary, folder / name)
+        path = folder / f"state-{step:08d}-{hashing.digest.hexdigest()[:16]}.pt"
+        os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(folder)  # else a power cut could take the rename back
-    forget_after(folder, state["step"] - 1, but=folder / name)
-    for path in list_states(folder)[keep:]:
-        path.unlink()
-    return folder / name
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # else a power cut could take the rename back
+    finally:
+        os.close(descriptor)
+    for other in list_states(folder):
+        if step_of(other) >= step and other != path:
+            other.unlink()
+    for other in list_states(folder)[keep:]:
+        other.unlink()
+    return path
 
 
-def forget_after(folder: Path, step: int, but: Path | None = None) -> None:
-    """Removes the states after update `step`: the run started over, or from an earlier one."""
+def remove_leftovers(folder: Path, weights_path: Path, step: int) -> None:
+    """Removes the states after `step`, as the run starts over or resumes from an earlier one, and
+    what a kill in mid-write left of the weights."""
     for path in list_states(folder):
-        if step_of(path) > step and path != but:
+        if step_of(path) > step:
+            path.unlink()
+    for suffix in ("pth", "json"):
+        for path in weights_path.parent.glob(f".{weights_path.stem}.{suffix}.*"):
             path.unlink()
 
 
@@ -95,17 +105,14 @@ def find_state(folder: Path, resume: str, identity: dict[str, Any]) -> dict[str,
     """The state that `--resume` asks for; None to start from the beginning.
 
     `identity` names what the run is (settings, data, first weights). A state of another run raises
-    ValueError that lists the differences: going on silently would train something that neither
-    command line describes. So does a run whose states are all damaged.
+    ValueError that lists the differences: to resume it would train something that neither command
+    line describes. So does a run whose states are all damaged.
     """
     if resume == "never":
         return None
-    if resume != "auto":
-        paths = [Path(resume)]
-        if not paths[0].is_file():
-            raise ValueError(f"--resume {resume}: no such file; give auto, never or a state-….pt")
-    else:
-        paths = list_states(folder)
+    paths = list_states(folder) if resume == "auto" else [Path(resume)]
+    if resume != "auto" and not paths[0].is_file():
+        raise ValueError(f"--resume {resume}: no such file; give auto, never or a state-….pt")
     for path in paths:
         if is_whole(path):
             break
@@ -125,15 +132,7 @@ def find_state(folder: Path, resume: str, identity: dict[str, Any]) -> dict[str,
     if differences:
         raise ValueError(
             f"{path} belongs to another run:\n" + "\n".join(differences) + "\n"
-            "Give the same settings to go on, --resume never to start over, or another --run_name."
+            "Give the same settings to resume it, --resume never to start over, or another "
+            "--run_name."
         )
     return state
-
-
-def sync_folder(folder: Path) -> None:
-    """Has the folder's names written to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

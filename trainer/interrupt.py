@@ -1,4 +1,4 @@
-"""A wish to stop: SIGTERM (Slurm's preemption), Ctrl-C or a lost terminal, between updates."""
+"""A request to stop: SIGTERM (Slurm's preemption), Ctrl-C or a lost terminal, between two steps."""
 
 import os
 import signal
@@ -8,13 +8,13 @@ import time
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 # torchrun passes Ctrl-C on to processes that may have had it from the terminal already: what comes
-# within these seconds is the same wish, what comes later is impatience.
-SECONDS_OF_ONE_WISH = 3.0
+# within these seconds is the same request, what comes later is impatience.
+SECONDS_OF_ONE_REQUEST = 3.0
 
 
-def obey_training_alone(worker_id: int) -> None:
-    """Has a loader's process (as its `worker_init_fn`) end when the training process says so, and
-    at nobody else's signal.
+def ignore_signals_in_worker(worker_id: int) -> None:
+    """As a loader's `worker_init_fn`: its process ends when the training process says so, and at
+    nobody else's signal.
 
     torchrun and Slurm signal every process of a job. A loader's process that dies of it raises an
     error in the training process, at whatever line that is, before anything is saved.
@@ -33,22 +33,22 @@ def _wait_for_parent(parent: int) -> None:
 class StopRequest:
     """As a context, turns the signals into `signum`, which the training loop looks at."""
 
-    def __init__(self, loud: bool):
-        self.loud, self.pid = loud, os.getpid()
+    def __init__(self, verbose: bool):
+        self.verbose, self.pid = verbose, os.getpid()
         self.signum: int | None = None
         self.since = 0.0
-        self.before: dict[int, object] = {}
+        self.previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             for signum in SIGNALS:
                 # nohup has the process ignore SIGHUP: leave it so.
                 if signal.getsignal(signum) is not signal.SIG_IGN:
-                    self.before[signum] = signal.signal(signum, self._hear)
+                    self.previous[signum] = signal.signal(signum, self._handle)
         return self
 
     def __exit__(self, *error) -> None:
-        for signum, handler in self.before.items():
+        for signum, handler in self.previous.items():
             signal.signal(signum, handler)
 
     def came(self, within: float = 0.0) -> bool:
@@ -58,13 +58,13 @@ class StopRequest:
             time.sleep(0.01)
         return self.signum is not None
 
-    def _hear(self, signum: int, frame) -> None:
+    def _handle(self, signum: int, frame) -> None:
         if os.getpid() != self.pid:
             return  # a loader's worker: the training process tells it when to end
         if self.signum is None:
             self.signum, self.since = signum, time.monotonic()
-            if self.loud:  # not print: the signal may have come in the middle of one
+            if self.verbose:  # not print: the signal may have come in the middle of one
                 name = signal.Signals(signum).name
-                os.write(2, f"\n{name}: saving after this update, then leaving\n".encode())
-        elif signum == signal.SIGINT and time.monotonic() - self.since > SECONDS_OF_ONE_WISH:
+                os.write(2, f"\n{name}: saving after this step, then leaving\n".encode())
+        elif signum == signal.SIGINT and time.monotonic() - self.since > SECONDS_OF_ONE_REQUEST:
             raise KeyboardInterrupt

@@ -1,6 +1,10 @@
-"""What a run tells: progress bar, metrics.jsonl, quarantine.jsonl, curves.png and, if asked, a
-tracker."""
+"""What a run reports: progress bar, metrics.jsonl, quarantine.jsonl, curves.png and, if asked, a
+tracker. The curves of several runs beside each other:
 
+    python -m trainer.logger out/sft_videolm_512 out/pretrain_videolm_512 --output curves.png
+"""
+
+import argparse
 import dataclasses
 import json
 import math
@@ -13,37 +17,35 @@ from typing import Any
 from tqdm import tqdm
 
 from trainer.config import TrainConfig
-from trainer.curves import draw_curves, read_rows
 from trainer.trackers import open_tracker
 
 
-class Journal:
+class MetricsLogger:
     """Counts on every process (the sums it is given are global), but only the main one writes.
 
-    before: the `state()` of the run that goes on here; None for one that begins.
+    state: the `state_dict()` of the run that is resumed; None for one that starts. Raises
+    ValueError where the run's folder can't be made, OSError where a line can't be written.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        active: bool,
+        is_main: bool,
         first_step: int,
         total_steps: int,
-        before: dict[str, Any] | None = None,
+        state: dict[str, Any] | None = None,
     ):
-        self.config, self.active = config, active
+        self.config, self.is_main = config, is_main
         self.folder = Path(config.out_dir) / config.run_name
         self.metrics_path = self.folder / "metrics.jsonl"
         self.quarantine_path = self.folder / "quarantine.jsonl"
         self.sums = dict.fromkeys(("loss", "supervised", "real", "padded", "waited"), 0.0)
-        self.window_before = self.seconds_before = self.cpu_before = 0.0
-        if before:
-            self.sums = before["sums"]
-            self.window_before = before["window_seconds"]
-            self.seconds_before, self.cpu_before = before["seconds"], before["cpu_seconds"]
+        self.earlier = dict.fromkeys(("window_seconds", "seconds", "cpu_seconds"), 0.0)
+        if state:
+            self.sums, self.earlier = dict(state["sums"]), dict(state["earlier"])
         self.quarantined: set[tuple] = set()
         self.tracker = None
-        if active:
+        if is_main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -51,76 +53,60 @@ class Journal:
                     f"--out_dir {config.out_dir}: {self.folder} can't be made ({error.strerror}); "
                     "give a folder that may be written"
                 ) from None
-            told = self._take_up(first_step)
+            last_logged = self._truncate_for_resume(first_step)
             name = "wandb" if config.use_wandb else config.tracker
             if name != "none":
-                self.tracker = open_tracker(
-                    name,
-                    self.folder,
-                    config.run_name,
-                    config.wandb_project,
-                    dataclasses.asdict(config),
-                    config.tracker_offline,
-                    first_step,
-                    told,
-                )
+                settings = dataclasses.asdict(config)
+                self.tracker = open_tracker(name, self.folder, settings, first_step, last_logged)
         self.bar = tqdm(
             total=total_steps,
             initial=first_step,
             desc=config.run_name,
-            disable=not active,
+            disable=not is_main,
             mininterval=1,
         )
         self.started, self.cpu_started = time.perf_counter(), cpu_seconds()
-        self.open_window()
+        self.restart_window()
 
-    def _take_up(self, first_step: int) -> int:
-        """Keeps what the updates before `first_step` wrote; returns the last update that any line
-        was about, 0 if the run begins.
+    def _truncate_for_resume(self, first_step: int) -> int:
+        """Keeps what the steps before `first_step` wrote; returns the last step that any line was
+        about, 0 if the run starts.
 
-        An interrupted run may have logged more updates than its last checkpoint holds; those are
+        An interrupted run may have logged more steps than its last checkpoint holds; those are
         trained again, so their lines go.
         """
-        told = 0
+        last_logged = 0
         for path in (self.metrics_path, self.quarantine_path):
             rows = read_rows(path)
-            told = max([told, *(row.get("step", 0) for row in rows)])
+            last_logged = max([last_logged, *(row.get("step", 0) for row in rows)])
             # An undecodable file is met again where it was met first: its line may stand.
             kept = [row for row in rows if first_step and row.get("step", 0) <= first_step]
-            _rewrite(path, kept)
             if path == self.quarantine_path:
                 self.quarantined = {_key(record) for record in kept}
-        return told if first_step else 0
+            if kept:
+                temporary = path.with_name(f".{path.name}")
+                temporary.unlink(missing_ok=True)
+                _append(temporary, kept)
+                os.replace(temporary, path)
+            else:
+                path.unlink(missing_ok=True)
+        return last_logged if first_step else 0
 
-    def open_window(self) -> None:
+    def restart_window(self) -> None:
         """The time of a validation or a save isn't taken for training time."""
-        self.window_began = time.perf_counter()
+        self.window_started = time.perf_counter()
 
-    def state(self) -> dict[str, Any]:
-        """What the journal of a resumed run has to know, in the middle of a window too."""
-        return {
-            "sums": dict(self.sums),
-            "window_seconds": self._window_seconds() if any(self.sums.values()) else 0.0,
-            "seconds": self._seconds(),
-            "cpu_seconds": self._cpu_seconds(),
-        }
-
-    def sync(self) -> None:
-        """Has the lines on the disk before a state that relies on them."""
-        for path in (self.metrics_path, self.quarantine_path):
-            if self.active and path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-
-    def count(self, **values: float) -> None:
-        """One update's sums of loss, tokens (supervised, real, with padding), seconds waited."""
-        for name, value in values.items():
-            self.sums[name] += value
+    def count_step(self, stats: Any, waited: float) -> None:
+        """Adds one step's StepStats and the seconds that it waited for data."""
+        self.sums["loss"] += stats.loss * stats.supervised
+        for name in ("supervised", "real", "padded"):
+            self.sums[name] += getattr(stats, name)
+        self.sums["waited"] += waited
         self.bar.update()
 
-    def figures(self) -> dict[str, float]:
-        """Means over the window: the updates since the last line."""
-        seconds, sums = self._window_seconds(), self.sums
+    def window_means(self) -> dict[str, float]:
+        """Means over the window: the steps since the last line."""
+        seconds, sums = self._elapsed()["window_seconds"], self.sums
         return {
             "loss": sums["loss"] / max(1, sums["supervised"]),
             "tokens_per_second": sums["real"] / seconds,
@@ -130,49 +116,60 @@ class Journal:
 
     def log(self, row: dict[str, Any]) -> dict[str, Any]:
         """Writes the row with the run's time so far (resumed: in all), and returns it. A new
-        window begins."""
-        row = {**row, "seconds": self._seconds(), "cpu_seconds": self._cpu_seconds()}
+        window starts."""
+        elapsed = self._elapsed()
+        row = {**row, "seconds": elapsed["seconds"], "cpu_seconds": elapsed["cpu_seconds"]}
         # JSON has no NaN, and float16's scaler meets infinite gradients by design.
         row = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        if self.active:
+        if self.is_main:
             _append(self.metrics_path, [row])
         if self.tracker:
             self.tracker.log(row)
         waiting = f", {row['data_wait']:.0%} waiting for data"
-        self.bar.set_postfix_str(losses_of(row) + waiting, refresh=False)
+        self.bar.set_postfix_str(format_losses(row) + waiting, refresh=False)
         self.sums = dict.fromkeys(self.sums, 0.0)
-        self.window_before = 0.0
+        self.earlier["window_seconds"] = 0.0
         return row
 
-    def draw(self) -> None:
-        """Draws the curves anew."""
-        if self.active:
-            rows = read_rows(self.metrics_path)
-            draw_curves({self.config.run_name: rows}, self.folder / "curves.png")
-
-    def quarantine(self, bad: list[dict[str, Any]]) -> None:
+    def log_bad_samples(self, bad: list[dict[str, Any]]) -> None:
         """Names each undecodable sample once, however many epochs meet it."""
         fresh = {_key(record): record for record in bad if _key(record) not in self.quarantined}
-        if self.active and fresh:
+        if self.is_main and fresh:
             _append(self.quarantine_path, fresh.values())
         self.quarantined.update(fresh)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the logger of a resumed run has to know, in the middle of a window too."""
+        elapsed = self._elapsed()
+        if not any(self.sums.values()):
+            elapsed["window_seconds"] = 0.0
+        return {"sums": dict(self.sums), "earlier": elapsed}
+
+    def flush_to_disk(self) -> None:
+        """Has the lines on the disk before a state that relies on them."""
+        for path in (self.metrics_path, self.quarantine_path):
+            if self.is_main and path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+
+    def draw_curves(self) -> None:
+        if self.is_main:
+            rows = read_rows(self.metrics_path)
+            draw_curves({self.config.run_name: rows}, self.folder / "curves.png")
 
     def close(self) -> None:
         self.bar.close()
         if self.tracker:
             self.tracker.finish()
 
-    def _window_seconds(self) -> float:
-        return self.window_before + time.perf_counter() - self.window_began
-
-    def _seconds(self) -> float:
-        return self.seconds_before + time.perf_counter() - self.started
-
-    def _cpu_seconds(self) -> float:
-        return self.cpu_before + cpu_seconds() - self.cpu_started
+    def _elapsed(self) -> dict[str, float]:
+        now = time.perf_counter()
+        since = {"window_seconds": now - self.window_started, "seconds": now - self.started}
+        since["cpu_seconds"] = cpu_seconds() - self.cpu_started
+        return {name: value + self.earlier[name] for name, value in since.items()}
 
 
-def losses_of(row: dict[str, Any]) -> str:
+def format_losses(row: dict[str, Any]) -> str:
     return ", ".join(f"{name} {row[name]:.4f}" for name in ("loss", "val_loss") if row.get(name))
 
 
@@ -180,6 +177,40 @@ def cpu_seconds() -> float:
     """CPU time of this process and of its ended children (loader workers count once they end)."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of a jsonl that training wrote; a last one cut off by a kill is left out."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def draw_curves(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """One panel a run, losses over steps, as PNG; replaced at once, so a viewer never meets half
+    a picture."""
+    from matplotlib.figure import Figure  # slow to import; not pyplot: no window, no global state
+
+    figure = Figure(figsize=(5.5 * len(curves), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(curves), squeeze=False)
+    for axis, (run, rows) in zip(axes[0], curves.items(), strict=True):
+        for key, style in (("loss", {"linewidth": 1}), ("val_loss", {"marker": "o"})):
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=key, **style)
+        axis.set(title=run, xlabel="step", ylabel="loss a token")
+        if axis.lines:
+            axis.legend()
+    temporary = path.with_name(f".{path.name}")
+    try:
+        figure.savefig(temporary, dpi=110, format="png")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -192,15 +223,18 @@ def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
-    if not rows:
-        path.unlink(missing_ok=True)
-        return
-    temporary = path.with_name(f".{path.name}")
-    temporary.unlink(missing_ok=True)
-    _append(temporary, rows)
-    os.replace(temporary, path)
-
-
 def _key(record: dict[str, Any]) -> tuple:
     return tuple(record.get(name) for name in ("file", "line", "id", "path"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw the curves of runs beside each other.")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders with a metrics.jsonl")
+    parser.add_argument("--output", type=Path, default=Path("curves.png"))
+    args = parser.parse_args()
+    draw_curves({run.name: read_rows(run / "metrics.jsonl") for run in args.runs}, args.output)
+    print(args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,39 +1,33 @@
-"""Optimizers and the schedule of their rates."""
+"""AdamW, Muon beside it for the hidden matrices, and the schedule of their learning rates."""
 
 import math
+from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from device import choose_dtype
 from trainer.config import TrainConfig
-from trainer.muon import Muon
 
 # The second beta follows language-model practice: with 0.999 the noisy first gradients would
-# govern the step size for a thousand updates, which is the whole run of a small model.
+# govern the step size for a thousand steps, which is the whole run of a small model.
 ADAM_BETAS = (0.9, 0.95)
 
-# Muon orthogonalises a matrix's update, which makes sense for a map between hidden states. The
+# Muon: the quintic a x + b x³ + c x⁵ drives all singular values to about 1 in five iterations.
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_ITERATIONS = 5
+MUON_MOMENTUM = 0.95
+
+# Muon orthogonalises a matrix's step, which makes sense for a map between hidden states. The
 # embedding, the projector (the input layer of the visuals), tables of queries and the router of
 # experts (`mlp.gate`, whose outputs are scores) aren't such maps, nor are the factors of a low-rank
 # adapter (`lora_A`, `lora_B`): their product is.
 HIDDEN = {"layers", "video_summary"}
 
-Named = list[tuple[str, nn.Parameter]]
-
-
-def by_rate(named: Named, config: TrainConfig) -> list[tuple[Named, float]]:
-    """The parameters of the language model and those in front of it, each with its peak rate of
-    AdamW; one list where the rates are the same. A part that has none is left out."""
-    rate = config.learning_rate
-    other = config.projector_learning_rate or rate
-    groups: dict[float, Named] = {}
-    for name, parameter in named:
-        own = rate if name.startswith("language_model.") else other
-        groups.setdefault(own, []).append((name, parameter))
-    return [(group, rate) for rate, group in groups.items()]
-
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon may take the parameter of that name."""
     parts = name.split(".")
     return (
         parameter.ndim == 2
@@ -44,10 +38,10 @@ def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
     )
 
 
-def rate_factor(step: int, total_steps: int, warmup: int, schedule: str) -> float:
-    """Share of the peak rate at update `step` (from 0): a linear rise, then a fall towards 0.
+def learning_rate_factor(step: int, total_steps: int, warmup: int, schedule: str) -> float:
+    """Share of the peak rate at `step` (from 0): a linear rise, then a fall towards 0.
 
-    The fall would touch 0 at update `total_steps`, which doesn't come: every update counts.
+    The fall would touch 0 at `total_steps`, which doesn't come: every step counts.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -56,61 +50,63 @@ def rate_factor(step: int, total_steps: int, warmup: int, schedule: str) -> floa
 
 
 class Optimizers:
-    """AdamW alone, or Muon for the hidden matrices beside it, behind one set of calls."""
+    """AdamW alone, or with Muon for the hidden matrices, behind one set of calls."""
 
     def __init__(self, model: nn.Module, config: TrainConfig):
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         assert named, "no parameter is trainable"
-        muon = [p for n, p in named if config.optimizer == "muon" and is_hidden_matrix(n, p)]
-        chosen = {id(p) for p in muon}
-        decayed = [(n, p) for n, p in named if id(p) not in chosen and p.ndim >= 2]
-        plain = [(n, p) for n, p in named if p.ndim < 2]  # norms, biases: decay would only hurt
-        groups = [
-            {"params": [p for _, p in group], "weight_decay": decay, "lr": rate}
-            for whole, decay in ((decayed, config.weight_decay), (plain, 0.0))
-            for group, rate in by_rate(whole, config)
-        ]
+        projector_rate = config.projector_learning_rate or config.learning_rate
+        hidden: list[nn.Parameter] = []
+        groups: dict[tuple[bool, float], list[nn.Parameter]] = defaultdict(list)
+        for name, p in named:
+            if config.optimizer == "muon" and is_hidden_matrix(name, p):
+                hidden.append(p)
+                continue
+            rate = config.learning_rate if name.startswith("language_model.") else projector_rate
+            groups[p.ndim >= 2, rate].append(p)  # norms and biases: decay would only hurt
 
         self.parameters = [p for _, p in named]
         self.members: list[torch.optim.Optimizer] = []
         if groups:
-            self.members.append(
-                torch.optim.AdamW(
-                    groups,
-                    betas=ADAM_BETAS,
-                    fused=True,  # one kernel for all tensors: the loop over them costs on a CPU
-                )
-            )
-        if muon:
-            self.members.append(
-                Muon(muon, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
-            )
-        self.peaks = [[group["lr"] for group in member.param_groups] for member in self.members]
-        self.description = ", ".join(
-            f"{label} {sum(p.numel() for p in group):,} parameters in {len(group)} tensors"
-            for label, group in (
-                ("Muon", muon),
-                ("AdamW with decay", [p for _, p in decayed]),
-                ("AdamW without", [p for _, p in plain]),
-            )
-            if group
+            param_groups = [
+                {"params": group, "weight_decay": config.weight_decay * decays, "lr": rate}
+                for (decays, rate), group in groups.items()
+            ]
+            # fused: one kernel for all tensors; the loop over them costs on a CPU too.
+            self.members.append(torch.optim.AdamW(param_groups, betas=ADAM_BETAS, fused=True))
+        if hidden:
+            self.members.append(Muon(hidden, config.muon_learning_rate, config.weight_decay))
+        for group in self._groups():
+            group["peak_lr"] = group["lr"]
+        self.description = "; ".join(
+            f"{type(member).__name__}: {sum(p.numel() for p in group['params']):,} parameters in "
+            f"{len(group['params'])} tensors, lr {group['lr']:g}, decay {group['weight_decay']:g}"
+            for member in self.members
+            for group in member.param_groups
         )
 
-    def set_rates(self, factor: float) -> None:
-        for member, peaks in zip(self.members, self.peaks, strict=True):
-            for group, peak in zip(member.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
+    def set_learning_rates(self, factor: float) -> None:
+        """Each group's rate becomes that share of its peak."""
+        for group in self._groups():
+            group["lr"] = group["peak_lr"] * factor
 
-    def unscale_and_clip(self, scaler: torch.amp.GradScaler, largest: float) -> torch.Tensor:
-        """Clips the gradients of all members together; returns their norm before clipping."""
+    def clip_gradients(self, scaler: torch.amp.GradScaler, max_norm: float) -> float:
+        """Clips the gradients of all members together (0: not at all); returns their norm before.
+
+        With float16 they are divided by the loss's scale first.
+        """
         for member in self._with_gradients():
             scaler.unscale_(member)
-        return nn.utils.clip_grad_norm_(self.parameters, largest or math.inf)
+        return nn.utils.clip_grad_norm_(self.parameters, max_norm or math.inf).item()
 
-    def step(self, scaler: torch.amp.GradScaler) -> None:
-        for member in self._with_gradients():
+    def step(self, scaler: torch.amp.GradScaler, grad_norm: float) -> None:
+        """Moves the weights, unless a float16 gradient overflowed: then no member moves, since
+        clipping by an infinite norm has made zeros or NaN of the other gradients too."""
+        members = self._with_gradients()
+        for member in members if math.isfinite(grad_norm) else ():
             scaler.step(member)
-        scaler.update()
+        if members:
+            scaler.update()
 
     def zero_grad(self) -> None:
         for parameter in self.parameters:
@@ -123,6 +119,9 @@ class Optimizers:
         for member, state in zip(self.members, states, strict=True):
             member.load_state_dict(state)
 
+    def _groups(self) -> list[dict]:
+        return [group for member in self.members for group in member.param_groups]
+
     def _with_gradients(self) -> list[torch.optim.Optimizer]:
         """A text-only batch under a frozen language model has none; the scaler would object."""
         return [
@@ -130,3 +129,65 @@ class Optimizers:
             for member in self.members
             if any(p.grad is not None for group in member.param_groups for p in group["params"])
         ]
+
+
+class Muon(torch.optim.Optimizer):
+    """For matrices between hidden states: momentum (Nesterov's), made orthogonal.
+
+    A step moves a matrix of R rows and C columns by `lr · √max(1, R/C)` times a nearly orthogonal
+    matrix, and shrinks it by `lr · weight_decay`. It computes what torch.optim.Muon does, which
+    takes every matrix alone and always in bfloat16: where a CPU has to emulate that, it was 80 % of
+    a step. Here matrices of one shape go together, in a type that the device has.
+
+    Source: Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024),
+    https://kellerjordan.github.io/posts/muon/. Raises ValueError for what isn't a matrix.
+    """
+
+    def __init__(self, params: Iterable, lr: float, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.ndim != 2:
+                    raise ValueError(f"Muon is for matrices; one parameter has shape {p.shape}")
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape[p.shape, p.device].append(p)
+            for (shape, _), params in by_shape.items():
+                grads, momenta = [p.grad for p in params], [self._momentum(p) for p in params]
+                torch._foreach_lerp_(momenta, grads, 1 - MUON_MOMENTUM)
+                steps = orthogonalise(
+                    torch.stack(torch._foreach_lerp(grads, momenta, MUON_MOMENTUM))
+                )
+                rate = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, steps.unbind(), alpha=-rate)
+
+    def _momentum(self, parameter: nn.Parameter) -> Tensor:
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        return state["momentum"]
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """(N, R, C) → the same shape: each matrix with all its singular values near 1 (0.7 to 1.2).
+
+    Newton-Schulz iteration on the wide form, in the arithmetic that the device is fastest in:
+    the result needs no more than bfloat16's three digits.
+    """
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
+    tall = matrices.size(1) > matrices.size(2)
+    x = matrices.mT if tall else matrices
+    x = x.to(getattr(torch, choose_dtype("auto", matrices.device)))
+    if x.dtype == torch.float16:  # squares of squares leave its range
+        x = x.float()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(NEWTON_SCHULZ_ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)

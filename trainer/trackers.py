@@ -1,8 +1,7 @@
 """Where the lines of metrics go besides the run's own folder: `--tracker`.
 
-Each tracker is imported when it is chosen and not before; none but wandb is in requirements.txt.
-A run keeps one id for the tracker (in tracker.json), so that a resumed run goes on in the same
-curve there.
+Each tracker is imported when it is chosen and not before. A run keeps one id for each of them (in
+tracker.json), so that a resumed run continues the same curve there.
 """
 
 import importlib
@@ -23,15 +22,15 @@ class Tracker:
     name: str
     log_row: Callable[[dict[str, float], int], Any]
     finish_run: Callable[[], Any]
-    told: int = 0  # the last update that it has heard of
+    last_logged: int = 0  # the last step that it has
     alive: bool = True
 
     def log(self, row: dict[str, Any]) -> None:
-        """One line, once: a line that is made again after a kill was told before."""
-        if row["step"] > self.told:
+        """Each line once: one that is made again after a kill was sent before."""
+        if row["step"] > self.last_logged:
             figures = {name: value for name, value in row.items() if value is not None}
             self._try(self.log_row, figures, row["step"])
-            self.told = row["step"]
+            self.last_logged = row["step"]
 
     def finish(self) -> None:
         self._try(self.finish_run)
@@ -49,51 +48,43 @@ class Tracker:
 
 
 def open_tracker(
-    name: str,
-    folder: Path,
-    run_name: str,
-    project: str,
-    settings: dict[str, Any],
-    offline: bool,
-    first_step: int,
-    told: int,
+    name: str, folder: Path, settings: dict[str, Any], first_step: int, last_logged: int
 ) -> Tracker:
-    """The tracker's run for a training that begins (0) or goes on at update `first_step`.
+    """The tracker's run for a training that starts, or resumes at `first_step`.
 
-    told: the last update whose line it got, before a kill perhaps. ValueError, with the command
-    that mends it, if the tracker isn't installed.
+    settings: the training's flags; last_logged: the last step whose line it got, before a kill
+    perhaps. Raises ValueError, with the command that fixes it, if the tracker isn't installed.
     """
-    run_id = _run_id(folder / "tracker.json", name, keep=told > 0)
-    shared = {"project": project, "config": settings, "id": run_id, "resume": "allow"}
+    project, run_name = settings["wandb_project"], settings["run_name"]
+    run_id = _run_id(folder / "tracker.json", name, keep=last_logged > 0)
+    shared = {"project": project, "config": settings, "resume": "allow"}
+    # None: online, or as the tracker's own environment variable says.
+    online = {"id": run_id, "mode": "offline" if settings["tracker_offline"] else None}
+    module = _import("torch.utils.tensorboard" if name == "tensorboard" else name, name)
     if name == "wandb":
-        mode = "offline" if offline else None  # None: as WANDB_MODE says
-        run = _import("wandb").init(name=run_name, dir=folder, mode=mode, **shared)
-        return Tracker(name, lambda row, step: run.log(row, step=step), run.finish, told)
+        run = module.init(name=run_name, dir=folder, **shared, **online)
+        return Tracker(name, lambda row, step: run.log(row, step=step), run.finish, last_logged)
     if name == "swanlab":
-        swanlab = _import("swanlab")
-        mode = "offline" if offline else None
         logs = str(folder / "swanlab")
-        swanlab.init(experiment_name=run_name, logdir=logs, mode=mode, **shared)
-        return Tracker(name, lambda row, step: swanlab.log(row, step=step), swanlab.finish, told)
-    if name == "trackio":  # local always; its dashboard is `trackio show`
-        trackio = _import("trackio")
-        trackio.init(project=project, name=f"{run_name}-{run_id}", config=settings, resume="allow")
-        return Tracker(name, lambda row, step: trackio.log(row, step=step), trackio.finish, told)
-    assert name == "tensorboard", name
-    writer = _import("torch.utils.tensorboard", "tensorboard").SummaryWriter(
-        str(folder / "tensorboard"), purge_step=first_step + 1 if told else None
-    )
+        module.init(experiment_name=run_name, logdir=logs, **shared, **online)
+    elif name == "trackio":  # local always; its dashboard is `trackio show`
+        module.init(name=f"{run_name}-{run_id}", **shared)
+    else:
+        # What is purged is logged again: the steps after the one that the run resumes at.
+        purge_step = first_step + 1 if last_logged else None
+        writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
 
-    def log_row(row: dict[str, float], step: int) -> None:
-        for key, value in row.items():
-            writer.add_scalar(key, value, step)
-        writer.flush()
+        def log_row(row: dict[str, float], step: int) -> None:
+            for key, value in row.items():
+                writer.add_scalar(key, value, step)
+            writer.flush()
 
-    return Tracker(name, log_row, writer.close, told=first_step)  # what was purged is told anew
+        return Tracker(name, log_row, writer.close, first_step)
+    return Tracker(name, lambda row, step: module.log(row, step=step), module.finish, last_logged)
 
 
 def _run_id(path: Path, name: str, keep: bool) -> str:
-    """The id that the run has had with this tracker; a new one for a run that begins."""
+    """The id that the run has had with this tracker; a new one for a run that starts."""
     ids = json.loads(path.read_text(encoding="utf-8")) if keep and path.is_file() else {}
     if name not in ids:
         ids[name] = secrets.token_hex(4)
@@ -101,11 +92,10 @@ def _run_id(path: Path, name: str, keep: bool) -> str:
     return ids[name]
 
 
-def _import(module: str, package: str | None = None):
+def _import(module: str, package: str):
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = package or module
         raise ValueError(
             f"--tracker {package} needs a package that isn't here: pip install {package} ({error})"
         ) from None

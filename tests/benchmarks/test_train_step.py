@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from benchmarks import train_step
 from trainer.config import TrainConfig
-from trainer.engine import loss_of
+from trainer.engine import compute_loss
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def test_useful_operations_are_those_of_a_step_without_padding(tokenizer, share)
     assert batch["padded_tokens"] == batch["real_tokens"]
     model = train_step.make_model(dim=64, n_layers=2)
     with FlopCounterMode(display=False) as counter:
-        loss_of(model, batch, TrainConfig(dtype="float32"), torch.device("cpu")).backward()
+        compute_loss(model, batch, "float32", torch.device("cpu")).backward()
     # The counter doesn't know attention on a CPU: here its pairs are counted one by one.
     segments = batch["inputs"].get("segment_ids", torch.zeros_like(batch["inputs"]["input_ids"]))[0]
     pairs = sum(
@@ -52,4 +52,6 @@ def test_padding_to_a_length_gives_the_loss_of_the_rows_themselves(tokenizer):
     model, config = train_step.make_model(64, 2), TrainConfig(dtype="float32")
     device = torch.device("cpu")
     padded = train_step.padded_loss(model, batch, 512, config, device)
-    assert padded.item() == pytest.approx(loss_of(model, batch, config, device).item(), rel=1e-5)
+    assert padded.item() == pytest.approx(
+        compute_loss(model, batch, config.dtype, device).item(), rel=1e-5
+    )

@@ -28,7 +28,7 @@ import torch
 from cli import launch
 from dataset.feature_store import FeatureStore
 from trainer.checkpoint import list_states, step_of
-from trainer.curves import read_rows
+from trainer.logger import read_rows
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "model/text_tokenizer"
 CLIPS, FRAMES, TOKENS, WIDTH = 40, 2, 5, 16
@@ -144,7 +144,7 @@ def run_killed(
             while any(process.is_alive() for process in team):
                 text = log.read_bytes()[said:].decode(errors="replace")
                 if before is None and f" to {updates}" in text:
-                    before = int(text.split(f" to {updates}")[0].rsplit("updates ")[-1])
+                    before = int(text.split(f" to {updates}")[0].rsplit("steps ")[-1])
                 if before is not None and last_update(run) >= before + ahead:
                     break
                 time.sleep(0.01)

@@ -196,8 +196,8 @@ def interrupt(monkeypatch, after: int) -> None:
     """Has the run that comes break off after so many optimizer steps."""
     steps = []
 
-    def interrupted(self, scaler, step=Optimizers.step):
-        step(self, scaler)
+    def interrupted(*arguments, step=Optimizers.step):
+        step(*arguments)
         steps.append(1)
         if len(steps) == after:
             raise KeyboardInterrupt
@@ -224,7 +224,7 @@ def test_an_interrupted_run_goes_on_exactly(monkeypatch, capsys, flags):
     command(train_sft, f"{flags} --run_name resumed --save_interval 3")
     # Each better validation is a state too.
     begun = 5 if "patience" in flags else 3
-    assert f"updates {begun} to" in capsys.readouterr().out
+    assert f"steps {begun} to" in capsys.readouterr().out
     assert changed("whole", "resumed") == set() != changed("start", "whole")
     whole, resumed = metrics("whole"), metrics("resumed")
     assert [row["step"] for row in resumed] == list(range(1, len(whole) + 1))
@@ -244,7 +244,7 @@ def test_patience_keeps_the_best_and_stops(capsys):
     assert json.loads(Path("out/pretrain_videolm_32.json").read_text())["step"] == best
     said = capsys.readouterr().out
     assert f"3 validations without a val_loss under {min(losses):.4f}" in said
-    assert f"weights of update {best} in" in said
+    assert f"weights of step {best} in" in said
 
     command(train_pretrain, f"{flags} --patience 3 --log_interval 100")
     assert "already finished" in capsys.readouterr().out
@@ -257,17 +257,17 @@ def test_a_dry_run_tells_what_the_run_will_cost_and_writes_nothing(capsys):
     figures = command(train_pretrain, f"{RANDOM} --dry_run --epochs 10 --val_path data.jsonl")
     said = capsys.readouterr().out
     assert not Path("out").exists()
-    assert figures["updates"] == 20 and 0 <= figures["padding"] < 0.5 and figures["seconds"] > 0
+    assert figures["steps"] == 20 and 0 <= figures["padding"] < 0.5 and figures["seconds"] > 0
     assert figures["tokens_per_second"] > 0 and figures["memory_mb"] > 100
     assert f"{figures['trainable']:,} learn" in said and "0 h 1 min, without validation" in said
     assert "weights" not in said and "in /tmp" not in said
     full = command(train_pretrain, f"{RANDOM} --epochs 10")  # it took nothing of the run away
     assert full["step"] == 20
-    # An epoch of two micro-batches is one update, however many might be accumulated.
+    # An epoch of two micro-batches is one step, however many might be accumulated.
     command(train_pretrain, f"{RANDOM} --dry_run")
-    tokens = re.search("2 updates of about (\\d+) tokens", capsys.readouterr().out)[1]
+    tokens = re.search("2 steps of about (\\d+) tokens", capsys.readouterr().out)[1]
     command(train_pretrain, f"{RANDOM} --dry_run --accumulation_steps 99")
-    assert f"1 updates of about {2 * int(tokens)} tokens" in capsys.readouterr().out
+    assert f"1 steps of about {2 * int(tokens)} tokens" in capsys.readouterr().out
 
 
 def test_compile_takes_each_layer_once(monkeypatch):
@@ -317,7 +317,7 @@ def test_every_flag_of_training_changes_what_comes_out():
 
 def test_a_run_that_ends_within_its_warm_up_is_told(capsys):
     command(train_pretrain, f"{RANDOM} --warmup_iters 2")
-    assert "never reaches its rates: lower --warmup_iters 2" in capsys.readouterr().out
+    assert "never reaches its learning rates: lower --warmup_iters 2" in capsys.readouterr().out
     command(train_pretrain, f"{RANDOM} --warmup_iters 1 --run_name shorter")
     assert "warm-up" not in capsys.readouterr().out
 

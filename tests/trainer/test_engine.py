@@ -20,8 +20,8 @@ from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
 from trainer.config import TrainConfig
 from trainer.distributed import World, setup
-from trainer.engine import TrainingStopped, train
-from trainer.optim import Optimizers, rate_factor
+from trainer.engine import TrainingStopped, fit
+from trainer.optim import Optimizers, learning_rate_factor
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "model/text_tokenizer"
 TOKENS, WIDTH = 5, 16  # of a frame's features
@@ -83,7 +83,7 @@ def run(model, loader, val_loader=None, world=None, **settings):
     config = TrainConfig(**{"dtype": "float32", "log_interval": 1, **settings})
     save = lambda path, meta: torch.save(model.state_dict(), path)  # noqa: E731
     lineage = {"data": "made up"}
-    return train(
+    return fit(
         model, loader, val_loader, config, world or World(torch.device("cpu")), save, lineage
     )
 
@@ -284,12 +284,12 @@ def test_validation_loss_does_not_depend_on_batches(workplace):
 def test_a_validation_that_can_not_be_read_is_told_and_ends_nothing(workplace, capsys):
     last = run(make_model(), make_loader(["a"], 1), make_loader(["broken"], 1))
     assert "no sample of the validation can be read" in capsys.readouterr().out
-    assert "val_loss" not in last and Path("out/run.pth").is_file()
+    assert last["val_loss"] is None and Path("out/run.pth").is_file()
     assert [bad["id"] for bad in rows(file="quarantine.jsonl")] == ["s0"]
 
 
 def test_schedules():
-    factors = partial(rate_factor, total_steps=12, warmup=3)
+    factors = partial(learning_rate_factor, total_steps=12, warmup=3)
     linear = [factors(step, schedule="linear") for step in range(12)]
     assert linear[:4] == [0.25, 0.5, 0.75, 1.0]
     assert linear[3:] == pytest.approx([1 - i / 9 for i in range(9)])
@@ -302,7 +302,7 @@ def test_schedules():
 def test_rates_reach_both_optimizers():
     config = TrainConfig(optimizer="muon", learning_rate=1e-3, muon_learning_rate=0.02)
     optimizers = Optimizers(make_model(), config)
-    optimizers.set_rates(0.5)
+    optimizers.set_learning_rates(0.5)
     assert [g["lr"] for m in optimizers.members for g in m.param_groups] == [5e-4, 5e-4, 0.01]
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -19,9 +20,10 @@ import torch
 from tests.stress import kills
 from tests.trainer import toy_training
 from trainer.checkpoint import list_states, save_state
-from trainer.curves import draw_curves, read_rows
+from trainer.config import TrainConfig
 from trainer.distributed import World, setup
 from trainer.engine import StoppedBySignal, TrainingStopped
+from trainer.logger import draw_curves, read_rows
 from trainer.trackers import Tracker, open_tracker
 
 TOY = Path(toy_training.__file__)
@@ -75,7 +77,7 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(monkeypatch, capsys):
     newest.write_bytes(newest.read_bytes()[:-5] + b"wrong")
     toy("out")
     said = capsys.readouterr()
-    assert f"warning: {newest} is damaged" in said.err and "updates 6 to 24" in said.out
+    assert f"warning: {newest} is damaged" in said.err and "steps 6 to 24" in said.out
     assert same("out", "whole") and states("out") == [24]
 
 
@@ -96,13 +98,13 @@ def test_an_earlier_state_can_be_named(monkeypatch):
 
 
 def test_a_write_that_fails_leaves_the_states_as_they_were(tmp_path):
-    save_state(tmp_path, {"step": 1}, keep=2)
+    save_state(tmp_path, 1, {}, keep=2)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            save_state(tmp_path, {"step": 2, "weights": torch.zeros(9999)}, keep=1)
+            save_state(tmp_path, 2, {"weights": torch.zeros(9999)}, keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -111,7 +113,7 @@ def test_a_write_that_fails_leaves_the_states_as_they_were(tmp_path):
 @pytest.mark.parametrize(
     ("limit", "said"),
     [
-        (3000, r"checkpoint of update 4 can't be written: .*File too large(.|\n)*state-00000002"),
+        (3000, r"step 4: .*File too large(.|\n)*state-00000002"),
         (100, r"File too large: 'out/run/metrics.jsonl'"),
     ],
 )
@@ -149,7 +151,7 @@ def test_a_signal_saves_and_no_line_of_metrics_is_cut(monkeypatch, capsys):
     toy("whole", *flags)
     assert harmed(monkeypatch, "term:0:7", StoppedBySignal, "out", *flags) == "143"
     said = capsys.readouterr().out
-    assert "SIGTERM: saved update 6 of 24; the same command goes on from there" in said
+    assert "SIGTERM: saved step 6 of 24; the same command resumes from there" in said
     assert states("out") == [6] and not Path("out/run/metrics.jsonl").exists()
     toy("out", *flags)
     assert same("out", "whole") and len(lines("out")) == 3
@@ -236,7 +238,7 @@ def test_torchrun_restarts_after_a_death_and_ends_as_if_there_had_been_none():
         timeout=1500,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "updates 0 to 12" in result.stdout and "updates 4 to 12" in result.stdout
+    assert "steps 0 to 12" in result.stdout and "steps 4 to 12" in result.stdout
     codes, _ = together("whole", "--epochs", "2")
     assert codes == [0, 0] and same("out", "whole")
     assert lines("out", "quarantine.jsonl") == lines("whole", "quarantine.jsonl")
@@ -260,7 +262,7 @@ def test_a_signal_to_loading_processes_too_lets_the_run_save(tmp_path):
     process.join(60)
     said = log.read_text()
     assert process.exitcode == 143, said[-2000:]
-    saved = int(re.search(r"SIGTERM: saved update (\d+) of 9999", said)[1])
+    saved = int(re.search(r"SIGTERM: saved step (\d+) of 9999", said)[1])
     assert saved == states(tmp_path / "out")[0] >= 10
     psutil.wait_procs(workers, timeout=10)
     assert not any(worker.is_running() for worker in workers)
@@ -278,7 +280,7 @@ def test_three_kills_leave_no_trace(tmp_path):
 
 def test_a_tracker_hears_each_line_once_and_may_fail(tmp_path):
     heard = []
-    tracker = Tracker("some", lambda row, step: heard.append(step), lambda: None, told=2)
+    tracker = Tracker("some", lambda row, step: heard.append(step), lambda: None, last_logged=2)
     for step in (1, 2, 3):
         tracker.log({"step": step, "loss": 1.0, "val_loss": None})
     assert heard == [3]
@@ -295,7 +297,7 @@ def test_a_tracker_hears_each_line_once_and_may_fail(tmp_path):
 def test_a_tracker_that_is_not_installed_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)  # as if it weren't there
     with pytest.raises(ValueError, match="pip install trackio"):
-        open_tracker("trackio", tmp_path, "run", "Cinego", {}, True, 0, 0)
+        open_tracker("trackio", tmp_path, asdict(TrainConfig()), 0, 0)
 
 
 def test_curves_are_drawn(tmp_path):

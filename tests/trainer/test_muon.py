@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainer.muon import Muon, orthogonalise
+from trainer.optim import Muon, orthogonalise
 
 SHAPES = [(8, 8), (8, 8), (24, 8), (8, 24), (24, 8)]
 

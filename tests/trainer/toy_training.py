@@ -26,7 +26,7 @@ from cli import launch, parse_flags
 from dataset.video_dataset import LengthGroupedBatchSampler
 from trainer.config import TrainConfig
 from trainer.distributed import setup
-from trainer.engine import train
+from trainer.engine import fit
 
 SAMPLES, BROKEN = 24, 7
 
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         loader = Harmed(range(SAMPLES), batch_sampler=sampler, collate_fn=collate)
         model = Toy()
-        train(
+        fit(
             model,
             loader,
             None,
