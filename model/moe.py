@@ -26,7 +26,7 @@ class MixtureOfExperts(nn.Module):
             self.shared_experts = nn.ModuleList(shared)
 
     def forward(self, x: Tensor, balance_losses: list[Tensor] | None = None) -> Tensor:
-        """(…, C) → (…, C). Where a list is given, this layer's balance loss is appended to it.
+        """(…, C) → (…, C). This layer's balance loss is appended to `balance_losses`.
 
         Tokens are sorted by expert, so that each expert reads its own in one piece and nobody's
         else: as much work as the chosen experts are, however many there are.

@@ -36,8 +36,8 @@ class Cache:
     def __len__(self) -> int:
         return self.cache.get_seq_length()
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cache.update(keys, values, layer)
+    def extend(self, layer_idx: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cache.update(keys, values, layer_idx)
 
 
 class CinegoForCausalLM(PreTrainedModel, GenerationMixin):

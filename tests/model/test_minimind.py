@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from model.checkpoint import load_language_model
 from model.config import CinegoConfig, LanguageModelConfig
-from model.minimind import KVCache, MiniMind, attention_pattern
+from model.kv_cache import KVCache
+from model.minimind import MiniMind, attend, attend_repeated, make_block_mask
 
 SMALL = LanguageModelConfig(
     vocab_size=97,
@@ -110,9 +111,19 @@ def test_left_padding_changes_nothing(model):
 
 def test_even_padding_has_a_key_to_look_at():
     """A softmax over nothing is NaN on some devices, and NaN spreads."""
-    mask = torch.arange(13)[None] >= 4
-    pattern = attention_pattern(0, 13, segment_ids=None, attention_mask=mask, device="cpu")
-    assert all(span.mask.any(-1).all() for span in pattern)
+    padding = torch.arange(13)[None] >= 4
+    mask = make_block_mask(0, 13, segment_ids=None, attention_mask=padding, device="cpu")
+    assert mask.mask_B1LT.any(-1).all()
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_gpu_s_way_to_attend_gives_what_a_cpu_s_gives(masked):
+    q = torch.randn(3, 8, 150, 16)
+    k, v = torch.randn(2, 3, 2, 150, 16)
+    segments = torch.stack([torch.arange(150) // n for n in (40, 60, 150)])
+    mask = make_block_mask(0, 150, segments, None, "cpu") if masked else None
+    expected = attend(q, k, v, mask)
+    torch.testing.assert_close(attend_repeated(q, k, v, mask), expected, atol=1e-5, rtol=0)
 
 
 def shared_prefix_row(prefix, rests, length):
