@@ -1,7 +1,7 @@
 """Conversations to token ids: template, visual placeholders by construction, label mask.
 
 A conversation is rendered by the tokenizer's own chat template, cut where a visual or an answer
-begins or ends, and the pieces are tokenised apart. So a placeholder can never merge with the text
+starts or ends, and the pieces are tokenised apart. So a placeholder can never merge with the text
 around it, and an answer's supervised ids are exactly those that generation has to produce.
 """
 
@@ -26,7 +26,7 @@ CONTENT_MARK = "\ufdd1"
 
 
 class ConversationError(ValueError):
-    """A conversation that can't be encoded; the message says why and how to mend it."""
+    """A conversation that can't be encoded; the message says why and how to fix it."""
 
 
 @dataclass(slots=True)
@@ -42,7 +42,8 @@ class Encoded:
 def placeholder_ids(tokenizer, length: int = 50) -> list[int]:
     """Ids of one visual's placeholder: the first half `<`, the rest `>` (as MiniMind-V).
 
-    The ids are the tokenizer's own (30/32 in MiniMind's of 2024, 63/65 in its of 2026).
+    The ids are the tokenizer's own (30/32 in MiniMind's of 2024, 63/65 in its of 2026). Raises
+    ValueError for a tokenizer that has none.
     """
     vocabulary = tokenizer.get_vocab()
     if "<" not in vocabulary or ">" not in vocabulary:
@@ -55,14 +56,17 @@ def placeholder_ids(tokenizer, length: int = 50) -> list[int]:
 
 
 def name_and_text(turn: dict) -> tuple[object, object]:
-    """Who speaks and what, in either style; a parquet fills the other style's keys with None."""
+    """Who speaks and what, in either style; an Arrow table has all keys, some of them None."""
     name, text = turn.get("role"), turn.get("content")
     name = turn.get("from") if name is None else name
     return name, turn.get("value") if text is None else text
 
 
 def normalise_messages(turns: Sequence[dict]) -> list[dict]:
-    """Either style of turns (from/value, role/content) as role/content; order and text checked."""
+    """Either style of turns (from/value, role/content) as role/content.
+
+    Raises ConversationError, with the number of the turn, for wrong order, role or text.
+    """
     if not isinstance(turns, list | tuple) or not turns:
         raise ConversationError("conversations must be a list of at least one turn")
     messages, expected = [], "user"
@@ -94,26 +98,28 @@ def normalise_messages(turns: Sequence[dict]) -> list[dict]:
 def mark_visuals(messages: list[dict], num_visuals: int) -> list[dict]:
     """Replace each visual's tag by VISUAL_MARK; put one first where a single visual has no tag.
 
-    Only what the assistant is told is searched: an answer may speak of `<video>`.
+    Answers aren't searched: they may speak of `<video>`. Raises ConversationError where there are
+    more or fewer tags than visuals.
     """
-    marked, found, first_user = [], 0, None
-    for message in messages:
-        role, content = message["role"], message["content"]
-        if role != "assistant" and "<" in content:
-            content, count = VISUAL_TAG.subn(VISUAL_MARK, content)
+    marked, found = [dict(message) for message in messages], 0
+    for message in marked:
+        if message["role"] != "assistant" and "<" in message["content"]:
+            message["content"], count = VISUAL_TAG.subn(VISUAL_MARK, message["content"])
             found += count
-        if role == "user" and first_user is None:
-            first_user = len(marked)
-        marked.append({"role": role, "content": content})
-    if found == 0 and num_visuals == 1 and first_user is not None:
-        marked[first_user]["content"] = f"{VISUAL_MARK}\n{marked[first_user]['content']}"
+    first_user = next((message for message in marked if message["role"] == "user"), None)
+    if found == 0 and num_visuals == 1 and first_user:
+        first_user["content"] = f"{VISUAL_MARK}\n{first_user['content']}"
         found = 1
-    if found != num_visuals:
-        raise ConversationError(
-            f"{found} visual tags (<image>, <video>) for {num_visuals} visuals; write one tag for "
-            "each visual, in order"
-        )
+    _check_count(found, num_visuals)
     return marked
+
+
+def _check_count(tags: int, visuals: int) -> None:
+    if tags != visuals:
+        raise ConversationError(
+            f"{tags} visual tags (<image>, <video>) for {visuals} visuals; write one tag for each "
+            "visual, in order"
+        )
 
 
 def _render(tokenizer, messages: list[dict], add_generation_prompt: bool) -> str:
@@ -127,7 +133,7 @@ def _split_answers(
 ) -> list[tuple[str, bool]]:
     """The rendered text as (chunk, supervised); a supervised chunk is an answer with its end token.
 
-    Answers are found by rendering prefixes: one begins where the generation prompt of the turns
+    Answers are found by rendering prefixes: one starts where the generation prompt of the turns
     before it ends. What a template opens by itself (MiniMind-3's empty think block) thus belongs
     to the prompt in training as in generation.
     """
@@ -144,7 +150,7 @@ def _split_answers(
         if not full.startswith(answered) or start < done or end < 0:
             raise ConversationError(
                 f"the chat template of {tokenizer.name_or_path!r} rewrites earlier turns or doesn't"
-                f" end an answer with {tokenizer.eos_token!r}; mend its template"
+                f" end an answer with {tokenizer.eos_token!r}; fix its template"
             )
         end += len(tokenizer.eos_token)
         chunks += [(full[done:start], False), (full[start:end], True)]
@@ -178,7 +184,7 @@ def _chunks(tokenizer, messages: list[dict], add_generation_prompt: bool) -> lis
     return [(text.format(*contents), supervised) for text, supervised in layout]
 
 
-@lru_cache(maxsize=1 << 16)
+@lru_cache(maxsize=1 << 13)
 def _piece_ids(tokenizer, text: str) -> list[int]:
     # Questions and short answers repeat in a data set: most pieces come from the cache.
     return tokenizer.encode(text, add_special_tokens=False)
@@ -194,7 +200,7 @@ def encode(
 
     messages: turns in either style, alternating human and assistant, a system turn first if any.
     visual_lengths: how many placeholder tokens each visual takes, in order of the tags.
-    add_generation_prompt: the last turn is the human's, and the ids end where the answer begins.
+    add_generation_prompt: the last turn is the human's, and the ids end where the answer starts.
 
     Raises ConversationError for a wrong order of turns, an empty answer, or a number of tags that
     differs from the number of visuals.
@@ -207,18 +213,17 @@ def encode(
 
 
 def encode_rendered(tokenizer, text: str, visual_lengths: Sequence[int]) -> Encoded:
-    """Encode a prompt that the chat template has rendered already, tags of visuals and all."""
+    """Encode a prompt that the chat template has rendered already, tags of visuals and all.
+
+    Raises ConversationError where there are more or fewer tags than visuals.
+    """
     text, found = VISUAL_TAG.subn(VISUAL_MARK, text)
-    if found != len(visual_lengths):
-        raise ConversationError(
-            f"{found} visual tags (<image>, <video>) for {len(visual_lengths)} visuals; write one "
-            "tag for each visual, in order"
-        )
+    _check_count(found, len(visual_lengths))
     return _assemble(tokenizer, [(text, False)], visual_lengths)
 
 
 def left_pad(prompts: Sequence[Encoded], pad_id: int = 0) -> dict[str, torch.Tensor]:
-    """Prompts as a batch for generation: all rows end, and go on, in the same column."""
+    """Prompts as a batch for generation, (B, L) each: all rows end in the same column."""
     shape = (len(prompts), max(len(prompt.input_ids) for prompt in prompts))
     input_ids = torch.full(shape, pad_id)
     attention_mask = torch.zeros(shape, dtype=torch.bool)

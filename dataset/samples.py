@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.conversation import CONTENT_MARK, VISUAL_MARK, mark_visuals, normalise_messages
+from dataset.conversation import mark_visuals, normalise_messages
 from dataset.jsonl import clean_line, load_index, parse_json
+from dataset.packing import estimate_tokens, prefix_group
 
 COLUMNS = np.dtype(
     [
@@ -163,33 +164,9 @@ def split_paths(visuals: object) -> list[str]:
 def _describe(text: bytes, line: int, path: str) -> tuple[int, int, int, bool]:
     """What COLUMNS keep of a line: tokens, visuals, group, answered."""
     sample = parse_sample(text, line, path)
+    group = prefix_group(sample.messages, sample.visuals, sample.reverse)
     answered = sample.messages[-1]["role"] == "assistant"
-    return _estimate_tokens(sample.messages), len(sample.visuals), _group(sample), answered
-
-
-def _estimate_tokens(messages: list[dict]) -> int:
-    """About 4 ASCII letters a token and 1.5 Chinese characters, and what the template adds."""
-    text = "".join(message["content"] for message in messages)
-    wide = (len(text.encode()) - len(text)) // 2
-    return (len(text) - wide) // 4 + wide * 2 // 3 + 6 * len(messages)
-
-
-def _group(sample: Sample) -> int:
-    """A hash of what samples must have in common to share a row: the visuals, and all text before
-    the last of them ends. 0 where a visual comes after the first answer: that row stands alone.
-    """
-    if not sample.visuals:
-        return 0
-    before = []
-    for message in mark_visuals(sample.messages, len(sample.visuals)):
-        if message["role"] == "assistant":
-            break
-        before.append(message["content"])
-    text = CONTENT_MARK.join(before)  # which no text holds
-    if text.count(VISUAL_MARK) != len(sample.visuals):
-        return 0
-    key = repr((sample.visuals, sample.reverse, text[: text.rindex(VISUAL_MARK)])).encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big", signed=True) or 1
+    return estimate_tokens(sample.messages), len(sample.visuals), group, answered
 
 
 @lru_cache(maxsize=4096)

@@ -6,31 +6,23 @@
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=partial(collate, pad_id=0))
 
 Text, images, videos and several of them share one batch. With `share_prefix`, all conversations
-about one visual share one row: its tokens are computed once, each conversation sees them and
-itself only (`segment_ids`), and its positions go on where the shared part ends.
+about one visual share one row (dataset/packing.py).
 """
 
-import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from dataset.conversation import IGNORED, ConversationError, Encoded, encode, truncate
+from dataset.conversation import IGNORED, ConversationError, encode, truncate
+from dataset.packing import Row, pack_row, plan_rows
 from dataset.samples import Sample, Samples, resolve_under
 from dataset.video import read_frames
 
 # ------------------------------------------------------------------------------------- sources
-
-
-class VisualSource(Protocol):
-    kind: str  # the name under which the model takes them: visual_features or pixel_values
-
-    def load(self, relative: str) -> torch.Tensor: ...
 
 
 @dataclass
@@ -65,21 +57,6 @@ class VideoSource:
 # ---------------------------------------------------------------------------------------- rows
 
 
-@dataclass(slots=True)
-class Row:
-    """One row of a batch, not padded yet; without ids when its samples were bad."""
-
-    input_ids: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    visual_mask: list[bool] = field(default_factory=list)
-    segment_ids: list[int] = field(default_factory=list)  # 0 shared, 1… the conversations
-    position_ids: list[int] = field(default_factory=list)
-    sample_ids: list[str] = field(default_factory=list)
-    visuals: list[torch.Tensor] = field(default_factory=list)
-    kind: str = ""
-    bad: list[dict] = field(default_factory=list)
-
-
 class VideoDataset(Dataset):
     """Rows of one conversation, or of all conversations about the same visuals.
 
@@ -96,7 +73,7 @@ class VideoDataset(Dataset):
         self,
         samples: Samples,
         tokenizer,
-        source: VisualSource | None,
+        source: FeatureSource | VideoSource | None,
         num_tokens: Callable[[int], int],
         max_length: int = 1024,
         share_prefix: bool = False,
@@ -141,92 +118,20 @@ class VideoDataset(Dataset):
         for sample in samples:
             try:
                 conversation = encode(self.tokenizer, sample.messages, visual_lengths)
-                encoded.append(_without_tail(truncate(conversation, self.max_length)))
+                encoded.append(truncate(conversation, self.max_length))
                 names.append(sample.id)
             except ConversationError as error:
                 bad.append(_bad(sample, None, error))
-        rows = _share_prefix(encoded, names, self.max_length)
+        rows = pack_row(encoded, names, self.max_length)
         for packed in rows:
             packed.visuals, packed.kind = visuals, self.source.kind if visuals else ""
         return [*rows, Row(bad=bad)] if bad else rows
-
-
-def plan_rows(
-    tokens: np.ndarray, visual_tokens: np.ndarray, groups: np.ndarray, max_length: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Which samples share a row: those of a group, in their order, up to `max_length` tokens.
-
-    tokens, visual_tokens, groups: one of each a sample; group 0 is no group.
-    Returns `order`, `starts`, `ends` (row r holds the samples `order[starts[r]:ends[r]]`) and each
-    row's tokens. Rows come in the order of their first samples.
-    """
-    order = np.argsort(groups, kind="stable").astype(np.int32)
-    sorted_groups = groups[order]
-    is_first = np.ones(len(order), bool)
-    is_first[1:] = (sorted_groups[1:] != sorted_groups[:-1]) | (sorted_groups[1:] == 0)
-    open_starts = np.flatnonzero(is_first)  # where a row starts that isn't planned yet
-    group_ends = np.append(open_starts[1:], len(order))
-    text = np.concatenate([[0], np.cumsum(tokens[order])])  # tokens before each place of `order`
-    starts, ends = [], []
-    while len(open_starts):  # one row of each group at a time
-        capacity = max_length - visual_tokens[order[open_starts]]
-        fitting = np.searchsorted(text, text[open_starts] + capacity, side="right") - 1
-        row_ends = np.clip(fitting, open_starts + 1, group_ends)
-        starts.append(open_starts)
-        ends.append(row_ends)
-        is_left = row_ends < group_ends
-        open_starts, group_ends = row_ends[is_left], group_ends[is_left]
-    starts, ends = np.concatenate(starts), np.concatenate(ends)
-    rows = np.argsort(order[starts])
-    starts, ends = starts[rows].astype(np.int32), ends[rows].astype(np.int32)
-    lengths = visual_tokens[order[starts]] + (text[ends] - text[starts]).astype(np.int32)
-    return order, starts, ends, lengths
 
 
 def _bad(sample: Sample, visual: str | None, error: Exception) -> dict:
     reason = str(error) or type(error).__name__
     record = {"id": sample.id, "path": visual, "file": sample.path, "line": sample.line}
     return record | {"reason": reason}
-
-
-def _without_tail(encoded: Encoded) -> Encoded:
-    """Drop what follows the last supervised token: nothing is learned from it."""
-    end = len(encoded.labels)
-    while encoded.labels[end - 1] == IGNORED:
-        end -= 1
-    return Encoded(encoded.input_ids[:end], encoded.labels[:end], encoded.visual_mask[:end])
-
-
-def _share_prefix(encoded: list[Encoded], names: list[str], max_length: int) -> list[Row]:
-    """Pack conversations that begin alike into rows of at most `max_length` tokens."""
-    if not encoded:
-        return []
-    # The token that predicts an answer's first one must belong to its own conversation.
-    shortest = min(next(i for i, x in enumerate(e.labels) if x != IGNORED) for e in encoded) - 1
-    prefix = len(os.path.commonprefix([e.input_ids[:shortest] for e in encoded]))
-    assert len(encoded) == 1 or not any(any(e.visual_mask[prefix:]) for e in encoded), (
-        f"{names} share a row, but not all of their visuals"
-    )
-    rows: list[Row] = []
-    for one, name in zip(encoded, names, strict=True):
-        length = len(one.input_ids)
-        row = rows[-1] if rows else None
-        if row is None or len(row.input_ids) + length - prefix > max_length:
-            # Alone in its row until another joins: the whole of it is segment 0, plain causal.
-            rows.append(Row(one.input_ids, one.labels, one.visual_mask))
-            rows[-1].segment_ids = [0] * length
-            rows[-1].position_ids = list(range(length))
-            rows[-1].sample_ids = [name]
-            continue
-        if len(row.sample_ids) == 1:
-            row.segment_ids[prefix:] = [1] * (len(row.input_ids) - prefix)
-        row.sample_ids.append(name)
-        row.input_ids += one.input_ids[prefix:]
-        row.labels += one.labels[prefix:]
-        row.visual_mask += one.visual_mask[prefix:]
-        row.segment_ids += [len(row.sample_ids)] * (length - prefix)
-        row.position_ids += range(prefix, length)
-    return rows
 
 
 # ------------------------------------------------------------------------------------- batches
