@@ -1,5 +1,6 @@
-# Sourced by quickstart.sh and test.sh: the environment in .venv, made once and again when
-# requirements.txt changes. Leaves the repository's root as the working directory.
+# Sourced with the requirements that a script needs:  source scripts/env.sh requirements.txt
+# Makes .venv once, and installs again what has changed. Leaves the repository's root as the
+# working directory.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 if [ ! -x .venv/bin/python ]; then
@@ -12,12 +13,14 @@ if [ ! -x .venv/bin/python ]; then
     echo "Making .venv with $python"
     "$python" -m venv .venv || exit 1
 fi
-# The copy is written after a complete installation only, so an interrupted one is done again.
-if ! cmp -s requirements.txt .venv/requirements.installed; then
-    echo "Installing requirements.txt into .venv"
-    .venv/bin/python -m pip install --quiet --requirement requirements.txt || exit 1
-    cp requirements.txt .venv/requirements.installed
-fi
+for file in "$@"; do
+    # The copy is written after a complete installation only, so an interrupted one is done again.
+    if ! cat constraints.txt "$file" | cmp -s - ".venv/$file.installed"; then
+        echo "Installing $file into .venv"
+        .venv/bin/python -m pip install --quiet -r "$file" -c constraints.txt || exit 1
+        cat constraints.txt "$file" >".venv/$file.installed"
+    fi
+done
 
 # Threads that wait by spinning take the cores from those that compute when a machine is shared.
 export OMP_WAIT_POLICY=passive

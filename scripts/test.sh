@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Environment, style and tests, as CI runs them:  bash scripts/test.sh [pytest arguments]
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh" requirements{,-serve,-dev}.txt
 
 # The tests of the page look at it in a real browser. CI gets one here; on your machine they are
 # skipped where there is none, and name the command that installs it.
