@@ -57,7 +57,7 @@ def world(tmp_path_factory, tiny_tower) -> Path:
         *("--data_path", out / "test/questions.jsonl"),
         *("--images_path", out / "test", "--max_new_tokens", 8, "--output", out / "eval.json"),
     )
-    run("-m", "scripts.report", "--dir", out, "--images_path", out / "test")
+    run("-m", "demo.report", "--dir", out)
     return out
 
 
@@ -76,46 +76,17 @@ def test_the_loss_falls(world, stage):
 def test_each_stage_leaves_its_files(world):
     for name in ("pretrain.pth", "pretrain.json", "sft.pth", "sft.json", "features/manifest.json"):
         assert (world / name).is_file(), name
-    for name in ("report.md", "report.json", "loss_curves.png", "test_frames.png"):
+    for name in ("report.md", "loss_curves.png", "test_frames.png"):
         assert (world / name).stat().st_size > 500, name
 
 
 def test_the_report_says_what_the_evaluation_found(world):
     evaluation = json.loads((world / "eval.json").read_text())
-    report = json.loads((world / "report.json").read_text())
-    assert report["accuracy"] == evaluation["accuracy"]
-    assert set(report["accuracy"]) >= {"all", "reversed", "captions", "by_type"}
-    assert report["parameters"]["language_model"] > 0
-    assert set(report["controls"]) == {
-        *("normal", "reversed", "shuffled", "first frame", "no video")
-    }
+    counts = evaluation["accuracy"]["counts"]
+    report = (world / "report.md").read_text()
+    assert f"{counts['questions']} questions and {counts['captions']} captions" in report
+    for control in ("normal", "reversed", "shuffled", "first frame", "no video"):
+        assert control in evaluation["controls"] and control in report
     # Every turn of every line was answered.
     lines = map(json.loads, (world / "test/questions.jsonl").read_text().splitlines())
     assert len(evaluation["answers"]) == sum(len(line["scoring"]) for line in lines)
-
-
-def test_a_finished_training_is_not_done_again(world):
-    before = (world / "sft.pth").stat().st_mtime_ns
-    settings = json.loads((world / "sft.json").read_text())["training"]
-    flags = {
-        **{"dim": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "num_frames": 4},
-        **{"batch_size": 8, "epochs": 8, "learning_rate": 1e-2, "dtype": "float32"},
-    }
-    assert flags.items() <= settings.items()  # the checkpoint knows how it was made
-    said = run(
-        *("train_sft.py", "--out_dir", world, "--run_name", "sft", "--use_feature"),
-        *("--load_from", world / "pretrain.pth", "--features_path", world / "features"),
-        *("--data_path", world / "train/questions.jsonl", "--num_workers", 0),
-        *(text for key, value in flags.items() for text in (f"--{key}", value)),
-    )
-    assert "finished" in said
-    assert (world / "sft.pth").stat().st_mtime_ns == before
-
-
-def test_chat_answers_about_a_file(world, tiny_tower):
-    clip = sorted((world / "test/clips").glob("*.mp4"))[0]
-    said = run(
-        *("eval.py", "--load_from", world / "sft.pth", "--vision_path", tiny_tower),
-        *("--video", clip, "--question", "What do you see?", "--max_new_tokens", 4),
-    )
-    assert str(clip) in said and "Q: What do you see?" in said and "A: " in said

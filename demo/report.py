@@ -1,0 +1,131 @@
+"""Write report.md about a finished quickstart: scores, what each stage cost, curves, test frames.
+
+    python -m demo.report --dir out/quickstart
+
+Reads eval.json (eval.py), stages/*.json (quickstart.sh) and */metrics.jsonl (training) in --dir,
+and the test clips. Computes nothing again, so the report can't differ from what was measured.
+"""
+
+import json
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from matplotlib import font_manager
+from matplotlib.figure import Figure
+
+from cli import Flags, flag, launch, parse_flags
+from dataset.scoring import format_table
+from dataset.video import read_frames
+from trainer.logger import draw_curves, read_rows
+
+CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Zen Hei", "PingFang SC", "SimHei")
+
+
+def pick_answers(answers: list[dict], count: int) -> list[dict]:
+    """One answer of each type in turn, about clips not shown yet."""
+    waiting = [answer for answer in answers if len(answer["visuals"]) == 1 and answer["turn"] == 0]
+    picked, types, clips = [], [], set()
+    while waiting and len(picked) < count:
+        best = min(waiting, key=lambda a: (a["visuals"][0] in clips, types.count(a["type"])))
+        waiting.remove(best)
+        picked.append(best)
+        types.append(best["type"])
+        clips.add(best["visuals"][0])
+    return picked
+
+
+def draw_answers(answers: list[dict], root: Path, num_frames: int, path: Path) -> None:
+    """A row of frames for each answer; above it question, answer and, if that is wrong, truth."""
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    fonts = [font for font in CJK_FONTS if font in installed]
+    if not fonts:  # without such a font each Chinese character is an empty box
+        answers = [a for a in answers if (a["question"] + a["answer"] + a["prediction"]).isascii()]
+    answers = pick_answers(answers, 8)
+    rows, width = max(1, len(answers)), 1.4 * num_frames
+    figure = Figure(figsize=(width, 1.9 * rows))
+    axes = figure.subplots(rows, num_frames, squeeze=False)
+    edge = 0.1 / width
+    figure.subplots_adjust(edge, 0.02, 1 - edge, 1 - 0.25 / rows, wspace=0.05, hspace=0.3)
+    for axis in axes.flat:
+        axis.axis("off")
+    # Not strict: an empty row stands where nothing was answered, and short clips have fewer frames.
+    for row, answer in zip(axes, answers, strict=False):
+        frames = read_frames(root / answer["visuals"][0], num_frames=num_frames).frames
+        for axis, frame in zip(row, frames, strict=False):
+            axis.imshow(frame)
+        right = answer["score"] == 1
+        truth = "" if right else f"   (true: {answer['answer']})"
+        text = f"{answer['question']}\n→ {answer['prediction']}{truth}"
+        style = {"fontsize": 9, "color": "black" if right else "firebrick"}
+        row[0].set_title(text, loc="left", family=[*fonts[:1], "DejaVu Sans"], **style)
+    figure.savefig(path, dpi=100)
+
+
+def as_markdown(evaluation: dict, stages: dict[str, dict]) -> str:
+    """The report's text. stages: seconds and CPU-seconds (user + system) by name."""
+    accuracy = evaluation["accuracy"]
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.1f} %"
+
+    cost = {name: (s["seconds"], s["user"] + s["system"]) for name, s in stages.items()}
+    cost["**all**"] = tuple(map(sum, zip(*cost.values(), strict=True))) or (0, 0)
+    packages = ("torch", "transformers", "tokenizers", "av", "numpy")
+    versions = [f"{package} {version(package)}" for package in packages]
+    lines = [
+        "# What came out",
+        "",
+        f"{evaluation['clips']} test clips, {accuracy['counts']['questions']} questions and "
+        f"{accuracy['counts']['captions']} captions, answered by greedy generation.",
+        "",
+        f"- all questions: **{percent(accuracy['all'])}**",
+        f"- reversed pairs (the clip and its reverse both right): "
+        f"**{percent(accuracy['reversed'])}** of {accuracy['counts']['pairs']}",
+        f"- facts of captions: **{percent(accuracy['captions'])}**",
+        "",
+        "In percent; `majority` is what the most common answer of each type would score:",
+        "",
+        f"```\n{format_table(evaluation['controls'])}\n```",
+        "",
+        "![test frames](test_frames.png)\n\n![loss](loss_curves.png)",
+        "",
+        "| stage | seconds | CPU-seconds |\n|---|--:|--:|",
+        *(f"| {name} | {wall:.0f} | {cpu:.0f} |" for name, (wall, cpu) in cost.items()),
+        "",
+        f"Parameters: {', '.join(f'{k} {n:,}' for k, n in evaluation['parameters'].items())}.",
+        f"Versions: Python {platform.python_version()}, {', '.join(versions)}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+@dataclass
+class ReportFlags(Flags):
+    """Report"""
+
+    dir: Path = flag(Path("out/quickstart"), "folder of the run; the report is written into it")
+
+
+def main() -> None:
+    folder = parse_flags(ReportFlags, __doc__).dir
+    if not (folder / "eval.json").is_file():
+        raise ValueError(f"no {folder}/eval.json: python eval.py --data_path … --output writes it")
+    evaluation = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+
+    def in_order(pattern: str) -> list[Path]:
+        return sorted(folder.glob(pattern), key=lambda file: file.stat().st_mtime)
+
+    stages = {file.stem: json.loads(file.read_text()) for file in in_order("stages/*.json")}
+    curves = {file.parent.name: read_rows(file) for file in in_order("*/metrics.jsonl")}
+    if curves:
+        draw_curves(curves, folder / "loss_curves.png")
+    root = Path(evaluation["images_path"])
+    frames = folder / "test_frames.png"
+    draw_answers(evaluation["answers"], root, evaluation["num_frames"], frames)
+    (folder / "report.md").write_text(as_markdown(evaluation, stages), encoding="utf-8")
+    print(f"{folder}/report.md: {len(stages)} stages, {evaluation['clips']} clips")
+
+
+if __name__ == "__main__":
+    launch(main)
