@@ -29,7 +29,7 @@ from dataset.clip import (
     fps_indices,
     uniform_indices,
 )
-from dataset.decoding import decode
+from dataset.decoding import decode, serve
 from dataset.transforms import FrameTransform
 
 __all__ = [
@@ -128,6 +128,9 @@ def read_frames(
 # --------------------------------------------------------------------------------- its processes
 
 
+START = "import importlib, sys; importlib.import_module(sys.argv[1]).serve()"
+
+
 class _Worker:
     """A decoding process; see `serve` in dataset/decoding.py for what goes between the two."""
 
@@ -139,7 +142,8 @@ class _Worker:
         }
         self.process = subprocess.Popen(
             # -P: a file in the current directory must not pass for a module of ours.
-            [sys.executable, "-P", "-c", "from dataset.decoding import serve; serve()"],
+            # The module by its own name, which is another in a directory of export_hf.py.
+            [sys.executable, "-P", "-c", START, serve.__module__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,  # a buffer has a lock, and a fork may copy it while it is held

@@ -1,7 +1,7 @@
 """Cinego: frames → tower → VideoSummary → one linear layer → rows of the language model's input.
 
-Shapes: B batch, L sequence, V visuals, P tokens a frame, D vision width, C model width, N frames or
-placeholder rows of the whole batch.
+Shapes: B batch, L sequence, V visuals, P tokens a frame, D vision width, C model width, S pixels a
+side; N frames and R placeholders of the whole batch.
 """
 
 from itertools import accumulate
@@ -10,14 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from model.config import CinegoConfig
-from model.minimind import CausalLMOutput, KVCache, MiniMind
+from model.kv_cache import KVCache
+from model.minimind import CausalLMOutput, MiniMind
 from model.video_summary import VideoSummary
 from model.vision_tower import VisionTower
 
 
 class Cinego(nn.Module):
     def __init__(self, config: CinegoConfig, vision_tower: VisionTower | None = None):
-        """The tower is only needed where `pixel_values` are handed in; it is never saved along."""
+        """The tower is only needed where `pixel_values` are handed in; it is never saved along.
+
+        ValueError for a config that can't be built, and for a tower of another shape.
+        """
         super().__init__()
         self.config = config.validate()
         size = (config.vision_hidden_size, config.tokens_per_frame)
@@ -34,7 +38,7 @@ class Cinego(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         visual_features: Tensor | None = None,
         pixel_values: Tensor | None = None,
         frames_per_visual: list[int] | None = None,
@@ -45,31 +49,23 @@ class Cinego(nn.Module):
         labels: Tensor | None = None,
         past_key_values: KVCache | None = None,
         logits_to_keep: int = 0,
+        inputs_embeds: Tensor | None = None,
     ) -> CausalLMOutput:
         """Reads (B, L) ids with the frames of all their visuals, in order of the placeholders.
 
-        visual_features (N, P, D) or pixel_values (N, 3, S, S): the frames, visual after visual;
-        frames_per_visual: how many belong to each. visual_mask (B, L): the placeholders' places;
-        without it the runs equal to `config.image_ids`. The rest is as in `MiniMind.forward`.
-        Raises ValueError, with the row and both numbers, where placeholders and visuals don't fit.
+        The first four after the ids are as in `embed`, or inputs_embeds (B, L, C) is what it gave;
+        the rest is as in `MiniMind.forward`. Raises ValueError as these two do.
         """
-        embeds_BLC = self.language_model.embed(input_ids)
-        if visual_mask is None and not past_key_values and self.config.image_ids:
-            visual_mask = find_placeholders(input_ids, self.config.image_ids)
-        rows_NC = self._visual_rows(visual_features, pixel_values, frames_per_visual)
-        if rows_NC is not None:
-            self._check_counts(visual_mask, frames_per_visual)
-            embeds_BLC = embeds_BLC.masked_scatter(
-                visual_mask[..., None], rows_NC.to(embeds_BLC.dtype)
-            )
-        elif visual_mask is not None and visual_mask.any():
-            row = int(visual_mask.any(1).nonzero()[0])
-            raise ValueError(
-                f"row {row} of the batch has {int(visual_mask[row].sum())} placeholders but no "
-                "visual_features or pixel_values came with it"
-            )
+        if inputs_embeds is None:
+            visuals = (visual_features, pixel_values, visual_mask)
+            if past_key_values and all(part is None for part in visuals):
+                inputs_embeds = self.language_model.embed(input_ids)  # an answer has no visuals
+            else:
+                inputs_embeds = self.embed(
+                    input_ids, visual_features, pixel_values, frames_per_visual, visual_mask
+                )
         return self.language_model(
-            inputs_embeds=embeds_BLC,
+            inputs_embeds=inputs_embeds,
             segment_ids=segment_ids,
             position_ids=position_ids,
             attention_mask=attention_mask,
@@ -78,8 +74,38 @@ class Cinego(nn.Module):
             logits_to_keep=logits_to_keep,
         )
 
+    def embed(
+        self,
+        input_ids: Tensor,
+        visual_features: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        frames_per_visual: list[int] | None = None,
+        visual_mask: Tensor | None = None,
+    ) -> Tensor:
+        """(B, L, C): the embeddings of (B, L) ids, with the visuals in place of the placeholders.
+
+        visual_features (N, P, D) or pixel_values (N, 3, S, S): the frames, visual after visual;
+        frames_per_visual: how many belong to each. visual_mask (B, L): the placeholders' places;
+        without it the runs equal to `config.image_ids`. Raises ValueError, with the row and both
+        numbers, where placeholders and visuals don't fit.
+        """
+        embeds_BLC = self.language_model.embed(input_ids)
+        if visual_mask is None and self.config.image_ids:
+            visual_mask = find_placeholders(input_ids, self.config.image_ids)
+        rows_RC = self._visual_rows(visual_features, pixel_values, frames_per_visual)
+        if rows_RC is not None:
+            self._check_counts(visual_mask, frames_per_visual)
+            return embeds_BLC.masked_scatter(visual_mask[..., None], rows_RC.to(embeds_BLC.dtype))
+        if visual_mask is not None and visual_mask.any():
+            row = int(visual_mask.any(1).nonzero()[0])
+            raise ValueError(
+                f"row {row} of the batch has {int(visual_mask[row].sum())} placeholders but no "
+                "visual_features or pixel_values came with it"
+            )
+        return embeds_BLC
+
     def _visual_rows(self, visual_features, pixel_values, frames_per_visual) -> Tensor | None:
-        """(N, C): what stands at the placeholders, in their order."""
+        """(R, C): what stands at the placeholders, in their order; None without visuals."""
         if pixel_values is not None:
             if self.vision_tower is None:
                 raise ValueError(

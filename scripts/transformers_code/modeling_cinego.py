@@ -13,7 +13,7 @@ an exported directory (`from model.cinego import …` reads `from .model_cinego 
     ids = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
     print(processor.decode(ids, skip_special_tokens=True))
 
-Shapes: B batch, L sequence, N frames of the whole batch, P tokens a frame, D vision width.
+Shapes: B batch, L sequence, C model width.
 """
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from model.cinego import Cinego, find_placeholders
+from model.cinego import Cinego
 from model.vision_tower import VisionTower
 
 from .configuration_cinego import CinegoHubConfig
@@ -69,10 +69,11 @@ class CinegoForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values=None,
+        inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         visual_features: Tensor | None = None,
         frames_per_visual: Tensor | list[int] | None = None,
@@ -87,25 +88,22 @@ class CinegoForCausalLM(PreTrainedModel, GenerationMixin):
 
         attention_mask (B, L with what the cache holds), 0 on left padding. labels (B, L), -100
         where unsupervised: the loss is the mean over supervised tokens (of all batches that are
-        accumulated, where Trainer gives `num_items_in_batch`), and there are no logits.
+        accumulated, where Trainer gives `num_items_in_batch`), and there are no logits. ValueError
+        for a mask of another form, and as there.
         """
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise ValueError("Cinego takes no 4-D attention masks, nor static or compiled caches")
-        # Nothing padded: plain causal attention is exactly what Cinego's own generate runs.
-        if attention_mask is not None and attention_mask.all():
-            attention_mask = None
-        if pixel_values is not None:
-            pixel_values = pixel_values.to(self.vision_tower.dtype)
+        if attention_mask is not None:
+            if attention_mask.ndim != 2:
+                raise ValueError("Cinego takes no 4-D attention masks or static, compiled caches")
+            # Nothing padded: plain causal attention is exactly what Cinego's own generate runs.
+            attention_mask = None if attention_mask.all() else attention_mask.bool()
         output = self.cinego(
             input_ids,
-            visual_features=visual_features,
-            pixel_values=pixel_values,
-            frames_per_visual=_as_list(frames_per_visual),
-            visual_mask=None if visual_mask is None else visual_mask.bool(),
+            **self._plain(pixel_values, visual_features, frames_per_visual, visual_mask),
+            inputs_embeds=inputs_embeds,
             position_ids=position_ids,
-            attention_mask=None if attention_mask is None else attention_mask.bool(),
+            attention_mask=attention_mask,
             labels=labels,
             past_key_values=None if past_key_values is None else Cache(past_key_values),
             logits_to_keep=logits_to_keep,
@@ -119,67 +117,46 @@ class CinegoForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     @torch.no_grad()
-    def generate(self, *args, pixel_values: Tensor | None = None, **kwargs):
-        if pixel_values is not None:
-            # Once, and not for each beam, nor for each token where there is no cache.
-            features = self.cinego.vision_tower(pixel_values.to(self.vision_tower.dtype))
-            kwargs["visual_features"] = features
-        return super().generate(*args, **kwargs)
-
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
-        """Visuals go where their placeholders do: along at first, or always without a cache."""
-        names = ("pixel_values", "visual_features", "frames_per_visual", "visual_mask")
-        visuals = {name: kwargs.pop(name, None) for name in names}
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
-        )
-        if is_first_iteration or not kwargs.get("use_cache", True):
-            mask = visuals["visual_mask"]
-            if mask is not None:  # of the prompt: what was generated has no visuals
-                mask = nn.functional.pad(mask, (0, input_ids.shape[1] - mask.shape[1]))
-                visuals["visual_mask"] = mask = mask[:, -inputs["input_ids"].shape[1] :]
-            if mask is None or mask.any():
-                inputs |= visuals
-        return inputs
-
-    def _expand_inputs_for_generation(
-        self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs
+    def generate(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        visual_features: Tensor | None = None,
+        frames_per_visual: Tensor | list[int] | None = None,
+        visual_mask: Tensor | None = None,
+        **kwargs,
     ):
-        """Beams and several answers a prompt: each row's visuals are repeated as a whole."""
-        frames = _as_list(kwargs.pop("frames_per_visual", None))
-        features = kwargs.pop("visual_features", None)
-        if features is not None and expand_size > 1:
-            mask = kwargs.get("visual_mask")
-            if mask is None:
-                mask = self._find_placeholders(input_ids)
-            features, frames = self._repeat_visuals(features, frames, mask, expand_size)
-        input_ids, kwargs = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **kwargs
+        """transformers' generate. Visuals are read once, however many beams and tokens follow: from
+        here on they stand in the prompt's embeddings."""
+        visuals = self._plain(pixel_values, visual_features, frames_per_visual, visual_mask)
+        embeds_BLC = self.cinego.embed(input_ids, **visuals)
+        return super().generate(input_ids, inputs_embeds=embeds_BLC, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids, inputs_embeds=None, is_first_iteration=False, use_cache=True, **kwargs
+    ):
+        """transformers' own, but that a prompt is given as embeddings each time without a cache."""
+        if not use_cache:
+            answer_ids = input_ids[:, inputs_embeds.shape[1] :]
+            answer_BLC = self.get_input_embeddings()(answer_ids)
+            inputs_embeds, is_first_iteration = torch.cat([inputs_embeds, answer_BLC], 1), True
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            use_cache=use_cache,
+            **kwargs,
         )
-        if features is not None:
-            kwargs |= {"visual_features": features, "frames_per_visual": frames}
-        return input_ids, kwargs
 
-    def _find_placeholders(self, input_ids: Tensor) -> Tensor:
-        if not self.cinego.config.image_ids:
-            raise ValueError("visuals came without visual_mask, and the config has no image_ids")
-        return find_placeholders(input_ids, self.cinego.config.image_ids)
-
-    def _repeat_visuals(self, features_NPD, frames: list[int], mask_BL, times: int):
-        tokens = self.cinego.config.tokens_per_visual
-        visuals = list(zip(features_NPD.split(frames), frames, strict=True))
-        rows = []
-        for placeholders in mask_BL.sum(1).tolist():
-            row = []
-            while placeholders > 0 and visuals:
-                row.append(visuals.pop(0))
-                placeholders -= tokens(row[-1][1])
-            rows += [row] * times
-        repeated = [visual for row in rows for visual in row]
-        return torch.cat([features for features, _ in repeated]), [n for _, n in repeated]
-
-
-def _as_list(frames_per_visual: Tensor | list[int] | None) -> list[int] | None:
-    if isinstance(frames_per_visual, Tensor):
-        return frames_per_visual.tolist()
-    return frames_per_visual
+    def _plain(self, pixel_values, visual_features, frames_per_visual, visual_mask) -> dict:
+        """As a processor gives them → as `Cinego.embed` takes them."""
+        if isinstance(frames_per_visual, Tensor):
+            frames_per_visual = frames_per_visual.tolist()
+        return {
+            "visual_features": visual_features,
+            "pixel_values": None
+            if pixel_values is None
+            else pixel_values.to(self.vision_tower.dtype),
+            "frames_per_visual": frames_per_visual,
+            "visual_mask": None if visual_mask is None else visual_mask.bool(),
+        }
