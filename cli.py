@@ -118,6 +118,27 @@ class TrainedFrameFlags(Flags):
     fps: float | None = flag(None, "frames a second with --sampling fps")
 
 
+@dataclass
+class PrecisionFlags(Flags):
+    """Precision of the language model"""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = flag(
+        "auto", "of its weights; auto: bfloat16 where the device computes in it, else float32"
+    )
+    quantize: Literal["none", "int8"] = flag(
+        "none", "int8: the fastest on a CPU, less exact; an answer depends a little on its batch"
+    )
+    weights: Literal["auto", "float32", "bfloat16", "int8"] | None = flag(
+        None, "old name of --dtype, and of --quantize int8"
+    )
+
+    def __post_init__(self):
+        if self.weights == "int8":
+            self.quantize = "int8"
+        elif self.weights is not None:
+            self.dtype = self.weights
+
+
 def parse_flags(
     cls: type["AnyFlags"],
     description: str | None = None,

@@ -29,16 +29,16 @@ from dataset.conversation import ConversationError
 from dataset.samples import Sample, read_samples
 from dataset.scoring import fact_vocabulary, format_table, score_turn, summarise
 from dataset.video import MEDIA_SUFFIXES, VideoError
-from inference import TOKENIZER_PATH, VISION_PATH, Answerer, Question, Visual, find_models
+from inference import TOKENIZER_PATH, VISION_PATH, ChatModel, Visual, find_models
 from inference.terminal import Terminal
 from model.generate import Sampling
-from model.inference import WEIGHTS
+from model.inference import DTYPES, QUANTIZATIONS
 
 STAGES = {0: "pretrain", 1: "sft"}
 DEFAULT_QUESTION = "What happens in this video?"
 
 
-def load(args: argparse.Namespace) -> Answerer:
+def load(args: argparse.Namespace) -> ChatModel:
     stage, dim = STAGES[args.model_mode], args.dim or 512
     checkpoint = Path(args.load_from or f"out/{stage}_videolm_{dim}.pth")
     if not checkpoint.exists():
@@ -49,29 +49,29 @@ def load(args: argparse.Namespace) -> Answerer:
             f"no checkpoint {checkpoint}: train it (bash scripts/train/train_{stage}_{size}.sh) "
             f"or name another (--load_from PATH); {hint}"
         )
-    answerer = Answerer.load(
+    chat_model = ChatModel.load(
         *(checkpoint, args.vision_path, args.tokenizer_path, args.num_frames, args.device),
-        *(args.sampling, args.fps, args.weights, args.compile),
+        *(args.sampling, args.fps, args.dtype, args.quantize),
     )
-    has = answerer.model.config.language_model
+    has = chat_model.model.config.language_model
     for flag, asked, trained in (
         ("--dim", args.dim, has.hidden_size),
         ("--n_layers", args.n_layers, has.num_hidden_layers),
     ):
         if asked not in (None, trained):
             raise ValueError(f"{checkpoint} was trained with {flag} {trained}, not {asked}")
-    return answerer
+    return chat_model
 
 
 # ---- a test set ----------------------------------------------------------------------------------
 
 
-def controls(answerer: Answerer, seed: int) -> dict[str, Callable[[Tensor], Tensor]]:
+def controls(chat_model: ChatModel, seed: int) -> dict[str, Callable[[Tensor], Tensor]]:
     """What is done to a visual's features (F, P, D). The tower sees frames one by one, so this
     equals changing the frames themselves, and no clip is read twice."""
-    size = answerer.transform.image_size
+    size = chat_model.transform.image_size
     grey = np.full((1, size, size, 3), 127, np.uint8)
-    grey = answerer.see(answerer.transform(grey))
+    grey = chat_model.encode_frames(chat_model.transform(grey))
     dice = torch.Generator().manual_seed(seed)
     return {
         "normal": lambda frames: frames,
@@ -119,7 +119,7 @@ def asked(sample: Sample, answers: list[str]) -> list[dict]:
 
 
 def answer_all(
-    answerer: Answerer,
+    chat_model: ChatModel,
     samples: list[Sample],
     visuals: list[list[Visual]],
     args: argparse.Namespace,
@@ -133,19 +133,18 @@ def answer_all(
     with tqdm(total=sum(map(len, turns)), desc=label, unit="answer") as bar:
         for turn in range(max(map(len, turns))):
             rows = [row for row in range(len(samples)) if turn < len(turns[row])]
-            questions = {}
+            requests = {}
             for row in rows:
                 messages = asked(samples[row], answers[row])
-                questions[row] = Question(messages, visuals[row], sampling)
                 try:
-                    answerer.encode(messages, visuals[row])
+                    requests[row] = chat_model.make_request(messages, visuals[row], sampling)
                 except ConversationError as error:
                     raise ValueError(f"{samples[row].where}: {error}") from None
             # Questions about one clip come together: the batch reads what they share once.
             rows.sort(key=lambda row: clips.setdefault(tuple(visuals[row]), len(clips)))
             for start in range(0, len(rows), args.batch_size):
                 batch = rows[start : start + args.batch_size]
-                texts = answerer.answer([questions[row] for row in batch])
+                texts = chat_model.generate([requests[row] for row in batch])
                 for row, text in zip(batch, texts, strict=True):
                     answers[row].append(text)
                 bar.update(len(batch))
@@ -176,8 +175,8 @@ def evaluate(args: argparse.Namespace) -> dict:
     samples = [sample for path in args.data_path for sample in read_samples(path)]
     samples = samples[: args.limit or None]
     paths = [sample.files(args.images_path) for sample in samples]
-    answerer = load(args)
-    seen, failures = answerer.look(list(dict.fromkeys(chain(*paths))))
+    chat_model = load(args)
+    seen, failures = chat_model.encode_videos(list(dict.fromkeys(chain(*paths))))
     for reason in failures.values():
         print(f"left out: {reason}", file=sys.stderr)
     read = [row for row, files in enumerate(paths) if not failures.keys() & set(files)]
@@ -187,7 +186,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     samples, paths = [samples[row] for row in read], [paths[row] for row in read]
 
     records = {}
-    for name, change in controls(answerer, args.seed).items():
+    for name, change in controls(chat_model, args.seed).items():
         if name != "normal" and not args.controls:
             continue
         made: dict[tuple, Visual] = {}
@@ -198,21 +197,21 @@ def evaluate(args: argparse.Namespace) -> dict:
             ]
             for sample, files in zip(samples, paths, strict=True)
         ]
-        records[name] = score(samples, answer_all(answerer, samples, visuals, args, name))
+        records[name] = score(samples, answer_all(chat_model, samples, visuals, args, name))
 
     summaries = {name: summarise(rows) for name, rows in records.items()}
     print(f"\n{format_table(summaries)}")
     if left_out:
         print(f"{left_out} samples were left out: {len(failures)} files can't be read")
     return {
-        "checkpoint": str(answerer.checkpoint),
+        "checkpoint": str(chat_model.checkpoint),
         "data_path": args.data_path,
         "images_path": args.images_path,
         "samples": len(samples),
         "clips": len(seen),
         "left_out": {str(path): reason for path, reason in failures.items()},
-        "num_frames": answerer.num_frames,
-        "parameters": answerer.parameters,
+        "num_frames": chat_model.num_frames,
+        "parameters": chat_model.parameters,
         "seconds": round(time.perf_counter() - start, 1),
         "cpu_seconds": round(time.process_time() - cpu_start, 1),
         "accuracy": summaries["normal"],
@@ -250,7 +249,7 @@ def talk(args: argparse.Namespace) -> None:
     shown = 0
     for file in files:
         try:
-            terminal.show(file)
+            terminal.attach(file)
             shown += 1
         except VideoError as error:
             print(error)
@@ -291,8 +290,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sampling", choices=["uniform", "fps"], help="which of them (default: as in training)")
     add("--fps", type=float, help="frames a second with --sampling fps")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--weights", choices=WEIGHTS, default="float32", help="int8: faster on a CPU, less exact")
-    add("--compile", action="store_true", help="faster answers after a slow start")
+    add("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 where the device has it")
+    add("--quantize", choices=QUANTIZATIONS, default="none", help="int8: fastest on a CPU")
     add("--max_new_tokens", type=int, default=64, help="longest answer")
     add("--seed", type=int, default=0, help="of the shuffled control and of sampled answers")
     add = parser.add_argument_group("chat").add_argument

@@ -6,38 +6,41 @@
         -d '{"model": "cinego", "messages": [{"role": "user", "content": "Hello!"}]}'
 
 Videos come inside of the request as data: URLs. docs/serving.md has the rest: clients, limits, and
-what opens local files and other hosts. Of a request it writes down path and status, never content.
+what opens local files and other hosts. Of a request it logs path and status, never content.
 """
 
 import sys
 
 from cli import launch, parse_flags
-from inference.server.settings import Settings
+from inference.flags import ServerFlags
 
 # The model is imported once the flags are right: --help and its errors come at once.
 
 
-def main(settings: Settings) -> None:
+def main() -> None:
+    flags = parse_flags(ServerFlags, __doc__)
     import uvicorn
 
     from inference.server.app import build_app
+    from inference.server.connections import MAX_SILENT, LimitedH11Protocol
 
-    if not settings.is_local and settings.api_key is None:
+    if not flags.is_local and flags.api_key is None:
         print("open to the network without --api_key: anyone may ask", file=sys.stderr)
+    LimitedH11Protocol.header_timeout = flags.header_timeout
     uvicorn.run(
-        build_app(settings),
-        host=settings.host,
-        port=settings.port,
-        http="h11",
+        build_app(flags),
+        host=flags.host,
+        port=flags.port,
+        http=LimitedH11Protocol,
         ws="none",
         server_header=False,
-        proxy_headers=False,
+        proxy_headers=flags.trusted_proxies is not None,
+        forwarded_allow_ips=flags.trusted_proxies,
         timeout_keep_alive=15,
-        timeout_graceful_shutdown=settings.stop_timeout,
-        # Connections that never say a word end here: those above get 503 at once.
-        limit_concurrency=4 * settings.max_queue + 64,
+        timeout_graceful_shutdown=flags.stop_timeout,
+        limit_concurrency=4 * flags.max_queue + 2 * MAX_SILENT,
     )
 
 
 if __name__ == "__main__":
-    launch(lambda: main(parse_flags(Settings, __doc__)))
+    launch(main)

@@ -16,12 +16,12 @@ import sys
 from streamlit import runtime
 
 from cli import launch, parse_flags
-from inference.page.settings import PageSettings
+from inference.flags import PageFlags
 
 
 def main() -> None:
     if not runtime.exists():  # python web_demo.py
-        parse_flags(PageSettings, __doc__)  # answers --help, and says what is wrong with flags
+        parse_flags(PageFlags, __doc__)  # answers --help, and says what is wrong with flags
         flags = ["--", *sys.argv[1:]] if sys.argv[1:] else []
         streamlit = (
             ["streamlit"] if shutil.which("streamlit") else [sys.executable, "-m", "streamlit"]
@@ -31,12 +31,12 @@ def main() -> None:
     from inference.page.view import View, show_wrong_flags
 
     try:
-        settings = parse_flags(PageSettings, __doc__)
+        flags = parse_flags(PageFlags, __doc__)
     except ValueError as error:  # the terminal hears what is wrong, the page only that it is
         print(f"web_demo.py: {error}", file=sys.stderr)
         show_wrong_flags()
     else:
-        View(settings).run()
+        View(flags).run()
 
 
 if __name__ == "__main__":

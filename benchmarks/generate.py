@@ -1,64 +1,61 @@
 """How fast are answers, against transformers' Llama of the same size with the same weights?
 
-    python benchmarks/generate.py                      # about 4 minutes on two idle cores
-    python benchmarks/generate.py --compile --output out/generate.json
+    python benchmarks/generate.py                        # about 3 minutes on two idle cores
+    python benchmarks/generate.py --batches 1 --threads 1 --output out/generate.json
 
-Tokens a second of one stream and of batches, each as a ratio to `LlamaForCausalLM.generate`, and
-which share of the time goes into what no program can spare: reading every weight once a step, at
-the speed at which this machine reads memory. Then the time from a video file to the first token of
-an answer about 32 frames of it, against tower and prefill alone, with a tower of the size of CLIP
-ViT-B/32. All weights are random. Each round measures every variant once, one after the other, so
-that a busy machine slows all of them alike; figures are medians over rounds, with the CPU-seconds
-beside the wall time: on a busy machine these are to be believed. Nothing is measured before a
-warm-up.
+Tokens a second of one stream and of batches, each as a ratio to `LlamaForCausalLM.generate` in
+float32 (which it also runs in bfloat16), and the share of what reading every weight once a step, at
+this machine's memory speed, would allow. Weights are random. Each round measures every variant
+once, one after the other, so that a busy machine slows all alike; figures are medians over rounds,
+with the CPU time beside the wall time: on a busy machine believe that.
 """
 
-import argparse
 import copy
 import json
-import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import av
-import numpy as np
-import psutil
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from inference import Answerer
-from model.checkpoint import save_model
-from model.cinego import Cinego
-from model.config import CinegoConfig, LanguageModelConfig
-from model.generate import Generation, Row, Sampling, generate
-from model.inference import WEIGHTS, prepare
+from cli import Flags, flag, launch, parse_flags
+from model.config import LanguageModelConfig
+from model.generate import DecodingBatch, generate
+from model.inference import prepare
 from model.minimind import MiniMind
 
 NEVER = -1  # no token ends an answer here
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
-PROMPT = 80  # tokens: a video and a question
+
+
+@dataclass
+class GenerateFlags(Flags):
+    """Benchmark"""
+
+    dim: int = flag(512, "width of the language model", at_least=64)
+    n_layers: int = flag(8, "layers of the language model", at_least=1)
+    batches: list[int] = flag([1, 4, 16], "rows that are decoded together")
+    prompt: int = flag(80, "tokens of a prompt: a video and a question", at_least=1)
+    tokens: int = flag(64, "tokens that each measured call decodes", at_least=1)
+    rounds: int = flag(5, "measurements of each variant", at_least=1)
+    threads: int = flag(2, "threads of torch", at_least=1)
+    output: Path | None = flag(None, "JSON file for all figures")
 
 
 def llama_of(model: MiniMind) -> LlamaForCausalLM:
-    ours = model.config
-    settings = {
-        name: getattr(ours, name)
-        for name in (
-            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-            *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
-            "rms_norm_eps",
-        )
-    }
+    """transformers' model of the same shape with the same weights."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps")
+    names += ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
     config = LlamaConfig(
-        **settings,
-        rope_parameters={"rope_type": "default", "rope_theta": ours.rope_theta},
+        **{name: getattr(model.config, name) for name in names},
+        rope_parameters={"rope_type": "default", "rope_theta": model.config.rope_theta},
         tie_word_embeddings=True,
         eos_token_id=None,
         pad_token_id=0,
@@ -68,222 +65,91 @@ def llama_of(model: MiniMind) -> LlamaForCausalLM:
     return llama.eval()
 
 
-def cpu_seconds() -> float:
-    """Of this process and its children, living (a video is decoded in one) or done (a compiler)."""
-    living = psutil.Process().children(recursive=True)
-    return sum(os.times()[:4]) + sum(sum(child.cpu_times()[:2]) for child in living)
-
-
-class Clock:
-    """Wall and CPU seconds of calls, by name."""
-
-    def __init__(self):
-        self.runs: dict[str, list[tuple[float, float]]] = {}
-
-    def time(self, name: str, call: Callable, times: int = 1) -> None:
-        """Notes the seconds of `call`, divided by `times`."""
-        wall, cpu = time.perf_counter(), cpu_seconds()
-        call()
-        seconds = time.perf_counter() - wall, cpu_seconds() - cpu
-        self.runs.setdefault(name, []).append((seconds[0] / times, seconds[1] / times))
-
-    def median(self, name: str) -> tuple[float, float]:
-        return tuple(statistics.median(column) for column in zip(*self.runs[name], strict=True))
-
-    def fastest(self, name: str) -> tuple[float, float]:
-        """The one that was disturbed least."""
-        return min(self.runs[name])
-
-
-def ours(model: MiniMind, ids: Tensor, tokens: int) -> Callable:
-    """Reads the prompts now; the call makes `tokens` more tokens of each."""
-    generation = Generation(model, NEVER)
-    generation.add({"input_ids": ids}, [Row(Sampling(tokens + 1)) for _ in ids])
+def our_steps(model: MiniMind, ids_BL: Tensor, tokens: int) -> Callable:
+    """Reads the prompts now; the call decodes `tokens` tokens of each."""
+    batch = DecodingBatch(model)
+    first = batch.prefill({"input_ids": ids_BL})
 
     def steps():
-        while generation.rows:
-            generation.step()
+        logits = first
+        for _ in range(tokens):
+            logits = batch.decode(logits.argmax(-1).tolist())
 
     return steps
 
 
-def theirs(llama: LlamaForCausalLM, ids: Tensor, tokens: int) -> Callable:
-    """As `ours`, the prompt's own time taken out: transformers can't be stopped after it."""
+def their_steps(llama: LlamaForCausalLM, ids_BL: Tensor, tokens: int) -> Callable:
+    """As `our_steps`."""
     with torch.inference_mode():
-        cache = llama(ids, use_cache=True).past_key_values
-    one = torch.cat([ids, ids[:, :1]], dim=1)
-
-    def steps():
-        llama.generate(
-            one,
-            attention_mask=torch.ones_like(one),
-            past_key_values=cache,
-            max_new_tokens=tokens,
-            do_sample=False,
-        )
-
-    return steps
-
-
-def decoding(args: argparse.Namespace) -> dict:
-    torch.manual_seed(0)
-    model = MiniMind(LanguageModelConfig(hidden_size=args.dim, num_hidden_layers=args.n_layers))
-    llama = llama_of(model.eval())
-    ids = torch.randint(100, 6400, (max(args.batches), PROMPT))
-    same = llama.generate(
-        ids[:1], attention_mask=torch.ones_like(ids[:1]), max_new_tokens=20, do_sample=False
-    )
-    assert generate(model, {"input_ids": ids[:1]}, 20, NEVER) == same[:, PROMPT:].tolist()
-
-    kinds = {weights: (weights, False) for weights in args.weights}
-    if args.compile:
-        kinds["float32 compiled"] = ("float32", True)
-    models = {}
-    for name, (weights, compile) in kinds.items():
-        start = time.perf_counter(), cpu_seconds()
-        models[name] = prepare(copy.deepcopy(model), weights, compile)
-        if compile:
-            wall, cpu = time.perf_counter() - start[0], cpu_seconds() - start[1]
-            print(
-                f"{name}: warm-up {wall:.0f} s, {cpu:.0f} CPU-s (less with a warm compiler cache)"
-            )
-    read = torch.ones(64 << 20)  # 256 MB, more than any cache
-    clock = Clock()
-    for round in range(args.rounds + 1):
-        if round == 1:
-            clock = Clock()
-        clock.time("memory", lambda: torch.dot(read, read))
-        for batch in args.batches:
-            some = ids[:batch]
-            clock.time(f"transformers {batch}", theirs(llama, some, args.tokens), args.tokens)
-            for name, ready in models.items():
-                clock.time(f"{name} {batch}", ours(ready, some, args.tokens), args.tokens)
-
-    speed = read.numel() * read.element_size() / clock.median("memory")[0]
-    num_weights = sum(p.numel() for p in model.parameters())
-    limits = {name: num_weights * BYTES[name.split()[0]] / speed for name in models}
-    limits["transformers"] = num_weights * 4 / speed
-    print(
-        f"\n{num_weights / 1e6:.1f} M weights; memory is read at {speed / 1e9:.1f} GB/s: at most "
-        f"{1 / limits['float32']:.0f} tokens/s in float32\n"
-    )
-    print("| | batch | tokens/s | CPU-ms a step | x transformers (wall, CPU) | of the limit |")
-    print("|---|--:|--:|--:|--:|--:|")
-    rows = []
-    for batch in args.batches:
-        base = clock.median(f"transformers {batch}")
-        for name in ("transformers", *models):
-            wall, cpu = clock.median(f"{name} {batch}")
-            row = {
-                "name": name,
-                "batch": batch,
-                "tokens_per_second": batch / wall,
-                "cpu_ms": 1e3 * cpu,
-                "ratio": base[0] / wall,
-                "cpu_ratio": base[1] / cpu,
-                "share_of_limit": limits[name] / wall,
-            }
-            rows.append(row)
-            print(
-                f"| {name} | {batch} | {row['tokens_per_second']:.1f} | {row['cpu_ms']:.1f} | "
-                f"{row['ratio']:.2f}, {row['cpu_ratio']:.2f} | {100 * limits[name] / wall:.0f} % |"
-            )
-    return {"memory_gb_per_second": speed / 1e9, "weights": num_weights, "rows": rows}
-
-
-def write_video(path: Path, seconds: int = 10) -> None:
-    """Moving noise, 640 × 360, 25 frames a second."""
-    noise = np.random.default_rng(0).integers(0, 255, (45, 80, 3), np.uint8)
-    noise = noise.repeat(8, 0).repeat(8, 1)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("h264", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 640, 360, "yuv420p"
-        for shift in range(25 * seconds):
-            frame = av.VideoFrame.from_ndarray(np.roll(noise, shift, axis=1), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-
-
-def first_token(args: argparse.Namespace) -> dict:
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        write_video(folder / "a.mp4")
-        torch.manual_seed(0)
-        tower = CLIPVisionConfig(
-            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-            image_size=224, patch_size=32,
-        )  # fmt: skip
-        CLIPVisionModel(tower).save_pretrained(folder / "tower")
-        preprocessor = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-        preprocessor |= {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
-        (folder / "tower/preprocessor_config.json").write_text(json.dumps(preprocessor))
-        language_model = LanguageModelConfig(hidden_size=args.dim, num_hidden_layers=args.n_layers)
-        save_model(folder / "m.pth", Cinego(CinegoConfig(language_model)), {})
-        answerer = Answerer.load(folder / "m.pth", folder / "tower", device="cpu")
-
-        def answer():
-            chat = answerer.chat()
-            chat.show(answerer.read(folder / "a.mp4", num_frames=32))
-            pieces = chat.ask("What happens in this video?", Sampling(1))
-            list(pieces)
-
-        pixels = torch.randn(32, 3, 224, 224)
-        visual = answerer.read(folder / "a.mp4", num_frames=32)
-        prompt = answerer.encode(
-            [{"role": "user", "content": "What happens in this video?"}], [visual]
-        )
-
-        def alone():
-            visual.features = answerer.see(pixels)
-            with torch.inference_mode():
-                answerer.model(**answerer.inputs([prompt], [visual]), logits_to_keep=1)
-
-        clock = Clock()
-        for round in range(args.rounds + 1):
-            if round == 1:
-                clock = Clock()
-            clock.time("alone", alone)
-            clock.time("answer", answer)
-    print("\nfirst token about 32 frames of a 640 x 360 mp4, against tower + prefill alone:")
-    figures = {}
-    for name, of in (("median", clock.median), ("fastest", clock.fastest)):
-        (whole, whole_cpu), (least, least_cpu) = of("answer"), of("alone")
-        print(
-            f"{name}: {whole:.2f} s ({whole_cpu:.2f} CPU-s) against {least:.2f} s ({least_cpu:.2f} "
-            f"CPU-s): x {whole / least:.2f} of wall, {whole_cpu / least_cpu:.2f} of CPU time"
-        )
-        figures[name] = {"seconds": whole, "tower_and_prefill": least, "ratio": whole / least}
-        figures[name]["cpu_ratio"] = whole_cpu / least_cpu
-    return figures
+        cache = llama(ids_BL, use_cache=True).past_key_values
+    ids = torch.cat([ids_BL, ids_BL[:, :1]], dim=1)
+    how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": tokens, "do_sample": False}
+    return lambda: llama.generate(ids, past_key_values=cache, **how)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    flags = parse_flags(GenerateFlags, __doc__)
+    torch.set_num_threads(flags.threads)
+    torch.manual_seed(0)
+    model = MiniMind(LanguageModelConfig(hidden_size=flags.dim, num_hidden_layers=flags.n_layers))
+    llama = llama_of(model.eval())
+    ids = torch.randint(100, 6400, (max(flags.batches), flags.prompt))
+    same = llama.generate(
+        ids[:1], attention_mask=torch.ones_like(ids[:1]), max_new_tokens=20, do_sample=False
     )
-    add = parser.add_argument
-    add("--dim", type=int, default=512, help="width of the language model")
-    add("--n_layers", type=int, default=8)
-    add("--batches", type=int, nargs="+", default=[1, 4, 16])
-    add("--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
-    add("--tokens", type=int, default=64, help="made by each measured call")
-    add("--rounds", type=int, default=5)
-    add("--threads", type=int, default=2)
-    add("--compile", action="store_true", help="also with torch.compile, which warms up first")
-    add("--only", choices=["tokens", "video"], help="one of the two tables")
-    add("--output", type=Path, help="JSON file for all figures")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, {args.threads} threads, medians of {args.rounds} rounds")
-    figures = {"command": sys.argv}
-    if args.only != "video":
-        figures["tokens"] = decoding(args)
-    if args.only != "tokens":
-        figures["first_token"] = first_token(args)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(figures, indent=1) + "\n")
+    assert generate(model, {"input_ids": ids[:1]}, 20, NEVER) == same[:, flags.prompt :].tolist()
+
+    variants = {
+        "transformers float32": (their_steps, llama),
+        "transformers bfloat16": (their_steps, copy.deepcopy(llama).bfloat16()),
+        "float32": (our_steps, prepare(copy.deepcopy(model), "float32")),
+        "bfloat16": (our_steps, prepare(copy.deepcopy(model), "bfloat16")),
+        "int8": (our_steps, prepare(copy.deepcopy(model), "float32", "int8")),
+    }
+    seconds: dict[tuple, list[tuple[float, float]]] = {}
+    block = torch.ones(64 << 20)  # 256 MB, more than any cache
+    for round in range(-1, flags.rounds):  # the first one warms up
+        calls = {("memory", 1): lambda: torch.dot(block, block)}
+        for batch in flags.batches:
+            for name, (steps, ready) in variants.items():
+                calls[name, batch] = steps(ready, ids[:batch], flags.tokens)
+        for key, call in calls.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            call()
+            taken = time.perf_counter() - wall, time.process_time() - cpu
+            if round >= 0:
+                seconds.setdefault(key, []).append(taken)
+    medians = {
+        key: [*map(statistics.median, zip(*runs, strict=True))] for key, runs in seconds.items()
+    }
+
+    speed = 4 * len(block) / medians["memory", 1][0]
+    num_weights = sum(p.numel() for p in model.parameters())
+    print(
+        f"torch {torch.__version__}, {flags.threads} threads, {num_weights / 1e6:.1f} M weights, "
+    )
+    print(f"memory is read at {speed / 1e9:.1f} GB/s\n")
+    print("| batch | | tokens/s | CPU-ms a step | x transformers (wall, CPU) | of the limit |")
+    print("|--:|---|--:|--:|--:|--:|")
+    rows = []
+    for (name, batch), (wall, cpu) in list(medians.items())[1:]:
+        base = medians["transformers float32", batch]
+        limit = flags.tokens * num_weights * BYTES[name.split()[-1]] / speed / wall
+        rows.append(
+            {
+                **{"name": name, "batch": batch, "tokens_per_second": batch * flags.tokens / wall},
+                **{"cpu_ms": 1e3 * cpu / flags.tokens, "of_limit": limit},
+                **{"ratio": base[0] / wall, "cpu_ratio": base[1] / cpu},
+            }
+        )
+        print(
+            "| {batch} | {name} | {tokens_per_second:.1f} | {cpu_ms:.1f} | {ratio:.2f}, "
+            "{cpu_ratio:.2f} | {of_limit:.0%} |".format(**rows[-1])
+        )
+    if flags.output:
+        flags.output.parent.mkdir(parents=True, exist_ok=True)
+        flags.output.write_text(json.dumps({"command": sys.argv, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

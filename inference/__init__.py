@@ -1,38 +1,39 @@
-"""Joins the rooms for whoever asks a trained model: terminal, page, server, scoring.
+"""A trained model for whoever asks it: terminal, page, API, scoring.
 
-    answerer = Answerer.load("out/sft_videolm_512.pth", vision_path, tokenizer_path)
+    chat_model = ChatModel.load("out/sft_videolm_512.pth")
 
-    chat = answerer.chat()                          # many turns; what was read stays read
-    chat.show(answerer.read("a.mp4"))               # decoded, and seen by the tower, once
-    for piece in chat.ask("What happens?", Sampling(temperature=0.7, seed=1), stop=("\n\n",)):
-        print(piece, end="", flush=True)            # close the loop and the answer is cut there
+    chat = Chat(chat_model)                                  # many turns; what was read stays read
+    chat.attach(chat_model.encode_video("a.mp4"))            # decoded and encoded once
+    for text in chat.ask("What happens?", Sampling(temperature=0.7, seed=1), stop=("\\n\\n",)):
+        print(text, end="", flush=True)                      # close the loop: the answer ends there
     print(chat.last.finish_reason, chat.last.time_to_first_token, chat.last.tokens_per_second)
 
-    batch = answerer.batch()                        # many askers at once: join, leave, any time
-    answers = batch.add([Question(messages, visuals, Sampling(), stop=()), …])
-    while batch:
-        for answer in batch.step():                 # one token for each answer in the making
-            send(answer.take())                     # its new text, always whole characters
-    batch.cancel(answer)                            # its asker left
+    messages = [{"role": "user", "content": "<video>\\nWhat moves?"}]
+    request = chat_model.make_request(messages, [chat_model.encode_video("a.mp4")])
+    print(chat_model.generate([request]))                    # many at once, each as if alone
 
-One `Answerer` may serve several threads: nothing in it changes. A `Chat` or a `Batch` is to be used
-by one thread at a time. Training's counterpart of this folder is `stage.py`.
+A question's way: `ChatModel.make_request` (tokenised, once) → `Sequence` → `Engine`, which decodes
+all sequences together → text. A terminal has an engine of its own; the users of page and server
+share one, which a `Scheduler` runs in its thread. Imports go one way: request ← engine ← chat_model
+← chat, scheduler ← terminal, page, server.
 """
 
-from inference.batch import Answer, Batch, Question, Visual
 from inference.chat import Chat
-from inference.chat_model import Answerer
-from inference.parts import TOKENIZER_PATH, VISION_PATH, find_models, parts_of
+from inference.chat_model import ChatModel
+from inference.engine import Engine
+from inference.parts import TOKENIZER_PATH, VISION_PATH, find_models, find_parts
+from inference.request import PrefixCache, Request, Sequence, Visual
 
 __all__ = [
     "TOKENIZER_PATH",
     "VISION_PATH",
-    "Answer",
-    "Answerer",
-    "Batch",
     "Chat",
-    "Question",
+    "ChatModel",
+    "Engine",
+    "PrefixCache",
+    "Request",
+    "Sequence",
     "Visual",
     "find_models",
-    "parts_of",
+    "find_parts",
 ]

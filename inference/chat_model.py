@@ -1,36 +1,34 @@
-"""A trained model and what stands around it: files to visuals, questions to answers."""
+"""A trained model and what stands around it: files to visuals, conversations to requests."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dataset.conversation import Encoded, encode, left_pad
+from dataset.conversation import ConversationError, Encoded, encode
 from dataset.video import Frames, FrameTransform, VideoError, read_frames
 from device import choose_device
-from inference.batch import Batch, Question, Visual
-from inference.chat import Chat
-from inference.parts import parts_of
+from inference.engine import Engine
+from inference.parts import find_parts
+from inference.request import PrefixCache, Request, Sequence, Visual
 from model.checkpoint import load_video_language_model, read_about
 from model.cinego import Cinego
+from model.generate import GREEDY, Sampling
 from model.inference import prepare
 
-# Clips in memory as pixels at a time; their features stay, a hundredth of the size.
-CLIPS_AT_ONCE = 32
-# Of a chat's history: longer rows than training had are answered badly, and cost more each turn.
-CONTEXT_TOKENS = 1024
+CLIPS_AT_ONCE = 32  # in memory as pixels; their features stay, a hundredth of the size
+FRAMES_AT_ONCE = 64  # through the tower; bounds its memory
 
 
 @dataclass
-class Answerer:
+class ChatModel:
     """A model with all that turns files and words into its inputs, and its ids into words."""
 
     checkpoint: Path
@@ -52,18 +50,18 @@ class Answerer:
         device: str = "auto",
         sampling: str | None = None,
         fps: float | None = None,
-        weights: str = "float32",
-        compile: bool = False,
-    ) -> "Answerer":
-        """checkpoint: a .pth, or a directory that convert_checkpoint wrote, which brings its own
+        dtype: str = "auto",
+        quantize: str = "none",
+    ) -> "ChatModel":
+        """checkpoint: a .pth, or a directory that scripts/export_hf.py wrote, which brings its own
         tower and tokenizer along. vision_path, tokenizer_path: None for those that go with the
-        checkpoint, see `parts_of`. num_frames, sampling and fps: None for what they were in
-        training. weights, compile: see model/inference.py.
-        Raises ValueError, with the mend, where a part is missing or isn't the one that the
+        checkpoint, see `find_parts`. num_frames, sampling and fps: None for what they were in
+        training. dtype, quantize: of the language model, see model/inference.py.
+        Raises ValueError, with the fix, where a part is missing or isn't the one that the
         checkpoint was trained with."""
         checkpoint = Path(checkpoint)
         if vision_path is None or tokenizer_path is None:
-            own = parts_of(checkpoint)
+            own = find_parts(checkpoint)
             vision_path, tokenizer_path = vision_path or own[0], tokenizer_path or own[1]
         if not Path(tokenizer_path, "tokenizer_config.json").is_file():
             raise ValueError(
@@ -98,74 +96,76 @@ class Answerer:
         elif fps is None:
             raise ValueError("--sampling fps needs --fps: how many frames a second")
         counts = model.parameter_counts()
-        prepare(model.language_model, weights, compile)
+        prepare(model.language_model, dtype, quantize)
         return cls(checkpoint, model, tokenizer, transform, num_frames, chosen, counts, fps)
 
-    # ---- what is seen
+    # ---- files to visuals
 
-    def read(
-        self, path: str | Path, num_frames: int | None = None, fps: float | None = None, frames=0
-    ) -> Visual:
-        """One video or image, decoded and seen. Raises VideoError.
-
-        num_frames and fps (frames a second, up to `num_frames`): None for what `load` got.
-        frames: size in pixels of the longer side of the small pictures to keep; 0: none.
-        """
-        return self.view(str(path), self.decode(path, num_frames, fps), frames)
-
-    def decode(
+    def decode_frames(
         self,
         path: str | Path,
         num_frames: int | None = None,
         fps: float | None = None,
+        resize: bool = False,
         **limits: float | None,
     ) -> Frames:
-        """The first half of `read`, without the model. limits: `timeout`, `max_pixels`,
-        `max_seconds` and `max_bytes` of `read_frames`, for files of strangers."""
+        """A video's or image's frames, without the model; what a player shows in spite of damage is
+        kept. num_frames and fps (frames a second, up to `num_frames`): None for what `load` got.
+        resize: to the tower's size, where they are decoded. limits: `timeout`, `max_pixels`,
+        `max_seconds` and `max_bytes` of `read_frames`, for untrusted files. Raises VideoError."""
         fps = fps or self.fps
-        sampling = "fps" if fps else "uniform"
-        return read_frames(path, num_frames or self.num_frames, sampling, fps, **limits)
+        return read_frames(
+            path,
+            num_frames or self.num_frames,
+            "fps" if fps else "uniform",
+            fps,
+            transform=self.transform if resize else None,
+            **limits,
+        )
 
-    def view(self, name: str, clip: Frames, frames: int = 0) -> Visual:
-        """The other half: what the tower sees."""
-        features = self.see(self.transform(clip.frames))
-        pictures = [_thumbnail(frame, frames) for frame in clip.frames] if frames else []
-        return Visual(name, features, clip.timestamps.tolist(), pictures)
+    def encode_frames(self, pixel_values: Tensor) -> Tensor:
+        """(N, 3, S, S) → (N, P, D) in fp16, as the feature store keeps them for training."""
+        parts = pixel_values.split(FRAMES_AT_ONCE)
+        return torch.cat([self.model.vision_tower(part.to(self.device)).half() for part in parts])
 
-    def look(self, paths: list[Path]) -> tuple[dict[Path, Visual], dict[Path, str]]:
-        """Decodes each file once and runs the tower once: visuals by path, and the reasons of the
-        files that can't be read."""
+    def encode_clip(self, name: str, clip: Frames, thumbnail_size: int = 0) -> Visual:
+        """Decoded frames as the model gets them. thumbnail_size: longer side in pixels of the small
+        pictures to keep of them; 0: none."""
+        features = self.encode_frames(self.transform(clip.frames))
+        thumbnails = [Image.fromarray(frame) for frame in clip.frames] if thumbnail_size else []
+        for picture in thumbnails:
+            picture.thumbnail((thumbnail_size, thumbnail_size))
+        return Visual(name, features, clip.timestamps.tolist(), thumbnails=thumbnails)
 
-        def read(path: Path) -> tuple[Tensor, list[float]] | VideoError:
+    def encode_video(
+        self, path: str | Path, num_frames: int | None = None, fps: float | None = None
+    ) -> Visual:
+        """One video or image, decoded and encoded; the arguments are those of `decode_frames`.
+        Raises VideoError."""
+        return self.encode_clip(str(path), self.decode_frames(path, num_frames, fps))
+
+    def encode_videos(self, paths: list[Path]) -> tuple[dict[Path, Visual], dict[Path, str]]:
+        """Decodes each file once, in parallel, and runs the tower once for many: visuals by path,
+        and the reasons of the files that can't be read."""
+
+        def decode(path: Path) -> Frames | VideoError:
             try:
-                clip = self.decode(path)
-                return self.transform(clip.frames), clip.timestamps.tolist()
+                return self.decode_frames(path, resize=True)
             except VideoError as error:
                 return error
 
         visuals, failures = {}, {}
         bar = tqdm(total=len(paths), desc="reading clips", unit="clip", disable=len(paths) < 2)
-        # Decoding works outside of Python's lock: threads do what processes would, without copies.
         with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
             for start in range(0, len(paths), CLIPS_AT_ONCE):
                 chunk = paths[start : start + CLIPS_AT_ONCE]
-                clips = {}
-                for path, clip in zip(chunk, pool.map(read, chunk), strict=True):
+                for path, clip in zip(chunk, pool.map(decode, chunk), strict=True):
                     if isinstance(clip, VideoError):
                         failures[path] = str(clip)
                     else:
-                        clips[path] = clip
-                if clips:
-                    seen = self.see(torch.cat([pixels for pixels, _ in clips.values()]))
-                    seen = seen.split([len(pixels) for pixels, _ in clips.values()])
-                    for (path, (_, times)), features in zip(clips.items(), seen, strict=True):
-                        visuals[path] = Visual(str(path), features, times)
+                        visuals[path] = self.encode_clip(str(path), clip)
                 bar.update(len(chunk))
         return visuals, failures
-
-    def see(self, pixel_values: Tensor) -> Tensor:
-        """(N, 3, S, S) → (N, P, D) in fp16, as the feature store keeps them for training."""
-        return self.model.vision_tower(pixel_values.to(self.device)).half()
 
     @torch.inference_mode()
     def frame_weights(self, visual: Visual) -> list[float]:
@@ -196,38 +196,48 @@ class Answerer:
             return [1 / num_frames] * num_frames
         return (moves / moves.sum()).tolist()
 
-    # ---- what is said
+    # ---- conversations to requests, and requests to text
 
-    def chat(self, system: str | None = None, context_tokens: int | None = None) -> "Chat":
-        return Chat(self, system, context_tokens or CONTEXT_TOKENS)
-
-    def batch(self) -> "Batch":
-        return Batch(self)
-
-    def encode(self, messages: list[dict], visuals: list[Visual]) -> Encoded:
+    def tokenize(self, messages: list[dict], visuals: Collection[Visual]) -> Encoded:
         """A prompt's ids and where its visuals stand. Raises ConversationError (a ValueError)."""
         num_tokens = self.model.config.tokens_per_visual
         lengths = [num_tokens(len(visual.features)) for visual in visuals]
         return encode(self.tokenizer, messages, lengths, add_generation_prompt=True)
 
-    def answer(self, questions: list[Question]) -> list[str]:
-        """The whole answers, as if each question were asked alone."""
-        batch = self.batch()
-        answers = batch.add(questions)
-        while batch:
-            batch.step()
-        return [answer.text.strip() for answer in answers]
+    def make_request(
+        self,
+        messages: list[dict],
+        visuals: Collection[Visual] = (),
+        sampling: Sampling = GREEDY,
+        stop: tuple[str, ...] = (),
+        prefix_cache: PrefixCache | None = None,
+        prompt: Encoded | None = None,
+    ) -> Request:
+        """prompt: the messages' tokens, where the caller has them already. Raises
+        ConversationError for a conversation that can't be asked, or that the model has no positions
+        for: found half-way, it would end its neighbours' answers, too."""
+        prompt = prompt or self.tokenize(messages, visuals)
+        longest = self.model.config.language_model.max_position_embeddings
+        if (tokens := len(prompt.input_ids) + sampling.max_new_tokens) > longest:
+            raise ConversationError(
+                f"prompt and answer take up to {tokens} tokens, the model has positions for "
+                f"{longest}: shorten the conversation, or lower max_new_tokens"
+            )
+        num_tokens = self.model.config.tokens_per_visual
+        places = iter([(v, i) for v in visuals for i in range(num_tokens(len(v.features)))])
+        pairs = zip(prompt.input_ids, prompt.visual_mask, strict=True)
+        columns = [next(places) if is_visual else token for token, is_visual in pairs]
+        return Request(
+            messages, list(visuals), prompt, columns, sampling, tuple(stop), prefix_cache
+        )
 
-    def inputs(self, prompts: list[Encoded], visuals: Iterable[Visual]) -> dict:
-        """A batch for the model, left padded, with the visuals of all rows in order."""
-        inputs = {name: tensor.to(self.device) for name, tensor in left_pad(prompts).items()}
-        if frames := [visual.features for visual in visuals]:
-            inputs["visual_features"] = torch.cat(frames).float()
-            inputs["frames_per_visual"] = [len(features) for features in frames]
-        return inputs
+    def engine(self) -> Engine:
+        return Engine(self.model, self.tokenizer)
 
-
-def _thumbnail(frame: np.ndarray, size: int) -> Image.Image:
-    picture = Image.fromarray(frame)
-    picture.thumbnail((size, size))
-    return picture
+    def generate(self, requests: list[Request]) -> list[str]:
+        """The whole answers, made together; in float32 as if each request were made alone."""
+        engine, sequences = self.engine(), [Sequence(request) for request in requests]
+        engine.add(sequences)
+        while engine.sequences:
+            engine.step()
+        return [sequence.text.strip() for sequence in sequences]

@@ -7,9 +7,10 @@ from pathlib import Path
 from model.checkpoint import is_video_language_model, read_about
 from model.vision_tower import VisionTower
 
-VISION_PATH = "model/vision_model/clip-vit-base-patch32"
-DEMO_TOWER = "demo/tower"
-TOKENIZER_PATH = "model/text_tokenizer"
+ROOT = Path(__file__).resolve().parents[1]  # what ships is found from any folder
+VISION_PATH = ROOT / "model/vision_model/clip-vit-base-patch32"
+DEMO_TOWER = ROOT / "demo/tower"
+TOKENIZER_PATH = ROOT / "model/text_tokenizer"
 
 
 def find_models(folder: str | Path) -> list[Path]:
@@ -26,7 +27,7 @@ def find_models(folder: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: ("pretrain" in path.name, -path.stat().st_mtime, path))
 
 
-def parts_of(checkpoint: str | Path) -> tuple[Path, Path]:
+def find_parts(checkpoint: str | Path) -> tuple[Path, Path]:
     """The directories of the vision tower and of the tokenizer that go with a checkpoint.
 
     An exported directory is both. Else the tokenizer is that of training, where it still lies

@@ -11,18 +11,19 @@ from glob import glob
 from itertools import chain
 from pathlib import Path
 
-from inference import Answerer
+from inference.chat import Chat
+from inference.chat_model import ChatModel
 from model.generate import Sampling
 
 COMMANDS = {  # → what follows it, and what it does
-    "/video": ("FILE …", "show videos; they belong to your next question"),
-    "/image": ("FILE …", "the same with images"),
+    "/video": ("FILE …", "attach videos to your next question"),
+    "/image": ("FILE …", "attach images to your next question"),
     "/set": (
         "NAME VALUE",
         "temperature, top_k, top_p, min_p, repetition_penalty, seed, max_new_tokens;\n"
-        f"{'':20}/set alone shows them",
+        f"{'':20}/set alone prints them",
     ),
-    "/reset": ("", "forget what was shown and said"),
+    "/reset": ("", "forget all turns and files"),
     "/save": ("FILE", "write the chat; name.json for programs, .md as Markdown, else plain text"),
     "/help": ("", "these lines"),
     "/quit": ("", "end (or Ctrl-D); Ctrl-C stops an answer"),
@@ -33,20 +34,22 @@ PROMPT = "Q: "
 class Terminal:
     """Reads questions and commands line by line, writes answers as they are made."""
 
-    def __init__(self, answerer: Answerer, sampling: Sampling, stop: tuple[str, ...] = ()):
-        self.answerer, self.sampling, self.stop = answerer, sampling, stop
-        self.chat = answerer.chat()
+    def __init__(self, chat_model: ChatModel, sampling: Sampling, stop: tuple[str, ...] = ()):
+        self.chat_model, self.sampling, self.stop = chat_model, sampling, stop
+        self.chat = Chat(chat_model)
 
-    def show(self, *files: str | Path) -> None:
+    def attach(self, *files: str | Path) -> None:
         """Puts files before the next question. Raises VideoError."""
         for file in files:
-            visual = self.answerer.read(file)
-            self.chat.show(visual)
+            visual = self.chat_model.encode_video(file)
+            self.chat.attach(visual)
             times = ", ".join(f"{time:.1f}" for time in visual.timestamps[:32])
             print(f"{file}: {len(visual.features)} frames, at {times} s")
+            if visual.warning:
+                print(f"  {visual.warning}")
 
     def run(self) -> None:
-        """Until /quit or the end of input. What goes wrong is said, and the chat goes on."""
+        """Until /quit or the end of input. Errors are printed, and the chat continues."""
         if sys.stdin.isatty():
             import readline  # noqa: F401  input() then edits the line and remembers the last ones
         print("Type a question, or /help.")
@@ -92,14 +95,14 @@ class Terminal:
         except ValueError:
             raise ValueError(f"a quotation mark isn't closed in {line}") from None
         if name in ("/video", "/image") and words:
-            self.show(*chain.from_iterable(map(_matching, words)))
+            self.attach(*chain.from_iterable(map(_matching, words)))
         elif name == "/set" and not words:
             print("  ".join(f"{name} {value}" for name, value in vars(self.sampling).items()))
         elif name == "/set" and len(words) == 2:
             self.set(*words)
         elif name == "/reset" and not words:
-            self.chat = self.answerer.chat()
-            print("(what was shown and said is forgotten)")
+            self.chat = Chat(self.chat_model)
+            print("(all turns and files are forgotten)")
         elif name == "/save" and len(words) == 1:
             self.save(Path(words[0]).expanduser())
         elif name == "/help":
@@ -111,6 +114,7 @@ class Terminal:
             raise ValueError(f"{name} isn't one of the commands; /help lists them")
 
     def set(self, name: str, value: str) -> None:
+        """Changes one setting of sampling. Raises ValueError."""
         kinds = {field: type(default) for field, default in vars(Sampling(seed=0)).items()}
         if name not in kinds:
             raise ValueError(f"{name!r} isn't one of {', '.join(kinds)}")
@@ -122,10 +126,10 @@ class Terminal:
         self.sampling = replace(self.sampling, **{name: number})
 
     def save(self, path: Path) -> None:
-        """The whole chat, also what the model was told no more."""
+        """The whole chat, also turns that the model no longer gets."""
         try:
             with open(path, "x", encoding="utf-8") as file:  # never over another file
-                file.write(self.chat.written(path.suffix))
+                file.write(self.chat.format_transcript(path.suffix))
         except OSError as error:
             raise ValueError(f"{path} can't be written: {error.strerror}") from None
         print(f"wrote {path}")
@@ -140,16 +144,16 @@ def _matching(name: str) -> list[str]:
 @contextmanager
 def _interrupts() -> Iterator[list]:
     """A list that the first Ctrl-C fills, so that an answer ends between two tokens. A second one
-    interrupts as usual, in the midst of a step, after which all is read anew."""
-    seen = []
+    interrupts as usual, in the midst of a step, after which all turns are read again."""
+    signals = []
 
     def note(number, frame):
-        if seen:
+        if signals:
             raise KeyboardInterrupt
-        seen.append(number)
+        signals.append(number)
 
     before = signal.signal(signal.SIGINT, note)
     try:
-        yield seen
+        yield signals
     finally:
         signal.signal(signal.SIGINT, before)

@@ -1,100 +1,128 @@
-"""Answers, token by token: a prompt is read once, then each step reads one token a row.
+"""Decoding: prompts are read once into a cache of keys and values, then a token a row and step.
 
-    generation = Generation(model, tokenizer.eos_token_id)
-    rows = generation.add(inputs, [Row(Sampling(temperature=0.7, seed=1), prompt_ids)])
-    while generation.rows:
-        for row in generation.step():
-            print(row.ids[-1:], row.finish_reason)
+    generate(model, {"input_ids": ids}, 64, eos_token_id, temperature=0.7, seed=1)  # → ids of rows
 
-Rows may join (`add`) and leave (`remove`) between any two steps. All rows of a batch end in the
-same column: what is shorter has padding on its left, and `mask` (B, T) is False there.
+Nothing here knows of text. `inference/engine.py` lets sequences join and leave a `DecodingBatch`
+between any two steps; `generate` is the same loop for a batch that starts together.
 
 Shapes: B rows, L tokens of a prompt, T columns of the cache, V vocabulary.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model.cinego import Cinego
-from model.minimind import KVCache, MiniMind
+from model.kv_cache import KVCache
+from model.minimind import MiniMind
+
+MAX_NEW_TOKENS = 128  # of an answer, wherever the caller doesn't say
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one answer's tokens are chosen. What cuts (top_k, top_p, min_p) does so in that order,
-    each after the temperature, as in transformers and vLLM."""
+    """How one answer's tokens are sampled. top_k, top_p and min_p cut in that order, each after the
+    temperature, as in transformers and vLLM. Raises ValueError that lists every wrong value."""
 
-    max_new_tokens: int = 128
-    temperature: float = 0.0  # 0: always the most likely token; what cuts then has no effect
-    top_k: int = 0  # only the k most likely; 0: all
+    max_new_tokens: int = MAX_NEW_TOKENS
+    temperature: float = 0.0  # 0: always the most probable token; the cuts then have no effect
+    top_k: int = 0  # only the k most probable; 0: all
     top_p: float = 1.0  # the fewest that reach this probability together (arXiv 1904.09751)
-    min_p: float = 0.0  # those at least this fraction as likely as the first (arXiv 2407.01082)
+    min_p: float = 0.0  # at least this fraction of the highest probability (arXiv 2407.01082)
     repetition_penalty: float = 1.0  # on ids of prompt and answer (CTRL, arXiv 1909.05858, 4.1)
-    seed: int | None = None  # makes the draw repeatable, whatever else is in the batch
+    seed: int | None = None  # repeats the same samples, whatever else is in the batch
 
     def __post_init__(self):
-        wrong = [
+        rules = {
+            "max_new_tokens": ("1 or more", self.max_new_tokens >= 1),
+            "temperature": ("0 or more", 0 <= self.temperature < float("inf")),
+            "top_k": ("0 or more", self.top_k >= 0),
+            "top_p": ("in (0, 1]", 0 < self.top_p <= 1),
+            "min_p": ("in [0, 1]", 0 <= self.min_p <= 1),
+            "repetition_penalty": ("above 0", 0 < self.repetition_penalty < float("inf")),
+            "seed": ("in 0..2^63-1", self.seed is None or 0 <= self.seed < 2**63),
+        }
+        if wrong := [
             f"{name} is {getattr(self, name)}, must be {rule}"
-            for name, rule, fits in (
-                ("max_new_tokens", "1 or more", self.max_new_tokens >= 1),
-                ("temperature", "0 or more", 0 <= self.temperature < float("inf")),
-                ("top_k", "0 or more", self.top_k >= 0),
-                ("top_p", "in (0, 1]", 0 < self.top_p <= 1),
-                ("min_p", "in [0, 1]", 0 <= self.min_p <= 1),
-                ("repetition_penalty", "above 0", 0 < self.repetition_penalty < float("inf")),
-                ("seed", "in 0..2^63-1", self.seed is None or 0 <= self.seed < 2**63),
-            )
+            for name, (rule, fits) in rules.items()
             if not fits
-        ]
-        if wrong:
+        ]:
             raise ValueError("; ".join(wrong))
 
 
 GREEDY = Sampling()
 
 
-@dataclass(eq=False)
-class Row:
-    """One answer in the making."""
+class Sampler:
+    """Samples one row's tokens by its own settings and generator."""
 
-    sampling: Sampling = GREEDY
-    prompt_ids: Sequence[int] = ()  # for the repetition penalty; words, not placeholders
-    keep_cache: bool = False  # hand over what was read when the row leaves: a chat goes on from it
-    ids: list[int] = field(default_factory=list)  # so far, without the end token
-    finish_reason: str | None = None  # "stop": the end token came; "length"; "cancelled"
-    cache: KVCache | None = None  # prompt and ids (maybe without the last), where keep_cache
-
-    def __post_init__(self):
-        # Its own dice, on the CPU: neither neighbours nor the device change what it draws.
-        self.dice = torch.Generator()
-        if self.sampling.seed is None:
-            self.dice.seed()
+    def __init__(self, sampling: Sampling = GREEDY, prompt_ids: Iterable[int] = ()):
+        """prompt_ids: what the repetition penalty falls on from the start."""
+        self.sampling, self.seen_ids = sampling, set(prompt_ids)
+        # On the CPU: neither its neighbours nor the device change what a row samples.
+        self.generator = torch.Generator()
+        if sampling.seed is None:
+            self.generator.seed()
         else:
-            self.dice.manual_seed(self.sampling.seed)
+            self.generator.manual_seed(sampling.seed)
+
+    def sample(self, logits_V: Tensor) -> int:
+        how = self.sampling
+        if how.repetition_penalty != 1:
+            seen, penalty = (
+                torch.tensor(sorted(self.seen_ids), dtype=torch.long),
+                how.repetition_penalty,
+            )
+            old = logits_V[seen]
+            new = torch.where(old > 0, old / penalty, old * penalty)
+            logits_V = logits_V.index_copy(0, seen, new)
+        if how.temperature == 0:
+            return int(logits_V.argmax())
+        probabilities, ids = (logits_V / how.temperature).softmax(-1).sort(descending=True)
+        if how.top_k:
+            probabilities = probabilities[: how.top_k]
+            probabilities = probabilities / probabilities.sum()
+        # The token that crosses top_p is still in, so that one is always left.
+        kept = probabilities.cumsum(-1) - probabilities < how.top_p
+        kept &= probabilities >= how.min_p * probabilities[0]
+        return int(ids[torch.multinomial(probabilities * kept, 1, generator=self.generator)])
 
 
-class Generation:
-    """The rows that are being answered together. To be used by one thread at a time."""
+def sample_tokens(logits_BV: Tensor, samplers: list[Sampler]) -> list[int]:
+    """One token for each row."""
+    tokens = logits_BV.argmax(-1).tolist()  # all greedy rows at once
+    for row, sampler in enumerate(samplers):
+        if sampler.sampling.temperature > 0 or sampler.sampling.repetition_penalty != 1:
+            tokens[row] = sampler.sample(logits_BV[row].cpu())
+            sampler.seen_ids.add(tokens[row])
+    return tokens
 
-    def __init__(self, model: Cinego | MiniMind, eos_token_id: int):
+
+class DecodingBatch:
+    """The cache of rows that are decoded together; rows may come and go between steps.
+
+    All rows end in the same column: shorter ones have padding on their left, where `mask` (B, T) is
+    False. To be used by one thread at a time.
+    """
+
+    def __init__(self, model: Cinego | MiniMind):
         assert not model.training, "dropout would fall on answers: call model.eval()"
-        self.model, self.eos_token_id = model, eos_token_id
-        self.rows: list[Row] = []
-        self.cache, self.mask = KVCache(), None
+        self.model = model
+        self.num_rows, self.cache, self.mask = 0, KVCache(), None
 
-    def add(self, inputs: dict, rows: list[Row], cache: KVCache | None = None) -> list[Row]:
-        """Reads the rows' prompts and chooses the first token of each; returns `rows`.
+    def prefill(self, inputs: dict, cache: KVCache | None = None) -> Tensor:
+        """Reads the prompts of new rows, which join below; returns (B, V), their next logits.
 
         inputs: what `model.forward` takes, `input_ids` (B, L) left padded with `attention_mask`
-        (B, T) that is False on padding (it may be left out where nothing is padded). cache: what
-        was read of these rows before, T - L columns; it is taken over.
+        (B, T) that is False on padding (it may be left out where nothing is padded). cache: the
+        T - L columns that were read of these rows before; it is taken over. Raises ValueError for
+        padding on the right, and what `model.forward` raises; the batch is then as before.
         """
         cache = KVCache() if cache is None else cache
-        inputs = dict(inputs)
+        inputs, num_new = dict(inputs), len(inputs["input_ids"])
         mask = inputs.pop("attention_mask", None)
         if mask is not None:
             mask = mask.bool()
@@ -102,139 +130,98 @@ class Generation:
                 raise ValueError("prompts must be padded on the left: a last token is padding")
             if mask.all():  # nothing is padded: plain causal attention is faster
                 mask = None
-        logits_BV = self._read(inputs, cache, mask)
-        if self.rows:
-            mask = _join_masks(self.mask, len(self.rows), len(self.cache), mask, len(rows), cache)
+        logits_BV = self._forward(inputs, cache, mask)
+        if self.num_rows:
+            mask = self._joined_mask(mask, num_new, len(cache))
             cache = self.cache.join(cache)
-        self.rows, self.cache, self.mask = [*self.rows, *rows], cache, mask
-        self._advance(rows, logits_BV)
-        return rows
+        self.num_rows, self.cache, self.mask = self.num_rows + num_new, cache, mask
+        return logits_BV
 
-    def step(self) -> list[Row]:
-        """One more token, or the end, for each row; returns them all."""
-        rows = self.rows
-        tokens_B1 = torch.tensor([row.ids[-1:] for row in rows], device=self._device())
+    def decode(self, token_ids: list[int]) -> Tensor:
+        """Reads one more token of each row; returns (B, V), the next logits."""
+        tokens_B1 = torch.tensor(token_ids, device=self._device())[:, None]
         if self.mask is not None:
             self.mask = F.pad(self.mask, (0, 1), value=True)
-        self._advance(rows, self._read({"input_ids": tokens_B1}, self.cache, self.mask))
-        return rows
+        return self._forward({"input_ids": tokens_B1}, self.cache, self.mask)
 
-    def remove(self, row: Row, reason: str = "cancelled") -> None:
-        """Ends a row; nothing happens if it has ended already."""
-        if row.finish_reason is None:
-            row.finish_reason = reason
-            self._let_go()
-
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    def _read(self, inputs: dict, cache: KVCache, mask: Tensor | None) -> Tensor:
-        """(B, V): what may come next."""
-        # Entered anew each time: the caller's own code between two steps must not find it on.
-        with torch.inference_mode():
-            output = self.model(
-                **inputs, attention_mask=mask, past_key_values=cache, logits_to_keep=1
-            )
-            return output.logits[:, -1].float()
-
-    def _advance(self, rows: list[Row], logits_BV: Tensor) -> None:
-        for row, token in zip(rows, choose(logits_BV, rows), strict=True):
-            if token == self.eos_token_id:
-                row.finish_reason = "stop"
-                continue
-            row.ids.append(token)
-            if len(row.ids) == row.sampling.max_new_tokens:
-                row.finish_reason = "length"
-        self._let_go()
-
-    def _let_go(self) -> None:
-        """Rows that have ended leave the batch: they cost nothing more."""
-        going = [i for i, row in enumerate(self.rows) if row.finish_reason is None]
-        if len(going) == len(self.rows):
+    def keep_rows(self, rows: list[int]) -> None:
+        """The other rows leave the batch: they cost nothing more."""
+        if len(rows) == self.num_rows:
             return
-        for i, row in enumerate(self.rows):
-            if row.finish_reason is not None and row.keep_cache:
-                row.cache = self._cache_of(i)
-        self.rows = [self.rows[i] for i in going]
-        if not going:
+        self.num_rows = len(rows)
+        if not rows:
             self.cache, self.mask = KVCache(), None
             return
-        self.cache.keep_rows(torch.tensor(going, device=self._device()))
+        self.cache.keep_rows(torch.tensor(rows, device=self._device()))
         if self.mask is not None:
-            self.mask = self.mask[going]
-            # Columns that only longer rows needed: a server's batch never ends, but they go.
+            self.mask = self.mask[rows]
+            # Columns that only longer rows needed go, too: a server's batch never ends.
             used = self.mask.any(0)
             if not used.all():
                 self.cache, self.mask = self.cache.select(used), self.mask[:, used]
             if self.mask.all():
                 self.mask = None
 
-    def _cache_of(self, i: int) -> KVCache:
-        if len(self.rows) == 1 and self.mask is None:
+    def cache_of(self, row: int) -> KVCache:
+        """What was read of one row, without padding, for a batch that continues it later."""
+        if self.num_rows == 1 and self.mask is None:
             return self.cache
-        one = self.cache.row(i)
-        return one if self.mask is None else one.select(self.mask[i])
+        cache = self.cache.row(row)
+        return cache if self.mask is None else cache.select(self.mask[row])
+
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _forward(self, inputs: dict, cache: KVCache, mask: Tensor | None) -> Tensor:
+        # Entered at each step: the caller's own code between two steps must not run inside of it.
+        with torch.inference_mode():
+            output = self.model(
+                **inputs, attention_mask=mask, past_key_values=cache, logits_to_keep=1
+            )
+            return output.logits[:, -1].float()
+
+    def _joined_mask(self, mask: Tensor | None, num_new: int, length: int) -> Tensor | None:
+        """The mask of the rows here and of new ones below; None where nothing is padded."""
+        if self.mask is None and mask is None and len(self.cache) == length:
+            return None
+        new = {"dtype": torch.bool, "device": self._device()}
+        above = (
+            torch.ones(self.num_rows, len(self.cache), **new) if self.mask is None else self.mask
+        )
+        below = torch.ones(num_new, length, **new) if mask is None else mask
+        width = max(len(self.cache), length)
+        return torch.cat([F.pad(part, (width - part.shape[1], 0)) for part in (above, below)])
 
 
 def generate(
     model: Cinego | MiniMind, inputs: dict, max_new_tokens: int, eos_token_id: int, **sampling
 ) -> list[list[int]]:
-    """The new ids of each row of `inputs` (see `Generation.add`), without the end token.
+    """The new ids of each row of `inputs` (see `DecodingBatch.prefill`), without the end token.
 
-    sampling: as in `Sampling`, the same for all rows. The model may be in training mode.
+    sampling: as in `Sampling`, the same for all rows. The model may be in training mode. Raises
+    ValueError for settings that make no sense and for prompts padded on the right.
     """
-    rows = [Row(Sampling(max_new_tokens, **sampling), ids) for ids in inputs["input_ids"].tolist()]
+    how = Sampling(max_new_tokens, **sampling)
+    samplers = [Sampler(how, ids) for ids in inputs["input_ids"].tolist()]
+    answers: list[list[int]] = [[] for _ in samplers]
+    rows = list(range(len(samplers)))  # those that still decode
     was_training = model.training
     model.eval()
     try:
-        generation = Generation(model, eos_token_id)
-        generation.add(inputs, rows)
-        while generation.rows:
-            generation.step()
+        batch = DecodingBatch(model)
+        logits_BV = batch.prefill(inputs)
+        while True:
+            tokens = sample_tokens(logits_BV, [samplers[row] for row in rows])
+            unfinished = []
+            for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+                if token != eos_token_id:
+                    answers[row].append(token)
+                    if len(answers[row]) < max_new_tokens:
+                        unfinished.append(place)
+            if not unfinished:
+                return answers
+            batch.keep_rows(unfinished)
+            rows = [rows[place] for place in unfinished]
+            logits_BV = batch.decode([answers[row][-1] for row in rows])
     finally:
         model.train(was_training)
-    return [row.ids for row in rows]
-
-
-def choose(logits_BV: Tensor, rows: list[Row]) -> list[int]:
-    """One token for each row, by its own settings and dice."""
-    tokens = logits_BV.argmax(-1).tolist()
-    for i, row in enumerate(rows):
-        how = row.sampling
-        if how.temperature > 0 or how.repetition_penalty != 1:
-            tokens[i] = _draw(logits_BV[i].cpu(), row)
-    return tokens
-
-
-def _draw(logits_V: Tensor, row: Row) -> int:
-    how = row.sampling
-    if how.repetition_penalty != 1:
-        seen = torch.tensor(sorted({*row.prompt_ids, *row.ids}), dtype=torch.long)
-        old, penalty = logits_V[seen], how.repetition_penalty
-        logits_V = logits_V.index_copy(0, seen, torch.where(old > 0, old / penalty, old * penalty))
-    if how.temperature == 0:
-        return int(logits_V.argmax())
-    probabilities, ids = (logits_V / how.temperature).softmax(-1).sort(descending=True)
-    if how.top_k:
-        probabilities = probabilities[: how.top_k]
-        probabilities = probabilities / probabilities.sum()
-    # The token that crosses top_p is still in, so that one is always left.
-    within = probabilities.cumsum(-1) - probabilities < how.top_p
-    within &= probabilities >= how.min_p * probabilities[0]
-    return int(ids[torch.multinomial(probabilities * within, 1, generator=row.dice)])
-
-
-def _join_masks(
-    above: Tensor | None, num_above: int, length_above: int, below, num_below: int, cache: KVCache
-) -> Tensor | None:
-    """The mask of two batches one below the other, each padded on its left; None: no padding."""
-    length = max(length_above, len(cache))
-    if above is None and below is None and length_above == len(cache):
-        return None
-    device = cache.layers[0][0].device
-    if above is None:
-        above = torch.ones(num_above, length_above, dtype=torch.bool, device=device)
-    if below is None:
-        below = torch.ones(num_below, len(cache), dtype=torch.bool, device=device)
-    parts = [F.pad(mask, (length - mask.shape[1], 0), value=False) for mask in (above, below)]
-    return torch.cat(parts)

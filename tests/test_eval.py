@@ -12,7 +12,7 @@ from PIL import Image
 
 import eval as evaluation
 from dataset.samples import read_samples
-from inference import Answerer, Question
+from inference import ChatModel
 from model.checkpoint import save_model
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
@@ -37,8 +37,8 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def answerer(checkpoint, tiny_tower) -> Answerer:
-    return Answerer.load(checkpoint, tiny_tower, TOKENIZER, device="cpu")
+def chat_model(checkpoint, tiny_tower) -> ChatModel:
+    return ChatModel.load(checkpoint, tiny_tower, TOKENIZER, device="cpu")
 
 
 @pytest.fixture
@@ -98,11 +98,11 @@ def test_too_few_frames_to_shuffle_stay(num_frames):
     assert evaluation.shuffled_order(num_frames, dice(0)) == list(range(num_frames))
 
 
-def test_controls_equal_changing_the_frames_themselves(answerer):
+def test_controls_equal_changing_the_frames_themselves(chat_model):
     torch.manual_seed(0)
     pixels = torch.randn(4, 3, 112, 112)
-    features = answerer.see(pixels)
-    change = evaluation.controls(answerer, seed=0)
+    features = chat_model.encode_frames(pixels)
+    change = evaluation.controls(chat_model, seed=0)
     order = evaluation.shuffled_order(4, dice(0))
     for name, changed in {
         "normal": pixels,
@@ -110,7 +110,9 @@ def test_controls_equal_changing_the_frames_themselves(answerer):
         "shuffled": pixels[order],
         "first frame": pixels[[0, 0, 0, 0]],
     }.items():
-        torch.testing.assert_close(change[name](features), answerer.see(changed), msg=name)
+        torch.testing.assert_close(
+            change[name](features), chat_model.encode_frames(changed), msg=name
+        )
     blank = change["no video"](features)
     assert blank.shape == features.shape
     torch.testing.assert_close(blank, change["no video"](torch.zeros_like(features)))
@@ -125,13 +127,13 @@ def test_later_turns_are_asked_after_the_models_own_answers(folder):
 
 
 def test_evaluation_scores_each_turn_and_leaves_out_what_can_not_be_read(
-    monkeypatch, checkpoint, tiny_tower, folder, answerer, capsys
+    monkeypatch, checkpoint, tiny_tower, folder, chat_model, capsys
 ):
-    clip = answerer.read(folder / "clip.gif")
+    clip = chat_model.encode_video(folder / "clip.gif")
     reverse = replace(clip, features=clip.features.flip(0))
     question = [{"role": "user", "content": "What moves?"}]
-    said, backwards = answerer.answer(
-        [Question(question, [visual], Sampling(6)) for visual in (clip, reverse)]
+    said, backwards = chat_model.generate(
+        [chat_model.make_request(question, [visual], Sampling(6)) for visual in (clip, reverse)]
     )
     assert said != backwards
 
@@ -217,7 +219,7 @@ def test_another_tower_of_the_same_shape_is_refused(tmp_path, checkpoint, tiny_t
     }
     (tmp_path / "sft.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match="isn't the vision tower"):
-        Answerer.load(tmp_path / "sft.pth", tiny_tower, TOKENIZER)
+        ChatModel.load(tmp_path / "sft.pth", tiny_tower, TOKENIZER)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What one user has shown, asked and been told. Knows nothing of the page around it."""
+"""One user's conversation: files, questions, answers. Knows nothing of the page around it."""
 
 import base64
 import io
@@ -6,7 +6,6 @@ import os
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,35 +13,45 @@ from PIL import Image
 
 from dataset.clip import ContainerInfo
 from dataset.conversation import ConversationError
-from inference import Answer, Answerer, Visual
-from inference.page.settings import PageSettings
+from inference.chat import Chat
+from inference.chat_model import ChatModel
+from inference.flags import PageFlags
+from inference.request import Sequence, Visual
+from inference.scheduler import Scheduler
 from model.generate import Sampling
 
 THUMBNAIL = 160  # pixels of a frame's longer side in the strip
 POSTER = 640  # of a picture that stands alone
 
 
+class SharedModel:
+    """A loaded model and the thread that runs it for all users of the page."""
+
+    def __init__(self, chat_model: ChatModel):
+        self.chat_model, self.scheduler = chat_model, Scheduler(chat_model)
+        # Frames at full size are large: as many files at a time as there are cores.
+        self.decoders = threading.Semaphore(os.cpu_count() or 1)
+
+    def encode(self, path: Path, name: str, num_frames: int, **limits) -> "Attachment":
+        """Raises VideoError for a file that can't be read or is above the limits."""
+        with self.decoders:
+            clip = self.chat_model.decode_frames(path, num_frames, **limits)
+            encode, weigh = self.chat_model.encode_clip, self.chat_model.frame_weights
+            visual = self.scheduler.run(encode, name, clip, THUMBNAIL).result()
+            poster = Image.fromarray(clip.frames[len(clip.frames) // 2])
+        poster.thumbnail((POSTER, POSTER))
+        weights = self.scheduler.run(weigh, visual).result()
+        pictures, visual.thumbnails = [_data_url(each) for each in visual.thumbnails], []
+        return Attachment(path, visual, weights, pictures, poster, clip.info, clip.num_frames_total)
+
+
 @dataclass
-class Model:
-    """A loaded model and who may use it when."""
-
-    answerer: Answerer
-    # One thread computes at a time, for one token or one visual; then another may.
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    # Frames at full size are large: as many files at a time as there are cores.
-    decoders: threading.Semaphore = field(
-        default_factory=lambda: threading.Semaphore(os.cpu_count() or 1)
-    )
-
-
-@dataclass
-class Shown:
+class Attachment:
     """A video or an image on the page."""
 
-    name: str
-    file: Path  # where it lies while the page is open
+    path: Path  # where it lies while the page is open
     visual: Visual  # what the model has of it
-    weights: list[float]  # of its frames, see Answerer.frame_weights
+    weights: list[float]  # of its frames, see ChatModel.frame_weights
     pictures: list[str]  # of its frames, as data: URLs
     poster: Image.Image  # its middle frame
     info: ContainerInfo
@@ -51,10 +60,10 @@ class Shown:
 
 @dataclass
 class Turn:
-    shown: list[Shown]
+    attachments: list[Attachment]
     question: str
     answer: str = ""
-    about: Answer | None = None  # its times; None until the first word
+    sequence: Sequence | None = None  # its times; None until the first word
 
 
 class TooManyVisuals(ValueError):
@@ -63,65 +72,48 @@ class TooManyVisuals(ValueError):
 
 @dataclass(eq=False)
 class Conversation:
-    model: Model
-    settings: PageSettings
+    model: SharedModel
+    flags: PageFlags
     turns: list[Turn] = field(default_factory=list)
-    waiting: list[Shown] = field(default_factory=list)  # they belong to the next question
+    waiting: list[Attachment] = field(default_factory=list)  # they belong to the next question
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __post_init__(self):
-        self.chat = self.model.answerer.chat()
+        self.chat = Chat(self.model.chat_model, self.model.scheduler.stream)
         # Streamlit may start a run of the page while the one before is still ending.
         self.lock = threading.Lock()
 
     @property
-    def shown(self) -> list[Shown]:
-        return [*(shown for turn in self.turns for shown in turn.shown), *self.waiting]
+    def attachments(self) -> list[Attachment]:
+        return [*(each for turn in self.turns for each in turn.attachments), *self.waiting]
 
-    def show(self, file: Path, name: str, num_frames: int) -> Shown:
+    def attach(self, path: Path, name: str, num_frames: int) -> Attachment:
         """Puts a file before the next question. Raises TooManyVisuals, and VideoError for a file
         that can't be read or is above the limits; the conversation is then as before."""
-        answerer = self.model.answerer
         with self.lock:
-            if len(self.shown) >= self.settings.max_visuals:
+            if len(self.attachments) >= self.flags.max_visuals:
                 raise TooManyVisuals
-            with self.model.decoders:
-                limits = self.settings.media_limits(num_frames)
-                clip = answerer.decode(file, num_frames, **limits)
-                with self.model.lock:
-                    visual = answerer.view(name, clip, THUMBNAIL)
-                    weights = answerer.frame_weights(visual)
-                poster = Image.fromarray(clip.frames[len(clip.frames) // 2])
-                poster.thumbnail((POSTER, POSTER))
-                info, total = clip.info, clip.num_frames_total
-                del clip
-            pictures = [_data_url(picture) for picture in visual.frames]
-            visual.frames = []
-            shown = Shown(name, file, visual, weights, pictures, poster, info, total)
-            self.chat.show(visual)
-            self.waiting.append(shown)
-        return shown
+            limits = self.flags.media_limits(num_frames)
+            attachment = self.model.encode(path, name, num_frames, **limits)
+            self.chat.attach(attachment.visual)
+            self.waiting.append(attachment)
+        return attachment
 
     def ask(self, question: str, sampling: Sampling) -> Iterator[str]:
         """The answer in pieces of whole characters. Closing the iterator ends the answer there.
-        Raises ConversationError for what can't be asked; it is then as if it hadn't been."""
+        Raises ConversationError for what can't be asked; the conversation is then as before."""
         with self.lock:
             turn, self.waiting = Turn(self.waiting, question), []
             self.turns.append(turn)
-            with closing(self.chat.ask(question, sampling)) as pieces:
-                try:
-                    while (piece := self._next(pieces)) is not None:
-                        turn.answer, turn.about = turn.answer + piece, self.chat.last
-                        yield piece
-                    turn.about = self.chat.last  # an answer may be empty
-                except ConversationError:
-                    self.turns.remove(turn)
-                    self.waiting = turn.shown
-                    raise
-
-    def _next(self, pieces: Iterator[str]) -> str | None:
-        with self.model.lock:
-            return next(pieces, None)
+            try:
+                for text in self.chat.ask(question, sampling):
+                    turn.answer, turn.sequence = turn.answer + text, self.chat.last
+                    yield text
+                turn.sequence = self.chat.last  # an answer may be empty
+            except ConversationError:
+                self.turns.remove(turn)
+                self.waiting = turn.attachments
+                raise
 
 
 def _data_url(picture: Image.Image) -> str:

@@ -1,5 +1,5 @@
-"""The page itself. Streamlit runs `View.run` anew for each thing that a user does on it; what lasts
-lies in `st.session_state`, which is one user's, and in the caches below.
+"""The page itself. Streamlit runs `View.run` once more for each thing that a user does on it; what
+lasts lies in `st.session_state`, which is one user's, and in the caches below.
 
 Names, questions and answers are shown as plain text or escaped: a file's name must not become a
 link or a picture of another host.
@@ -8,6 +8,7 @@ link or a picture of another host.
 import json
 import shutil
 import tempfile
+import tomllib
 import uuid
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -19,17 +20,18 @@ from streamlit import config
 
 from dataset.conversation import ConversationError
 from dataset.video import MEDIA_SUFFIXES, VideoError, read_frames, uniform_indices
-from inference import Answerer, find_models
-from inference.page.conversation import Conversation, Model, TooManyVisuals, Turn
-from inference.page.settings import MAX_FRAMES, PageSettings
-from inference.page.texts import LANGUAGES, TEXTS, language_of
-from inference.page.visual import escaped, show
-from model.generate import Sampling
+from inference.flags import MAX_PAGE_FRAMES, PageFlags
+from inference.page.conversation import Conversation, SharedModel, TooManyVisuals, Turn
+from inference.page.visual import draw, escaped
+from inference.parts import find_models
+from model.generate import MAX_NEW_TOKENS, Sampling
 
 ICON, USER, ASSISTANT = ":material/movie:", ":material/person:", ":material/movie:"
 EXAMPLES = 4
-# Reasons of VideoError whose mend isn't that of a broken file.
-OWN_MENDS = ("too_large", "too_long", "timeout")
+LANGUAGES = {"en": "English", "zh": "中文"}
+TEXTS = tomllib.loads(Path(__file__).with_name("texts.toml").read_text(encoding="utf-8"))
+# Reasons of VideoError whose fix isn't that of a broken file.
+OWN_FIXES = ("too_large", "too_long", "timeout")
 STYLE = """<style>
 .stMainBlockContainer, .stBottomBlockContainer { max-width: 52rem; }
 .stMainBlockContainer { padding-top: 3.4rem; }
@@ -51,12 +53,12 @@ STYLE = """<style>
 # ---- what users share, and what ends with a session
 
 
-@st.cache_resource(max_entries=2, show_spinner=False)
-def load_model(checkpoint: str, changed: float, _settings: PageSettings) -> Model:
-    """`changed`: when it was written; a model that was trained anew is loaded anew."""
-    own = _settings
-    flags = (own.vision_path, own.tokenizer_path, own.num_frames, own.device)
-    return Model(Answerer.load(checkpoint, *flags, weights=own.weights))
+@st.cache_resource(
+    max_entries=2, show_spinner=False, on_release=lambda model: model.scheduler.stop()
+)
+def load_model(checkpoint: str, changed: float, _flags: PageFlags) -> SharedModel:
+    """`changed`: when it was written; a model that was trained again is loaded again."""
+    return SharedModel(_flags.load_model(checkpoint))
 
 
 @st.cache_data(ttl=10, show_spinner=False)
@@ -96,8 +98,8 @@ def show_wrong_flags() -> None:
 
 
 class View:
-    def __init__(self, settings: PageSettings):
-        self.settings = settings
+    def __init__(self, flags: PageFlags):
+        self.flags = flags
 
     def run(self) -> None:
         st.set_page_config(page_title="Cinego", page_icon=ICON, layout="centered")
@@ -116,7 +118,7 @@ class View:
                 models,
                 format_func=self._name_of,
                 key="model",
-                help=self.texts["model_help"].format(folder=self.settings.out_dir),
+                help=self.texts["model_help"].format(folder=self.flags.out_dir),
             )
         model = self._load(chosen)
         conversation = self._conversation(model)
@@ -142,39 +144,39 @@ class View:
     # ---- models
 
     def _models(self) -> list[str]:
-        first = [self.settings.load_from] if self.settings.load_from else []
-        found = models_in(self.settings.out_dir)
+        first = [self.flags.load_from] if self.flags.load_from else []
+        found = models_in(self.flags.out_dir)
         same = {str(Path(name).resolve()) for name in first}
         return first + [name for name in found if str(Path(name).resolve()) not in same]
 
     def _name_of(self, checkpoint: str) -> str:
         path = Path(checkpoint)
-        if path.is_relative_to(self.settings.out_dir):
-            path = path.relative_to(self.settings.out_dir)
+        if path.is_relative_to(self.flags.out_dir):
+            path = path.relative_to(self.flags.out_dir)
         return str(path)
 
     def _no_model(self) -> None:
         st.title("Cinego")
-        st.info(self.texts["no_model"].format(folder=self.settings.out_dir), icon=ICON)
+        st.info(self.texts["no_model"].format(folder=self.flags.out_dir), icon=ICON)
         st.code("streamlit run web_demo.py -- --load_from PATH", language="bash")
 
-    def _load(self, checkpoint: str) -> Model:
+    def _load(self, checkpoint: str) -> SharedModel:
         """Stops this run of the page, with the reason, where that can't be."""
         path = Path(checkpoint)
         try:
             changed = path.stat().st_mtime if path.exists() else 0.0
             with st.spinner(self.texts["loading"].format(name=self._name_of(checkpoint))):
-                return load_model(checkpoint, changed, self.settings)
+                return load_model(checkpoint, changed, self.flags)
         except (ValueError, OSError) as error:
             st.error(self.texts["bad_model"])
             st.code(str(error), language=None, wrap_lines=True)
             st.stop()
 
-    def _conversation(self, model: Model) -> Conversation:
+    def _conversation(self, model: SharedModel) -> Conversation:
         old = self.state.get("conversation")
         if old is None or old.model is not model:
             self._forget(old)
-            self.state.conversation = Conversation(model, self.settings)
+            self.state.conversation = Conversation(model, self.flags)
         return self.state.conversation
 
     def _forget(self, conversation: Conversation | None) -> None:
@@ -184,14 +186,16 @@ class View:
 
     # ---- the sidebar
 
-    def _controls(self, model: Model) -> tuple[Sampling, int]:
-        texts, answerer = self.texts, model.answerer
-        parts = {part: count for part, count in answerer.parameters.items() if part != "trainable"}
+    def _controls(self, model: SharedModel) -> tuple[Sampling, int]:
+        texts, chat_model = self.texts, model.chat_model
+        parts = {
+            part: count for part, count in chat_model.parameters.items() if part != "trainable"
+        }
         st.caption(
             texts["model_facts"].format(
                 parameters=sum(parts.values()) / 1e6,
-                summary=answerer.model.config.summary,
-                frames=answerer.num_frames,
+                summary=chat_model.model.config.summary,
+                frames=chat_model.num_frames,
             )
         )
         st.button(
@@ -208,14 +212,18 @@ class View:
             )
 
         with st.expander(texts["answers"], icon=":material/tune:"):
-            longest = self.settings.max_new_tokens
+            longest = self.flags.max_new_tokens
             sampling = Sampling(
                 temperature=slider("temperature", 0.0, 2.0, 0.0, 0.1),
                 top_p=slider("top_p", 0.05, 1.0, 0.9, 0.05),
                 top_k=slider("top_k", 0, 200, 0, 5),
                 repetition_penalty=slider("repetition_penalty", 1.0, 2.0, 1.0, 0.05),
                 max_new_tokens=st.number_input(
-                    texts["max_new_tokens"], 1, longest, min(128, longest), key="max_new_tokens"
+                    texts["max_new_tokens"],
+                    1,
+                    longest,
+                    min(MAX_NEW_TOKENS, longest),
+                    key="max_new_tokens",
                 ),
                 seed=st.number_input(
                     texts["seed"], 0, 2**31, 0, key="seed", help=texts["seed_help"]
@@ -224,18 +232,18 @@ class View:
         with st.expander(texts["videos"], icon=":material/theaters:"):
             num_frames = st.slider(
                 texts["num_frames"],
-                *(1, MAX_FRAMES, min(answerer.num_frames, MAX_FRAMES)),
-                key=f"num_frames {answerer.checkpoint}",  # the default is each model's own
-                help=texts["num_frames_help"].format(frames=answerer.num_frames),
+                *(1, MAX_PAGE_FRAMES, min(chat_model.num_frames, MAX_PAGE_FRAMES)),
+                key=f"num_frames {chat_model.checkpoint}",  # the default is each model's own
+                help=texts["num_frames_help"].format(frames=chat_model.num_frames),
             )
-            st.caption(self._limits_told())
+            st.caption(self._limits_text())
         return sampling, num_frames
 
-    def _limits_told(self) -> str:
+    def _limits_text(self) -> str:
         return self.texts["limits"].format(mib=max_upload_mib(), **self._limits())
 
     def _limits(self) -> dict[str, float]:
-        own = self.settings
+        own = self.flags
         return {
             "seconds": own.max_video_seconds,
             "megapixels": own.max_pixels / 1e6,
@@ -255,7 +263,7 @@ class View:
             ):
                 st.download_button(
                     label,
-                    conversation.chat.written(kind),
+                    conversation.chat.format_transcript(kind),
                     f"cinego{kind}",
                     mime,
                     on_click="ignore",
@@ -265,10 +273,10 @@ class View:
     # ---- the conversation
 
     def _talk(self, conversation: Conversation, sampling: Sampling, num_frames: int) -> None:
-        key = f"ask {conversation.key}"  # what was begun to be typed goes with its conversation
+        key = f"ask {conversation.key}"  # a draft goes with its conversation
         if draft := self.state.pop("draft", None):
             self.state[key] = draft
-        said = st.chat_input(
+        typed = st.chat_input(
             self.texts["ask"],
             key=key,
             accept_file="multiple",
@@ -277,9 +285,9 @@ class View:
             submit_mode="stop",
         )
         question = self.state.pop("pressed", None)
-        if said:
-            question = said.text.strip()
-            self._take(conversation, said.files, num_frames, question)
+        if typed:
+            question = typed.text.strip()
+            self._take(conversation, typed.files, num_frames, question)
         is_new = not conversation.turns and not conversation.waiting
         if is_new and not question:
             self._introduce(conversation, num_frames)
@@ -287,8 +295,8 @@ class View:
             self._turn(turn)
         if conversation.waiting and not question:
             with st.chat_message("user", avatar=USER):
-                for shown in conversation.waiting:
-                    show(shown, self.texts)
+                for attachment in conversation.waiting:
+                    draw(attachment, self.texts)
             self._suggest()
         for notice in self.state.get("notices", ()):
             st.error(notice, icon=":material/error:")
@@ -299,8 +307,8 @@ class View:
         st.title("Cinego")
         st.markdown(f"#### {self.texts['lead']}")
         st.markdown(self.texts["intro"])
-        st.caption(self._limits_told())
-        folders = [str(folder) for folder in self.settings.example_folders() if folder.is_dir()]
+        st.caption(self._limits_text())
+        folders = [str(folder) for folder in self.flags.example_folders() if folder.is_dir()]
         examples = examples_in(folders)
         if not examples:
             return
@@ -345,13 +353,13 @@ class View:
         texts, plain = self.texts, escaped(name)
         try:
             with st.spinner(texts["reading"].format(name=plain)):
-                conversation.show(path, name, num_frames)
+                conversation.attach(path, name, num_frames)
             return True
         except TooManyVisuals:
-            notice = texts["too_many"].format(name=plain, visuals=self.settings.max_visuals)
+            notice = texts["too_many"].format(name=plain, visuals=self.flags.max_visuals)
         except VideoError as error:
-            mend = texts[error.reason if error.reason in OWN_MENDS else "unreadable"]
-            notice = texts["bad_file"].format(name=plain, mend=mend.format(**self._limits()))
+            fix = texts[error.reason if error.reason in OWN_FIXES else "unreadable"]
+            notice = texts["bad_file"].format(name=plain, fix=fix.format(**self._limits()))
             detail = error.detail.replace(str(path), name)
             notice += "\n\n" + texts["detail"].format(detail=escaped(detail))
         self.state.setdefault("notices", []).append(notice)
@@ -359,8 +367,8 @@ class View:
 
     def _answer(self, conversation: Conversation, question: str, sampling: Sampling) -> None:
         with st.chat_message("user", avatar=USER):
-            for shown in conversation.waiting:
-                show(shown, self.texts)
+            for attachment in conversation.waiting:
+                draw(attachment, self.texts)
             st.text(question)
         with st.chat_message("assistant", avatar=ASSISTANT):
             place = st.empty()
@@ -369,10 +377,9 @@ class View:
             try:
                 with closing(conversation.ask(question, sampling)) as pieces:
                     self._stream(place, pieces)
-            except ConversationError as error:
-                self.state.notices = [
-                    self.texts["wrong_question"].format(reason=escaped(str(error)))
-                ]
+            except (ConversationError, RuntimeError) as error:
+                text = "failed" if isinstance(error, RuntimeError) else "wrong_question"
+                self.state.notices = [self.texts[text].format(reason=escaped(str(error)))]
                 self.state.draft = question
                 st.rerun()
             self._times(conversation.turns[-1])
@@ -385,25 +392,30 @@ class View:
 
     def _turn(self, turn: Turn) -> None:
         with st.chat_message("user", avatar=USER):
-            for shown in turn.shown:
-                show(shown, self.texts)
+            for attachment in turn.attachments:
+                draw(attachment, self.texts)
             st.text(turn.question)
         with st.chat_message("assistant", avatar=ASSISTANT):
             st.text(turn.answer)
             self._times(turn)
 
     def _times(self, turn: Turn) -> None:
-        if (about := turn.about) is None:
+        if (sequence := turn.sequence) is None:
             return
         line = self.texts["times"].format(
-            tokens=about.completion_tokens,
-            first=about.time_to_first_token,
-            rate=about.tokens_per_second,
+            tokens=sequence.completion_tokens,
+            first=sequence.time_to_first_token,
+            rate=sequence.tokens_per_second,
         )
         ends = {"length": "cut", "cancelled": "stopped"}
-        if end := ends.get(about.finish_reason):
+        if end := ends.get(sequence.finish_reason):
             line += " · " + self.texts[end]
         st.caption(line)
+
+
+def language_of(locale: str | None) -> str:
+    """The page's language for a browser's, such as "zh-CN"."""
+    return "zh" if (locale or "").lower().startswith("zh") else "en"
 
 
 def max_upload_mib() -> int:

@@ -1,55 +1,58 @@
-"""How a video or an image stands on the page: its player, its frames, what hangs on each."""
+"""How a video or an image looks on the page: its player, its frames and their weights."""
 
 import html
 import re
 
 import streamlit as st
 
-from inference.page.conversation import Shown
+from inference.page.conversation import Attachment
 
 PLAYED = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mp4", ".webm": "webm"}  # by browsers
 MOVING_PICTURES = (".gif", ".webp", ".png")
 
 
-def show(shown: Shown, texts: dict[str, str]) -> None:
-    """A frame around its player and, under each sampled frame, how much hangs on it."""
-    taken = len(shown.pictures)
+def draw(attachment: Attachment, texts: dict[str, str]) -> None:
+    """A frame around its player and, under each sampled frame, its weight."""
+    taken = len(attachment.pictures)
     with st.container(border=True):
         facts = (texts["facts"] if taken == 1 else texts["facts_video"]).format(
-            width=shown.info.width,
-            height=shown.info.height,
-            seconds=shown.info.seconds or shown.visual.timestamps[-1],
+            width=attachment.info.width,
+            height=attachment.info.height,
+            seconds=attachment.info.seconds or attachment.visual.timestamps[-1],
             taken=taken,
-            total=shown.num_frames_total,
+            total=attachment.num_frames_total,
         )
-        st.markdown(f"**{escaped(shown.name)}** :gray[:small[{facts}]]")
-        _play(shown, texts)
+        st.markdown(f"**{escaped(attachment.visual.name)}** :gray[:small[{facts}]]")
+        _play(attachment, texts)
+        if damaged := attachment.visual.damaged:
+            times = ", ".join(f"{seconds:.1f}" for seconds in damaged[:8])
+            st.warning(texts["damaged"].format(times=times))
         if taken > 1:
             st.caption(texts["strip"], help=texts["strip_help"])
-            st.html(strip(shown, texts))
+            st.html(strip(attachment, texts))
 
 
-def _play(shown: Shown, texts: dict[str, str]) -> None:
-    suffix, is_there = shown.file.suffix.lower(), shown.file.is_file()
+def _play(attachment: Attachment, texts: dict[str, str]) -> None:
+    suffix, is_there = attachment.path.suffix.lower(), attachment.path.is_file()
     # Not larger than 360 x 240 pixels, whichever way it stands.
-    width, height = shown.poster.size
+    width, height = attachment.poster.size
     width = max(1, round(min(360, 240 * width / height)))
-    if len(shown.pictures) == 1:
-        st.image(shown.poster, width=width)
+    if len(attachment.pictures) == 1:
+        st.image(attachment.poster, width=width)
     elif is_there and suffix in PLAYED:
-        st.video(str(shown.file), f"video/{PLAYED[suffix]}", width=width)
+        st.video(str(attachment.path), f"video/{PLAYED[suffix]}", width=width)
     elif is_there and suffix in MOVING_PICTURES:
-        st.image(str(shown.file), width=width)
+        st.image(str(attachment.path), width=width)
     else:
-        st.image(shown.poster, width=width)
+        st.image(attachment.poster, width=width)
         st.caption(texts["not_played" if is_there else "gone"])
 
 
-def strip(shown: Shown, texts: dict[str, str]) -> str:
+def strip(attachment: Attachment, texts: dict[str, str]) -> str:
     """HTML: the frames side by side, under each its weight as a colour, and its second."""
-    most, cells = max(shown.weights), []
+    most, cells = max(attachment.weights), []
     for picture, seconds, weight in zip(
-        shown.pictures, shown.visual.timestamps, shown.weights, strict=True
+        attachment.pictures, attachment.visual.timestamps, attachment.weights, strict=True
     ):
         about = html.escape(texts["frame"].format(seconds=seconds, percent=100 * weight))
         cells.append(

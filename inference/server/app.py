@@ -1,81 +1,89 @@
 """The HTTP side: `/v1/chat/completions`, `/v1/models`, `/health`, `/metrics`.
 
-A request's way: `Gate` (key, room, deadline) → `read_body` → `ChatRequest.parse` → each visual
-opened and decoded → a `Job` for the model's thread → its text as JSON or as server-sent events.
+A request's way: key and type → admission → body → `ChatRequest.parse` → its visuals, decoded and
+encoded → `ChatModel.make_request` → a `Sequence` for the scheduler → JSON or server-sent events.
 """
 
 import asyncio
-import hashlib
-import hmac
 import json
+import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
-from typing import BinaryIO
+from typing import Annotated, BinaryIO
+from weakref import WeakValueDictionary
 
-import numpy as np
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from dataset.conversation import ConversationError, encode
-from dataset.video import VideoError
-from inference import Answerer
-from inference.server.batching import Batcher, Finished, Job
+from dataset.conversation import ConversationError
+from dataset.video import Frames, VideoError
+from inference.chat_model import ChatModel
+from inference.flags import ServerFlags
+from inference.request import Sequence, Visual
+from inference.scheduler import Scheduler
 from inference.server.media import MediaSource, path_of
 from inference.server.metrics import Metrics
 from inference.server.schema import (
+    JSON_MARKS,
+    MAX_JSON_MARKS,
     APIError,
     ChatRequest,
     Reply,
-    VideoPart,
     as_conversation,
     usage_of,
 )
-from inference.server.settings import Settings
 from model.generate import Sampling
 
 BODIES_AT_ONCE = 8  # full-sized ones that may be in memory together, whatever waits
 DRAIN_SECONDS = 2  # for the rest of a body that is refused
-CHAT = "/v1/chat/completions"
 
 
-def build_app(settings: Settings) -> FastAPI:
-    """Loads the model. Raises ValueError, with the mend, where it can't be."""
-    answerer = Answerer.load(
-        settings.load_from,
-        settings.vision_path,
-        settings.tokenizer_path,
-        settings.num_frames,
-        settings.device,
-        weights=settings.weights,
-    )
+def build_app(flags: ServerFlags) -> FastAPI:
+    """Loads the model. Raises ValueError, with the fix, where it can't be loaded."""
     metrics = Metrics()
-    service = Service(answerer, settings, metrics)
+    service = Service(flags.load_model(), flags, metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI):
-        service.batcher.start()
         yield
-        await asyncio.to_thread(service.batcher.stop)
-        await service.source.close()
+        await asyncio.to_thread(service.scheduler.stop)
+        await service.source.http.aclose()
         service.decoders.shutdown(cancel_futures=True)
 
     # No page of documentation: it would load scripts from another host.
     app = FastAPI(title="Cinego", lifespan=lifespan, openapi_url=None)
-    app.add_middleware(Gate, settings=settings, metrics=metrics)
+    app.add_middleware(Deadline, seconds=flags.request_timeout, metrics=metrics)
     # A name that a web page has made lead to this machine isn't one of its own.
-    hosts = ["127.0.0.1", "localhost", "[::1]"] if settings.is_local else ["*"]
+    hosts = ["127.0.0.1", "localhost", "[::1]"] if flags.is_local else ["*"]
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
-    created = int(time.time())
+
+    async def check_key(
+        given: Annotated[
+            HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))
+        ],
+    ) -> None:
+        token = given.credentials if given else ""
+        if flags.api_key and not secrets.compare_digest(token.encode(), flags.api_key.encode()):
+            challenge = {"WWW-Authenticate": "Bearer"}
+            raise APIError(401, "wrong or missing API key", "invalid_api_key", headers=challenge)
+
+    async def check_json(request: Request) -> None:
+        given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if given != "application/json":
+            # A web page may send other types to this server without its user's browser asking.
+            raise APIError(415, "send the request as Content-Type: application/json")
 
     @app.exception_handler(APIError)
     async def api_error(request: Request, error: APIError) -> JSONResponse:
+        await _drain(request, 4 * service.max_body)
         return JSONResponse(error.body(), error.status, error.headers)
 
     @app.exception_handler(HTTPException)
@@ -84,48 +92,54 @@ def build_app(settings: Settings) -> FastAPI:
         return JSONResponse(error.body(), error.status)
 
     @app.exception_handler(Exception)
-    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
+    async def internal_error(request: Request, error: Exception) -> JSONResponse:
         return JSONResponse(APIError(500, "internal error", "internal_error").body(), 500)
 
     @app.get("/health")
     async def health():
-        if not service.batcher.thread.is_alive():
-            raise APIError(503, "the model's thread has ended", "unhealthy")
+        if not service.scheduler.is_healthy:
+            raise APIError(503, "the model's thread or device has died", "unhealthy")
         return {"status": "ok"}
 
     @app.get("/metrics")
     async def show_metrics() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    about = {"id": settings.model_name, "object": "model", "created": created, "owned_by": "cinego"}
+    about = {"id": flags.model_name, "object": "model", "owned_by": "cinego"}
+    about["created"] = int(time.time())
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", dependencies=[Depends(check_key)])
     async def models():
         return {"object": "list", "data": [about]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", dependencies=[Depends(check_key)])
     async def one_model(name: str):
         service.check_model(name)
         return about
 
-    @app.post(CHAT)
-    async def chat_completions(request: Request):
-        return await service.chat(request)
+    checks = [Depends(check) for check in (check_key, check_json, service.admit)]
+
+    @app.post("/v1/chat/completions", dependencies=checks)
+    async def chat_completions(request: Request) -> Response:
+        try:
+            return await service.answer(request)
+        except ClientDisconnect:
+            metrics.left.inc()
+            return Response(status_code=499)  # nobody reads it; nginx's code in the metrics
 
     return app
 
 
-class Gate:
-    """Before anything is read: the key, whether there is room, and how long it may all take."""
+class Deadline:
+    """How long a request may take in all; counts what became of it."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics):
-        self.app, self.settings, self.metrics = app, settings, metrics
-        self.in_flight = 0
+    def __init__(self, app: ASGIApp, seconds: float, metrics: Metrics):
+        self.app, self.seconds, self.metrics = app, seconds, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
             return await self.app(scope, receive, send)
-        status = 0
+        status, started = 0, time.perf_counter()
 
         async def watched(message):
             nonlocal status
@@ -133,264 +147,262 @@ class Gate:
                 status = message["status"]
             await send(message)
 
-        begun, headers = time.perf_counter(), dict(scope["headers"])
         try:
-            self._check_key(headers)
-            if scope["path"] != CHAT or scope["method"] != "POST":
-                return await self.app(scope, receive, watched)
-            if headers.get(b"content-type", b"").partition(b";")[0].strip() != b"application/json":
-                # A web page may send other types to this server without its user's browser asking.
-                raise APIError(415, "send the request as Content-Type: application/json")
-            if self.in_flight >= self.settings.max_queue:
-                raise busy("the server is full; try again")
-            self.in_flight += 1
-            try:
-                async with asyncio.timeout(self.settings.request_timeout):
-                    await self.app(scope, receive, watched)
-            finally:
-                self.in_flight -= 1
+            async with asyncio.timeout(self.seconds):
+                await self.app(scope, receive, watched)
         except TimeoutError:
             # A stream that has begun is cut: its reader was too slow, or the answer too long.
-            limit = self.settings.request_timeout
-            error = APIError(504, f"no answer within {limit:g} s", "timeout")
+            error = APIError(504, f"no answer within {self.seconds:g} s", "timeout")
             if status == 0:
                 await JSONResponse(error.body(), error.status)(scope, receive, watched)
-        except APIError as error:
-            await _drain(receive, headers, 4 * int(self.settings.max_body_mb * 2**20))
-            response = JSONResponse(error.body(), error.status, error.headers)
-            await response(scope, receive, watched)
         except Exception:  # counted only: uvicorn logs it and answers 500
             status = status or 500
             raise
         finally:
-            self.metrics.in_flight.set(self.in_flight)
             self.metrics.requests.labels(str(status or 499)).inc()
-            self.metrics.seconds.observe(time.perf_counter() - begun)
-
-    def _check_key(self, headers: dict[bytes, bytes]) -> None:
-        key = self.settings.api_key
-        if key is None:
-            return
-        given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-        # Digests are of one length, and comparing them takes the same time wherever they differ.
-        digests = (hashlib.sha256(text).digest() for text in (given, key.encode()))
-        if not hmac.compare_digest(*digests):
-            challenge = {"WWW-Authenticate": "Bearer"}
-            raise APIError(401, "wrong or missing API key", "invalid_api_key", headers=challenge)
-
-
-async def _drain(receive: Receive, headers: dict[bytes, bytes], most: int) -> None:
-    """Reads what is left of a refused body. Most clients send all of it before they look at the
-    answer, and closing the connection in the midst of that would take the answer from them."""
-    if b"expect" in headers:  # this one asks first
-        return
-    with suppress(TimeoutError):
-        async with asyncio.timeout(DRAIN_SECONDS):
-            while (message := await receive())["type"] == "http.request":
-                most -= len(message["body"])
-                if most < 0 or not message["more_body"]:
-                    return
-
-
-def busy(message: str) -> APIError:
-    return APIError(503, message, "server_busy", headers={"Retry-After": "1"})
+            self.metrics.seconds.observe(time.perf_counter() - started)
 
 
 class Service:
-    def __init__(self, answerer: Answerer, settings: Settings, metrics: Metrics):
-        self.answerer, self.settings, self.metrics = answerer, settings, metrics
-        self.batcher = Batcher(answerer, metrics, settings.max_batch, settings.batch_wait_ms / 1e3)
-        self.max_body = int(settings.max_body_mb * 2**20)
+    def __init__(self, chat_model: ChatModel, flags: ServerFlags, metrics: Metrics):
+        self.chat_model, self.flags, self.metrics = chat_model, flags, metrics
+        self.scheduler = Scheduler(
+            chat_model, flags.max_batch, flags.batch_wait_ms / 1e3, metrics.count_step
+        )
+        metrics.batch_rows.set_function(lambda: len(self.scheduler.engine.sequences))
+        self.in_flight = 0
+        self.max_body = int(flags.max_body_mb * 2**20)
         self.body_bytes = 0  # of all requests that are being read or decoded
         self.source = MediaSource(
             self.max_body,
-            settings.media_timeout,
-            settings.allowed_media_path,
-            frozenset(settings.allowed_media_domains or ()),
+            flags.media_timeout,
+            flags.allowed_media_path,
+            frozenset(flags.allowed_media_domains or ()),
         )
-        # Each of its threads has a process that decodes (dataset/video.py).
-        self.decoders = ThreadPoolExecutor(settings.decoders, "decoder")
+        # Each of its threads has a process that decodes (dataset/video.py). One client gets all but
+        # one, by its address: whatever it sends, another one's clip is decoded at once.
+        self.decoders = ThreadPoolExecutor(flags.decoders, "decoder")
+        self.turns: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         # Text above this is too long however it is cut into tokens, and needn't be.
-        longest = max(map(len, answerer.tokenizer.get_vocab()))
-        self.max_characters = longest * settings.max_prompt_tokens
+        longest = max(map(len, chat_model.tokenizer.get_vocab()))
+        self.max_characters = longest * flags.max_prompt_tokens
 
     def check_model(self, name: str) -> None:
-        if name != self.settings.model_name:
+        if name != self.flags.model_name:
             raise APIError(404, f"the model {name[:100]!r} isn't here", "model_not_found", "model")
 
-    async def chat(self, request: Request) -> Response:
+    async def admit(self) -> AsyncIterator[None]:
+        """Admission control: as many requests at a time, from here to the end of their answers."""
+        if self.in_flight >= self.flags.max_queue:
+            raise overloaded("the server is full; try again")
+        self.in_flight += 1
+        self.metrics.in_flight.set(self.in_flight)
         try:
-            with self._upload() as count:
-                body = await self._read_body(request, count)
-                async with _unless_gone(request):
-                    chat = ChatRequest.parse(body)
-                    del body
-                    job = await self._job(chat)
-            # Only these are needed from here on: the uploads in `chat` aren't held any longer.
-            streams, options = chat.stream, chat.stream_options
-            del chat
-            with_usage = bool(options and options.include_usage)
-            return await self._answer(request, job, bool(streams), with_usage)
-        except ClientDisconnect:
-            self.metrics.left.inc()
-            return Response(status_code=499)  # nobody reads it; nginx's code in the metrics
-
-    # ---- from a body to a job
-
-    @contextmanager
-    def _upload(self) -> Iterator[Callable[[int], None]]:
-        """Counts the bytes of a body for as long as it, or what is in it, is held."""
-        held = 0
-
-        def count(more: int) -> None:
-            nonlocal held
-            if held + more > self.max_body:
-                mib = self.settings.max_body_mb
-                raise APIError(413, f"the request is above {mib:g} MiB", "body_too_large")
-            if self.body_bytes + more > BODIES_AT_ONCE * self.max_body:
-                raise busy("too much is being uploaded; try again")
-            held, self.body_bytes = held + more, self.body_bytes + more
-
-        try:
-            yield count
+            yield
         finally:
-            self.body_bytes -= held
+            self.in_flight -= 1
+            self.metrics.in_flight.set(self.in_flight)
 
-    async def _read_body(self, request: Request, count: Callable[[int], None]) -> bytes:
+    async def answer(self, request: Request) -> Response:
+        async with self._body(request) as body:
+            chat = await asyncio.to_thread(ChatRequest.parse, body)
+            del body
+            async with _unless_gone(request):
+                sequence = await self._sequence(chat, request.client.host)
+        streams, options = bool(chat.stream), chat.stream_options
+        del chat
+        warnings = [visual.warning for visual in sequence.request.visuals if visual.warning]
+        reply = Reply(self.flags.model_name, warnings)
+        texts = self._submit(sequence)
+        with self._cancel_on_error(sequence):
+            async with _unless_gone(request):
+                first = await anext(texts)  # a failure before it still has a status of its own
+                if not streams:
+                    text = first + "".join([text async for text in texts])
+                    return JSONResponse(
+                        reply.whole(text, sequence.finish_reason, usage_of(sequence))
+                    )
+        with_usage = bool(options and options.include_usage)
+        events = self._events(sequence, first, texts, reply, with_usage)
+        return _EventStream(self, sequence, events)
+
+    # ---- from a request's body to a sequence
+
+    @asynccontextmanager
+    async def _body(self, request: Request) -> AsyncIterator[bytes]:
+        """The body counts for as long as it, or what is in it, is held."""
+        chunks, size, marks = [], 0, 0
+        too_large = APIError(
+            413, f"the request is above {self.flags.max_body_mb:g} MiB", "body_too_large"
+        )
         announced = request.headers.get("content-length", "0")
-        chunks = []
+        if announced.isdecimal() and int(announced) > self.max_body:
+            raise too_large  # before the first byte
         try:
-            if announced.isdecimal() and int(announced) > self.max_body:
-                count(int(announced))  # refused before the first byte
-            async with asyncio.timeout(self.settings.upload_timeout):
+            async with asyncio.timeout(self.flags.upload_timeout):
                 async for chunk in request.stream():
-                    count(len(chunk))
+                    size, self.body_bytes = size + len(chunk), self.body_bytes + len(chunk)
+                    marks += sum(map(chunk.count, JSON_MARKS))
+                    if size > self.max_body:
+                        raise too_large
+                    if marks > MAX_JSON_MARKS:
+                        raise APIError(413, "the request has too many values", "body_too_large")
+                    if self.body_bytes > BODIES_AT_ONCE * self.max_body:
+                        raise overloaded("too much is being uploaded; try again")
                     chunks.append(chunk)
-        except APIError:
+            request.state.body_is_read = True
+            body = b"".join(chunks)
             del chunks
-            await _drain(request.receive, dict(request.scope["headers"]), 4 * self.max_body)
-            raise
+            yield body
         except TimeoutError:
-            limit = self.settings.upload_timeout
+            limit = self.flags.upload_timeout
             raise APIError(408, f"the request didn't arrive within {limit:g} s") from None
-        return b"".join(chunks)
+        finally:
+            self.body_bytes -= size
 
-    async def _job(self, chat: ChatRequest) -> Job:
+    async def _sequence(self, chat: ChatRequest, client: str) -> Sequence:
         """Raises APIError for whatever is wrong with the request: the model's thread sees none."""
         self.check_model(chat.model)
-        turns, parts = as_conversation(chat.messages)
-        if len(parts) > self.settings.max_visuals:
-            most = self.settings.max_visuals
-            found = f"{len(parts)} visuals are above the {most} of a request"
+        messages, urls = as_conversation(chat.messages)
+        if len(urls) > self.flags.max_visuals:
+            found = f"{len(urls)} visuals are above the {self.flags.max_visuals} of a request"
             raise APIError(400, found, "too_many_visuals", "messages")
-        if sum(len(turn["content"]) for turn in turns) > self.max_characters:
+        if sum(len(turn["content"]) for turn in messages) > self.max_characters:
             raise self._too_many_tokens("more than")
-        clips = []
-        for number, part in enumerate(parts, 1):
-            url = part.video_url.url if isinstance(part, VideoPart) else part.image_url.url
+        visuals, seconds = [], self.flags.media_timeout
+        for number, url in enumerate(urls, 1):
             try:
-                clips.append(await self._see(url))
+                visual, taken = await self._visual(f"visual {number}", url, client, seconds)
             except APIError as error:
-                error.message = f"visual {number} of {len(parts)}: {error.message}"
+                error.message = f"visual {number} of {len(urls)}: {error.message}"
                 error.param = "messages"
                 self.metrics.media.labels(error.code or "refused").inc()
                 raise
+            visuals, seconds = [*visuals, visual], max(0.01, seconds - taken)
             self.metrics.media.labels("read").inc()
-        num_tokens = self.answerer.model.config.tokens_per_visual
-        lengths = [num_tokens(len(clip)) for clip in clips]
-        try:
-            prompt = encode(self.answerer.tokenizer, turns, lengths, add_generation_prompt=True)
-        except ConversationError as error:
-            raise APIError(400, str(error), None, "messages") from None
-        if len(prompt.input_ids) > self.settings.max_prompt_tokens:
-            raise self._too_many_tokens(f"{len(prompt.input_ids)} tokens are above")
-        given = (chat.max_completion_tokens, chat.max_tokens, self.settings.default_new_tokens)
+        given = (chat.max_completion_tokens, chat.max_tokens, self.flags.default_new_tokens)
         longest = next(number for number in given if number is not None)
-        temperature = self.settings.temperature if chat.temperature is None else chat.temperature
+        temperature = self.flags.temperature if chat.temperature is None else chat.temperature
         sampling = Sampling(
-            max_new_tokens=min(longest, self.settings.max_new_tokens),
-            # Numbers so small that nothing would be left to draw from mean the likeliest token.
+            max_new_tokens=min(longest, self.flags.max_new_tokens),
+            # Numbers so small that nothing would be left to sample from mean the most probable.
             temperature=temperature if temperature > 1e-3 else 0.0,
             top_p=1.0 if chat.top_p is None else max(chat.top_p, 1e-6),
             seed=None if chat.seed is None else chat.seed % 2**63,
         )
-        return Job(turns, clips, sampling, tuple(stop for stop in chat.stop or () if stop))
+        stop = tuple(stop for stop in chat.stop or () if stop)
+        try:
+            request = self.chat_model.make_request(messages, visuals, sampling, stop)
+        except ConversationError as error:
+            raise APIError(400, str(error), None, "messages") from None
+        if (tokens := len(request.columns)) > self.flags.max_prompt_tokens:
+            raise self._too_many_tokens(f"{tokens} tokens are above")
+        return Sequence(request)
 
     def _too_many_tokens(self, found: str) -> APIError:
-        limit = f"{found} the {self.settings.max_prompt_tokens} tokens that a prompt may have"
+        limit = f"{found} the {self.flags.max_prompt_tokens} tokens that a prompt may have"
         return APIError(400, limit, "context_length_exceeded", "messages")
 
-    async def _see(self, url: str) -> np.ndarray:
+    async def _visual(
+        self, name: str, url: str, client: str, seconds: float
+    ) -> tuple[Visual, float]:
+        """Also the seconds that decoding took."""
         file = await self.source.open(url)
-        return await asyncio.get_running_loop().run_in_executor(self.decoders, self._decode, file)
+        turn = self.turns.setdefault(client, asyncio.Semaphore(max(1, self.flags.decoders - 1)))
+        try:
+            await turn.acquire()
+        except BaseException:
+            file.close()
+            raise
+        loop = asyncio.get_running_loop()
+        decoding = loop.run_in_executor(self.decoders, self._decode, file, seconds)
+        # A client that hangs up keeps its turn until its file is done with.
+        decoding.add_done_callback(lambda _: turn.release())
+        clip, taken = await asyncio.shield(decoding)
+        encoding = self.scheduler.run(self.chat_model.encode_clip, name, clip)
+        return await asyncio.wrap_future(encoding), taken
 
-    def _decode(self, file: BinaryIO) -> np.ndarray:
-        """(F, S, S, 3) uint8 frames at the tower's size; raises APIError with the reason."""
-        limits = self.settings.media_limits(self.answerer.num_frames)
+    def _decode(self, file: BinaryIO, seconds: float) -> tuple[Frames, float]:
+        """Frames of the tower's size; raises APIError with the reason."""
+        limits = self.flags.media_limits(self.chat_model.num_frames, seconds)
         # Closed here, not by a reader who may have left: its number must not become another's file
         # while it is being decoded.
         with file:
+            started = time.monotonic()
             try:
-                clip = self.answerer.decode(path_of(file), **limits)
+                clip = self.chat_model.decode_frames(path_of(file), resize=True, **limits)
             except VideoError as error:
                 detail = error.detail.replace(error.path, "the file")  # its path means nothing
                 found = f"{error.reason}: {detail}"
                 raise APIError(400, found, f"media_{error.reason}") from None
-        return self.answerer.transform.resize_frames(clip.frames)
+            return clip, time.monotonic() - started
 
-    # ---- from a job to an answer
+    # ---- from a sequence to an answer
 
-    async def _answer(
-        self, request: Request, job: Job, streams: bool, with_usage: bool
-    ) -> Response:
-        reply = Reply(self.settings.model_name)
-        self.batcher.submit(job)
-        try:
-            async with _unless_gone(request):
-                # A failure before the first word still has a status of its own.
-                first = await job.next()
-                if not streams:
-                    text, event = "", first
-                    while isinstance(event, str):
-                        text, event = text + event, await job.next()
-                    return JSONResponse(reply.whole(text, event.reason, _usage(event)))
-        except BaseException:
-            job.cancelled = True
-            raise
-        return _EventStream(job, self._events(job, first, reply, with_usage), self.metrics)
+    async def _submit(self, sequence: Sequence) -> AsyncIterator[str]:
+        """Its text in pieces; the first one may be empty. Raises APIError if the model failed."""
+        loop, texts = asyncio.get_running_loop(), asyncio.Queue()
+
+        def receive(text: str) -> None:
+            loop.call_soon_threadsafe(texts.put_nowait, text)
+
+        self.scheduler.submit(sequence, receive)
+        yield (text := await texts.get())
+        while text:
+            if text := await texts.get():
+                yield text
+        if sequence.finish_reason == "error":
+            raise APIError(500, "the model failed", "internal_error")
 
     async def _events(
-        self, job: Job, event: str | Finished, reply: Reply, with_usage: bool
+        self,
+        sequence: Sequence,
+        first: str,
+        texts: AsyncIterator[str],
+        reply: Reply,
+        with_usage: bool,
     ) -> AsyncIterator[str]:
         usage = {"usage": None} if with_usage else {}  # in every chunk, as OpenAI has it
         yield _sse(reply.chunk({"role": "assistant", "content": ""}, **usage))
         try:
-            while isinstance(event, str):
-                yield _sse(reply.chunk({"content": event}, **usage))
-                event = await job.next()
-            yield _sse(reply.chunk({}, event.reason, **usage))
+            yield _sse(reply.chunk({"content": first}, **usage))
+            async for text in texts:
+                yield _sse(reply.chunk({"content": text}, **usage))
+            yield _sse(reply.chunk({}, sequence.finish_reason, **usage))
             if with_usage:
-                yield _sse(reply.last_chunk(_usage(event)))
+                yield _sse(reply.chunk(None, usage=usage_of(sequence)))
         except APIError as error:
             yield _sse(error.body())
         yield "data: [DONE]\n\n"
 
+    @contextmanager
+    def _cancel_on_error(self, sequence: Sequence) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.cancel(sequence)
+            raise
+
+    def cancel(self, sequence: Sequence) -> None:
+        with suppress(RuntimeError):  # the model's thread has ended
+            self.scheduler.cancel(sequence)
+
 
 class _EventStream(StreamingResponse):
-    """Whatever ends it, a reader who left or a deadline, ends the work on its job, too."""
+    """Whatever ends it, a reader who left or a deadline, ends its sequence, too."""
 
-    def __init__(self, job: Job, events: AsyncIterator[str], metrics: Metrics):
+    def __init__(self, service: Service, sequence: Sequence, events: AsyncIterator[str]):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, headers=headers, media_type="text/event-stream")
-        self.job, self.metrics = job, metrics
+        self.service, self.sequence = service, sequence
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            if not self.job.ended:
-                self.job.cancelled = True
-                self.metrics.left.inc()
+            if self.sequence.finish_reason is None:
+                self.service.cancel(self.sequence)
+                self.service.metrics.left.inc()
 
 
 @asynccontextmanager
@@ -416,9 +428,22 @@ async def _unless_gone(request: Request) -> AsyncIterator[None]:
         watcher.cancel()
 
 
+async def _drain(request: Request, most: int) -> None:
+    """Reads what is left of a refused body. Most clients send all of it before they look at the
+    answer, and closing the connection in the midst of that would take the answer from them."""
+    if getattr(request.state, "body_is_read", False) or "expect" in request.headers:
+        return
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_SECONDS):
+            while (message := await request.receive())["type"] == "http.request":
+                most -= len(message["body"])
+                if most < 0 or not message["more_body"]:
+                    return
+
+
+def overloaded(message: str) -> APIError:
+    return APIError(503, message, "server_busy", headers={"Retry-After": "1"})
+
+
 def _sse(chunk: dict) -> str:
     return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
-
-
-def _usage(end: Finished) -> dict:
-    return usage_of(end.prompt_tokens, end.completion_tokens)

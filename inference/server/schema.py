@@ -11,8 +11,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dataset.conversation import VISUAL_TAG
+from inference.request import Sequence
 
 MAX_MESSAGES, MAX_PARTS, MAX_STOPS = 256, 64, 16
+MAX_TEXT = 200_000  # characters of one text: above, no number of tokens would fit
+# Signs that begin or divide JSON values. A request of many values takes seconds to parse, and no
+# other thread runs meanwhile; one of the same size that is a video takes milliseconds.
+JSON_MARKS, MAX_JSON_MARKS = (b'"', b",", b"[", b"{"), 300_000
 
 
 class APIError(Exception):
@@ -57,7 +62,7 @@ AsSource = Annotated[Source, _or_text(lambda url: {"url": url})]
 
 class TextPart(_Lenient):
     type: Literal["text"]
-    text: str
+    text: str = Field(max_length=MAX_TEXT)
 
 
 class ImagePart(_Lenient):
@@ -129,34 +134,41 @@ class ChatRequest(_Lenient):
             # Pydantic names a part's type in the path as well: messages.0.content.1.text.text.
             path = first["loc"][:4] + first["loc"][5:]
             param = ".".join(map(str, path))
+            if first["type"] == "string_too_long":
+                found = f"{param}: {first['msg']}"
+                raise APIError(400, found, "context_length_exceeded", "messages") from None
             where = f"{param}: " if param else ""
             raise APIError(400, f"{where}{first['msg']}", None, param or None) from None
 
 
-def as_conversation(messages: list[Message]) -> tuple[list[dict], list[Part]]:
-    """Turns as `dataset.conversation.encode` takes them, and the visuals in order of their tags."""
+def as_conversation(messages: list[Message]) -> tuple[list[dict], list[str]]:
+    """Turns as `dataset.conversation.encode` takes them, and the visuals' URLs in order of their
+    tags. Raises APIError for visuals in a turn that isn't the user's."""
     turns: list[dict] = []
     visuals: list[Part] = []
     for number, message in enumerate(messages):
         role = "system" if message.role == "developer" else message.role
         parts = message.content
-        seen = [part for part in parts if not isinstance(part, TextPart)]
-        if seen and role != "user":
+        visuals_here = [part for part in parts if not isinstance(part, TextPart)]
+        if visuals_here and role != "user":
             raise APIError(
                 400, f"messages.{number}: only a user's turn may hold visuals", param="messages"
             )
         # Training shows the visual before the question. One that comes last (OpenAI's examples
         # write it so) goes first; one between two texts stays there.
-        if seen and parts[-len(seen) :] == seen:
-            parts = seen + parts[: -len(seen)]
-        visuals += seen
+        if visuals_here and parts[-len(visuals_here) :] == visuals_here:
+            parts = visuals_here + parts[: -len(visuals_here)]
+        visuals += visuals_here
         lines = [_text(part) if isinstance(part, TextPart) else "<video>" for part in parts]
         content = "\n".join(lines)
         if turns and turns[-1]["role"] == role == "user":  # two in a row are one turn
             turns[-1]["content"] += "\n" + content
         else:
             turns.append({"role": role, "content": content})
-    return turns, visuals
+    sources = (
+        part.video_url if isinstance(part, VideoPart) else part.image_url for part in visuals
+    )
+    return turns, [source.url for source in sources]
 
 
 def _text(part: TextPart) -> str:
@@ -167,30 +179,26 @@ def _text(part: TextPart) -> str:
 class Reply:
     """Makes the objects of one answer, whole or in chunks; all of them share id and time."""
 
-    def __init__(self, model: str):
-        self.id, self.created, self.model = f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model
-
-    def _object(self, kind: str, choices: list[dict], **more) -> dict:
-        about = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-        return {**about, "choices": choices, **more}
+    def __init__(self, model: str, warnings: list[str]):
+        self.about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
+        self.about |= {"model": model} | ({"warnings": warnings} if warnings else {})
 
     def whole(self, text: str, finish_reason: str, usage: dict) -> dict:
         message = {"role": "assistant", "content": text, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
-        return self._object("chat.completion", [choice], usage=usage)
+        return {**self.about, "object": "chat.completion", "choices": [choice], "usage": usage}
 
-    def chunk(self, delta: dict, finish_reason: str | None = None, **usage) -> dict:
+    def chunk(self, delta: dict | None, finish_reason: str | None = None, **usage) -> dict:
+        """delta None: the last chunk, which has the usage and no choice."""
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return self._object("chat.completion.chunk", [choice], **usage)
-
-    def last_chunk(self, usage: dict) -> dict:
-        return self._object("chat.completion.chunk", [], usage=usage)
+        choices = [] if delta is None else [choice]
+        return {**self.about, "object": "chat.completion.chunk", "choices": choices, **usage}
 
 
-def usage_of(prompt_tokens: int, completion_tokens: int) -> dict:
-    total = prompt_tokens + completion_tokens
+def usage_of(sequence: Sequence) -> dict:
+    prompt, completion = sequence.prompt_tokens, sequence.completion_tokens
     return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": total,
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
     }

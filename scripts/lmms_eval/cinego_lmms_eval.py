@@ -15,8 +15,8 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
-from inference import Answerer, Question, Visual
-from model.generate import Sampling
+from inference import ChatModel, Request, Visual
+from model.generate import MAX_NEW_TOKENS, Sampling
 
 MANIFEST = ModelManifest("cinego", chat_class_path="cinego_lmms_eval.CinegoModel")
 
@@ -32,47 +32,50 @@ class CinegoModel(lmms):
         vision_path: str | None = None,
         tokenizer_path: str | None = None,
         num_frames: int | None = None,
-        weights: str = "float32",
+        dtype: str = "auto",
+        quantize: str = "none",
         batch_size: int = 16,
         device: str | None = None,
     ):
         """The names of eval.py's flags, as `--model_args name=value,name=value`."""
         super().__init__()
-        self.answerer = Answerer.load(
+        self.chat_model = ChatModel.load(
             *(load_from, vision_path, tokenizer_path, num_frames),
             device=device or "auto",
-            weights=weights,
+            dtype=dtype,
+            quantize=quantize,
         )
         self.batch_size = int(batch_size)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         answers = []
         for start in tqdm(range(0, len(requests), self.batch_size), desc="answering"):
-            seen: dict[str, Visual] = {}  # questions about one clip mostly stand side by side
+            visuals: dict[str, Visual] = {}  # questions about one clip mostly stand side by side
             some = requests[start : start + self.batch_size]
-            answers += self.answerer.answer([self._question(request, seen) for request in some])
+            answers += self.chat_model.generate([self._request(each, visuals) for each in some])
         return answers
 
-    def _question(self, request: Instance, seen: dict[str, Visual]) -> Question:
-        _, doc_to_messages, how, doc_id, task, split = request.args
+    def _request(self, instance: Instance, encoded: dict[str, Visual]) -> Request:
+        _, doc_to_messages, how, doc_id, task, split = instance.args
         conversation = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
         messages, visuals = [], []
         for message in conversation.messages:
             media = [part.url for part in message.content if part.type in ("video", "image")]
             for path in media:
-                if path not in seen:
-                    seen[path] = self.answerer.read(path)
-            visuals += [seen[path] for path in media]
+                if path not in encoded:
+                    encoded[path] = self.chat_model.encode_video(path)
+            visuals += [encoded[path] for path in media]
             text = "\n".join(part.text for part in message.content if part.type == "text")
-            tags = "".join(f"{seen[path].tag}\n" for path in media)
+            tags = "".join(f"{encoded[path].tag}\n" for path in media)
             messages.append({"role": message.role, "content": tags + text})
         sampling = Sampling(
-            how.get("max_new_tokens", 128),
+            how.get("max_new_tokens", MAX_NEW_TOKENS),
             how.get("temperature") or 0.0,
             top_p=how.get("top_p") or 1.0,
         )
         stop = how.get("until") or ()
-        return Question(messages, visuals, sampling, (stop,) if isinstance(stop, str) else stop)
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        return self.chat_model.make_request(messages, visuals, sampling, stop)
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise NotImplementedError("Cinego takes tasks of output_type generate_until only")

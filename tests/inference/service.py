@@ -1,18 +1,24 @@
 """A script that serves others, as its users start it: a process of its own on a free port."""
 
+import base64
 import os
 import re
+import socket
 import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
+
+import openai
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 class Service:
-    """Ready once it has said where it can be found.
+    """Ready once it has printed where it can be found.
 
-    process, url (of this machine), port; log: all that it has said so far, line by line;
+    process, url (of this machine), port; log: all that it has printed so far, line by line;
     temporary: its own folder for temporary files.
     """
 
@@ -41,3 +47,57 @@ class Service:
     def stop(self, patience: float = 300) -> None:
         self.process.terminate()
         self.process.wait(patience)
+
+
+class Server(Service):
+    """`python serve.py` and OpenAI's client for it."""
+
+    def __init__(self, checkpoint: Path, tower: Path, folder: Path, *flags, **environment):
+        command = [sys.executable, "serve.py", "--load_from", checkpoint, "--vision_path", tower]
+        super().__init__([*command, "--port", "0", *flags], folder, **environment)
+        self.client = openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key="sesame", max_retries=0, timeout=60
+        )
+
+    def ask(self, content, **settings):
+        """`content`: the one user turn. Greedy and short unless told otherwise."""
+        settings = {"model": "cinego", "max_tokens": 8, "temperature": 0} | settings
+        messages = settings.pop("messages", [{"role": "user", "content": content}])
+        return self.client.chat.completions.create(messages=messages, **settings)
+
+    def metric(self, name: str) -> float:
+        lines = self.raw(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        found = re.search(rf"^{re.escape(name)} (\S+)$", lines, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    def raw(self, request: bytes, wait: float = 30) -> str:
+        """What comes back for these bytes, until the server closes the connection."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=wait) as connection:
+            connection.sendall(request)
+            return b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode()
+
+
+def post(body: bytes, *headers: str, length: int | None = None) -> bytes:
+    lines = (
+        "POST /v1/chat/completions HTTP/1.1",
+        *("Host: localhost", "Connection: close", "Content-Type: application/json"),
+        *headers,
+    )
+    length = len(body) if length is None else length
+    return "\r\n".join([*lines, f"Content-Length: {length}", "", ""]).encode() + body
+
+
+def until(condition, seconds: float = 15) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it didn't happen in time"
+        time.sleep(0.02)
+
+
+def data_url(path: Path) -> str:
+    return f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def about(*urls: str, text: str = "What happens?") -> list[dict]:
+    videos = [{"type": "video_url", "video_url": {"url": url}} for url in urls]
+    return [*videos, {"type": "text", "text": text}]

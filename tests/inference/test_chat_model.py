@@ -1,4 +1,4 @@
-"""Answering: a batch, a stream and a chat say what each question alone would be told."""
+"""Requests to answers: a batch, a stream and a chat give what each request alone would get."""
 
 import itertools
 import json
@@ -15,19 +15,21 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from dataset.conversation import ConversationError
 from dataset.video import VideoError
-from inference import TOKENIZER_PATH, VISION_PATH, Answerer, Question, Visual, parts_of
+from inference import (
+    TOKENIZER_PATH,
+    VISION_PATH,
+    Chat,
+    ChatModel,
+    PrefixCache,
+    Sequence,
+    Visual,
+    find_parts,
+)
 from model.cinego import Cinego
 from model.config import SUMMARY_KINDS
 from model.generate import Sampling
 from model.video_summary import VideoSummary
 from model.vision_tower import VisionTower
-
-TOKENIZER = Path(__file__).resolve().parents[2] / "model/text_tokenizer"
-
-
-@pytest.fixture(scope="module")
-def answerer(tiny_checkpoint, tiny_tower) -> Answerer:
-    return Answerer.load(tiny_checkpoint, tiny_tower, TOKENIZER, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -47,81 +49,72 @@ def user(text: str) -> list[dict]:
     return [{"role": "user", "content": text}]
 
 
-def alone(answerer, question: Question) -> str:
-    return answerer.answer([question])[0]
+def alone(chat_model, messages, visuals, sampling) -> str:
+    return chat_model.generate([chat_model.make_request(messages, visuals, sampling)])[0]
 
 
-# ---- what is seen
+# ---- files to visuals
 
 
-def test_a_file_becomes_a_visual_with_its_times_and_pictures(answerer, folder):
-    clip = answerer.read(folder / "clip.gif", frames=56)
+def test_a_file_becomes_a_visual_with_its_times_and_thumbnails(chat_model, folder):
+    clip = chat_model.encode_video(folder / "clip.gif")
     assert clip.timestamps == pytest.approx([0, 0.1, 0.2, 0.3]) and clip.tag == "<video>"
     assert clip.features.shape == (4, 50, 32) and clip.features.dtype == torch.float16
-    assert [picture.size for picture in clip.frames] == [(56, 40)] * 4
-    assert answerer.read(folder / "a.png").tag == "<image>"
-    assert len(answerer.read(folder / "clip.gif", num_frames=2).timestamps) == 2
-    assert len(answerer.read(folder / "clip.gif", fps=5).timestamps) == 2
+    frames = chat_model.decode_frames(folder / "clip.gif")
+    thumbnails = chat_model.encode_clip("clip", frames, thumbnail_size=56).thumbnails
+    assert [picture.size for picture in thumbnails] == [(56, 40)] * 4
+    assert chat_model.encode_video(folder / "a.png").tag == "<image>"
+    assert len(chat_model.encode_video(folder / "clip.gif", num_frames=2).timestamps) == 2
+    assert len(chat_model.encode_video(folder / "clip.gif", fps=5).timestamps) == 2
     with pytest.raises(VideoError, match=r"broken\.mp4"):
-        answerer.read(folder / "broken.mp4")
+        chat_model.encode_video(folder / "broken.mp4")
 
 
-def test_frames_are_taken_and_shaped_as_in_training(answerer, folder, tiny_tower):
-    record = answerer.checkpoint.with_suffix(".json")
+def test_frames_are_taken_and_shaped_as_in_training(chat_model, folder, tiny_tower):
+    record = chat_model.checkpoint.with_suffix(".json")
     about = json.loads(record.read_text())
     how = {"num_frames": 4, "sampling": "fps", "fps": 5.0, "resize": "pad"}
+    clip = folder / "clip.gif"
     try:
         record.write_text(json.dumps(about | {"training": how}))
-        load = partial(Answerer.load, answerer.checkpoint, tiny_tower, TOKENIZER, device="cpu")
+        load = partial(
+            ChatModel.load, chat_model.checkpoint, tiny_tower, TOKENIZER_PATH, device="cpu"
+        )
         trained = load()
         assert trained.transform.resize == "pad"
-        assert len(trained.read(folder / "clip.gif").timestamps) == 2
-        assert len(load(fps=10).read(folder / "clip.gif").timestamps) == 4
-        assert (
-            len(load(sampling="uniform").look([folder / "clip.gif"])[0].popitem()[1].features) == 4
-        )
+        assert len(trained.encode_video(clip).timestamps) == 2
+        assert len(load(fps=10).encode_video(clip).timestamps) == 4
+        assert len(load(sampling="uniform").encode_videos([clip])[0].popitem()[1].features) == 4
     finally:
         record.write_text(json.dumps(about))
     with pytest.raises(ValueError, match="needs --fps"):
         load(sampling="fps")
 
 
-def test_a_file_that_can_not_be_read_is_named_and_the_rest_is_seen(answerer, folder):
-    seen, failures = answerer.look([folder / "a.png", folder / "broken.mp4", folder / "c.png"])
-    assert list(seen) == [folder / "a.png", folder / "c.png"]
-    assert "broken.mp4" in failures[folder / "broken.mp4"]
-
-
-def test_the_frame_that_shows_something_else_weighs_most(answerer):
-    torch.manual_seed(0)
-    still = torch.randn(50, 32).half()
-    frames = still.expand(6, -1, -1).clone()
-    assert answerer.frame_weights(Visual("still", frames, [])) == [1 / 6] * 6
-    frames[4] += 1 + torch.randn(50, 32).half()
-    weights = answerer.frame_weights(Visual("event", frames, []))
-    assert weights.index(max(weights)) == 4 and sum(weights) == pytest.approx(1)
-    assert weights[4] > 3 * max(weights[:4] + weights[5:]) > 0
-    assert answerer.frame_weights(Visual("image", frames[:1], [])) == [1.0]
+def test_a_file_that_can_not_be_read_is_named_and_the_others_are_encoded(chat_model, folder):
+    paths = [folder / name for name in ("a.png", "broken.mp4", "c.png")]
+    visuals, failures = chat_model.encode_videos(paths)
+    assert list(visuals) == [paths[0], paths[2]] and "broken.mp4" in failures[paths[1]]
 
 
 @pytest.mark.parametrize("kind", SUMMARY_KINDS)
-def test_frames_are_weighed_whatever_the_summary(answerer, folder, kind):
+def test_frame_weights_are_how_far_each_frame_moves_the_summary(chat_model, folder, kind):
     torch.manual_seed(0)
     summary = VideoSummary(kind, 32, 50).eval()
-    model = Cinego(replace(answerer.model.config, summary=kind), answerer.model.vision_tower)
+    model = Cinego(replace(chat_model.model.config, summary=kind), chat_model.model.vision_tower)
     model.video_summary = summary
-    other = replace(answerer, model=model)
-    clip = other.read(folder / "clip.gif")
-    weights = other.frame_weights(clip)
-    assert len(weights) == 4 and sum(weights) == pytest.approx(1) and min(weights) > 0
-    # By hand, for one frame: how far the summary moves when the clip's mean stands in its place.
-    frames = clip.features.float()
-    moves = []
+    other = replace(chat_model, model=model)
+    clip = other.encode_video(folder / "clip.gif")
+    frames, moves = clip.features.float(), []
     with torch.inference_mode():
-        for index in range(4):
+        for index in range(4):  # by hand: the clip's mean in place of a frame
             changed = torch.cat([frames[:index], frames.mean(0, True), frames[index + 1 :]])
             moves.append((summary(changed, [4]) - summary(frames, [4])).norm().item())
+    weights = other.frame_weights(clip)
     assert weights == pytest.approx([move / sum(moves) for move in moves], rel=1e-4)
+    still = Visual("still", clip.features[:1].expand(6, -1, -1), [])
+    assert other.frame_weights(still) == [1 / 6] * 6
+    assert other.frame_weights(Visual("image", clip.features[:1], [])) == [1.0]
 
 
 # ---- what goes with a checkpoint
@@ -129,163 +122,154 @@ def test_frames_are_weighed_whatever_the_summary(answerer, folder, kind):
 
 def test_the_tower_and_the_tokenizer_of_training_are_found(tmp_path, monkeypatch, tiny_tower):
     """Where they lay then; a tower that moved by its weights; else the usual ones."""
-    monkeypatch.chdir(tmp_path)
-    record = tmp_path / "sft.json"
+    usual_towers = tmp_path / "towers/usual"
+    monkeypatch.setattr("inference.parts.VISION_PATH", usual_towers)
+    monkeypatch.setattr("inference.parts.DEMO_TOWER", tmp_path / "no tower")
+    record, tokenizer = tmp_path / "sft.json", Path(TOKENIZER_PATH)
 
-    def found(**about) -> tuple[str, str]:
+    def found(**about) -> tuple[Path, Path]:
         record.write_text(json.dumps(about))
-        return tuple(map(str, parts_of(tmp_path / "sft.pth")))
+        return find_parts(tmp_path / "sft.pth")
 
-    usual = (VISION_PATH, TOKENIZER_PATH)
-    assert tuple(map(str, parts_of("nowhere.pth"))) == usual and found() == usual
-    trained = {"vision_path": str(tiny_tower), "tokenizer_path": str(TOKENIZER)}
-    assert found(training=trained) == (str(tiny_tower), str(TOKENIZER))
+    assert find_parts("nowhere.pth") == found() == (usual_towers, tokenizer)
+    assert tokenizer.is_dir() and tokenizer.is_absolute() and Path(VISION_PATH).is_absolute()
+    trained = {"vision_path": str(tiny_tower), "tokenizer_path": str(tokenizer)}
+    assert found(training=trained) == (tiny_tower, tokenizer)
     # What training named isn't there any more, or (it read features) never was its tower.
-    others = Path(VISION_PATH).parent
+    others = usual_towers.parent
     shutil.copytree(tiny_tower, others / "other")
-    twin = CLIPVisionModel(CLIPVisionConfig.from_pretrained(tiny_tower))
-    twin.save_pretrained(others / "twin")
+    CLIPVisionModel(CLIPVisionConfig.from_pretrained(tiny_tower)).save_pretrained(others / "twin")
     narrow = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1
     )
-    CLIPVisionModel(narrow).save_pretrained(VISION_PATH)
-    (others / "empty").mkdir()
+    CLIPVisionModel(narrow).save_pretrained(usual_towers)
     (others / "broken").mkdir()
     (others / "broken/config.json").write_text("{}")
     about = {"model_config": {"vision_hidden_size": 32}}
     for name in ("other", "twin"):
         weights = VisionTower.from_pretrained(others / name).fingerprint()
-        for named in ("gone", VISION_PATH):
+        for named in ("gone", str(usual_towers)):
             training = {"vision_path": named, "tokenizer_path": "gone"}
-            expected = (str(others / name), TOKENIZER_PATH)
+            expected = (others / name, tokenizer)
             assert found(training=training, lineage={"vision_tower": weights}, **about) == expected
-    assert found(lineage={"vision_tower": "0" * 16}, **about)[0] == VISION_PATH
+    assert found(lineage={"vision_tower": "0" * 16}, **about)[0] == usual_towers
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/processor_config.json").write_text("{}")
-    assert parts_of("hf") == (Path("hf"), Path("hf"))
+    assert find_parts(tmp_path / "hf") == (tmp_path / "hf", tmp_path / "hf")
 
 
 # ---- batches
 
 
 @pytest.fixture(scope="module")
-def asked(answerer, folder) -> list[Question]:
-    picture, other, clip = (answerer.read(folder / n) for n in ("a.png", "b.png", "clip.gif"))
+def asked(chat_model, folder) -> list[tuple]:
+    names = ("a.png", "b.png", "clip.gif")
+    picture, other, clip = (chat_model.encode_video(folder / name) for name in names)
     return [
-        Question(user("What is it?"), [picture], Sampling(8)),
-        Question(user("视频里有什么东西在动?"), [clip], Sampling(14, temperature=1.0, seed=3)),
-        Question(user("Just words, no picture."), [], Sampling(5)),
-        Question(user("<image> and <image>: the same?"), [picture, other], Sampling(8)),
-        Question(user("And what moves?"), [clip], Sampling(9)),
-        Question(user("What moves?"), [clip], Sampling(9)),
+        (user("What is it?"), [picture], Sampling(8)),
+        (user("视频里有什么东西在动?"), [clip], Sampling(14, temperature=1.0, seed=3)),
+        (user("Just words, no picture."), [], Sampling(5, repetition_penalty=1.5)),
+        (user("<image> and <image>: the same?"), [picture, other], Sampling(8)),
+        (user("And what moves?"), [clip], Sampling(9)),
+        (user("What moves?"), [clip], Sampling(9)),
     ]
 
 
-def test_a_batch_answers_as_each_question_alone(answerer, asked):
-    texts = [alone(answerer, question) for question in asked]
+@pytest.fixture
+def sequences(chat_model, asked) -> list[Sequence]:
+    return [Sequence(chat_model.make_request(*each)) for each in asked]
+
+
+def test_a_batch_answers_as_each_request_alone(chat_model, asked, sequences):
+    texts = [alone(chat_model, *each) for each in asked]
     assert len(set(texts)) == len(texts)  # the model does depend on what it is asked
-    assert answerer.answer(asked) == texts
+    assert chat_model.generate([each.request for each in sequences]) == texts
 
-    batch = answerer.batch()
-    answers = batch.add(asked[:2])
-    for question in asked[2:]:
-        batch.step()
-        answers += batch.add([question])
-    pieces = {answer: [answer.take()] for answer in answers}
-    while batch:
-        for answer in batch.step():
-            pieces[answer].append(answer.take())
-    assert ["".join(pieces[answer]).strip() for answer in answers] == texts
-    assert all(len(pieces[answer]) > 1 for answer in answers)
+    engine = chat_model.engine()  # some join later
+    engine.add(sequences[:2])
+    for sequence in sequences[2:]:
+        engine.step()
+        engine.add([sequence])
+    pieces = {sequence: [sequence.take_text()] for sequence in sequences}
+    while engine.sequences:
+        for sequence in engine.step():
+            pieces[sequence].append(sequence.take_text())
+    assert ["".join(pieces[each]).strip() for each in sequences] == texts
+    assert all(len(pieces[each]) > 1 for each in sequences)
 
 
-def test_what_questions_about_one_clip_share_is_read_once(answerer, asked):
+def test_what_requests_about_one_clip_share_is_read_once(chat_model, sequences):
     sizes = []
-    handle = answerer.model.video_summary.register_forward_pre_hook(
+    handle = chat_model.model.video_summary.register_forward_pre_hook(
         lambda module, args: sizes.append(list(args[1]))
     )
     try:
-        answerer.answer([asked[4], asked[0], asked[5]])
+        chat_model.engine().add([sequences[4], sequences[0], sequences[5]])
     finally:
         handle.remove()
     assert sizes == [[4, 1]]
 
 
-def test_questions_without_a_visual_are_answered_together_too(answerer):
+def test_requests_without_a_visual_are_answered_together_too(chat_model):
     """They share their empty beginning, and nothing can be read of that."""
-    questions = [Question(user(text)) for text in ("What is one?", "What is two?", "三?")]
-    expected = [alone(answerer, question) for question in questions]
-    assert answerer.answer(questions) == expected and len(set(expected)) > 1
+    asked = [(user(text), [], Sampling(8)) for text in ("What is one?", "What is two?", "三?")]
+    expected = [alone(chat_model, *each) for each in asked]
+    requests = [chat_model.make_request(*each) for each in asked]
+    assert chat_model.generate(requests) == expected and len(set(expected)) > 1
 
 
-def test_an_answer_knows_its_tokens_and_times(answerer, asked):
-    batch = answerer.batch()
-    (answer,) = batch.add(asked[1:2])
-    while batch:
-        batch.step()
-    assert answer.completion_tokens <= 14 and answer.finish_reason in ("stop", "length")
-    assert answer.prompt_tokens == len(answerer.encode(*asked_of(asked[1])).input_ids) > 50
-    assert 0 < answer.time_to_first_token < answer.seconds and answer.tokens_per_second > 0
+def test_a_sequence_knows_its_tokens_and_times(chat_model, sequences):
+    sequence = sequences[1]
+    assert "".join(chat_model.engine().stream(sequence)) == sequence.text
+    assert sequence.completion_tokens <= 14 and sequence.finish_reason in ("stop", "length")
+    assert sequence.prompt_tokens == len(sequence.request.prompt.input_ids) > 50
+    assert 0 < sequence.time_to_first_token < sequence.seconds and sequence.tokens_per_second > 0
 
 
-def asked_of(question: Question) -> tuple:
-    return question.messages, question.visuals
-
-
-def test_a_cancelled_answer_ends_where_it_is_and_the_others_go_on(answerer, asked):
-    texts = [alone(answerer, question) for question in asked[:2]]
-    batch = answerer.batch()
-    first, second = batch.add(asked[:2])
-    batch.step()
-    batch.cancel(first)
-    assert first.finish_reason == "cancelled" and len(batch) == 1
-    batch.cancel(first)
-    while batch:
-        batch.step()
+def test_a_cancelled_sequence_ends_where_it_is_and_the_others_continue(
+    chat_model, asked, sequences
+):
+    texts = [alone(chat_model, *each) for each in asked[:2]]
+    engine, (first, second) = chat_model.engine(), sequences[:2]
+    engine.add([first, second])
+    engine.step()
+    engine.cancel(first)
+    assert first.finish_reason == "cancelled" and engine.sequences == [second]
+    engine.cancel(first)
+    while engine.sequences:
+        engine.step()
     assert texts[0].startswith(first.text.strip()) and second.text.strip() == texts[1]
 
 
-def test_a_stop_text_ends_the_answer_before_it_and_is_never_shown(answerer, asked):
-    question = replace(asked[0], sampling=Sampling(30))
-    whole = alone(answerer, question)
+def test_a_stop_text_ends_the_answer_before_it_and_is_never_given_out(chat_model, asked):
+    messages, visuals, _ = asked[0]
+    whole = alone(chat_model, messages, visuals, Sampling(30))
     stop = whole[6:9]
-    end = whole.index(stop)
-    batch = answerer.batch()
-    (answer,) = batch.add([replace(question, stop=("never said", stop))])
-    pieces = [answer.take()]
-    while batch:
-        batch.step()
-        pieces.append(answer.take())
-    assert "".join(pieces).strip() == answer.text.strip() == whole[:end].strip()
-    assert answer.finish_reason == "stop" and answer.completion_tokens < 30
+    sequence = Sequence(
+        chat_model.make_request(messages, visuals, Sampling(30), ("never said", stop))
+    )
+    pieces = list(chat_model.engine().stream(sequence))
+    expected = whole[: whole.index(stop)].strip()
+    assert "".join(pieces).strip() == sequence.text.strip() == expected
+    assert sequence.finish_reason == "stop" and sequence.completion_tokens < 30
 
 
 @pytest.mark.parametrize("text", ["a 😀 杯子 龘龘 é!", "👩‍👩‍👧‍👦", "plain"])
-def test_no_piece_splits_a_character(answerer, text, monkeypatch):
-    """The model is made to say `text`, most of which takes several tokens a character."""
-    ids = [
-        *answerer.tokenizer.encode(text, add_special_tokens=False),
-        answerer.tokenizer.eos_token_id,
-    ]
-    script = iter(ids)
-    monkeypatch.setattr("model.generate.choose", lambda logits, rows: [next(script)])
-    chat = answerer.chat()
-    pieces = list(chat.ask("Say it."))
-    assert "".join(pieces) == text and "\ufffd" not in pieces
-    assert len(pieces) < len(ids)
+def test_no_piece_splits_a_character(chat_model, text):
+    """Most of these take several tokens a character."""
+    tokenizer = chat_model.tokenizer
+    sequence, pieces = Sequence(chat_model.make_request(user("Say it."))), []
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    for token in [*ids, tokenizer.eos_token_id]:
+        sequence.append(token, tokenizer)
+        pieces.append(sequence.take_text())
+    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
+    assert sequence.finish_reason == "stop" and len(list(filter(None, pieces))) <= len(ids)
 
 
-def test_a_prompt_that_has_no_room_is_refused_before_it_joins(answerer, asked, monkeypatch):
-    monkeypatch.setattr(answerer.model.config.language_model, "max_position_embeddings", 90)
-    batch = answerer.batch()
-    (fits,) = batch.add(asked[:1])
-    long = replace(asked[0], sampling=Sampling(60))
-    with pytest.raises(ConversationError, match="the model has positions for 90"):
-        batch.add([asked[2], long])
-    assert len(batch) == 1
-    while batch:
-        batch.step()
-    assert fits.text.strip() == alone(answerer, asked[0])
+def test_a_request_that_the_model_has_no_positions_for_is_refused(chat_model):
+    with pytest.raises(ConversationError, match="the model has positions for 32768"):
+        chat_model.make_request(user("Hello"), (), Sampling(32768))
 
 
 # ---- chats
@@ -293,10 +277,10 @@ def test_a_prompt_that_has_no_room_is_refused_before_it_joins(answerer, asked, m
 SHORT = Sampling(6)
 
 
-def reads(answerer, chat, question: str, how=SHORT) -> int:
+def reads(chat_model, chat, question: str, how=SHORT) -> int:
     """How many tokens the model reads until the first one of the answer."""
     lengths = []
-    handle = answerer.model.language_model.register_forward_pre_hook(
+    handle = chat_model.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]),
         with_kwargs=True,
     )
@@ -307,58 +291,63 @@ def reads(answerer, chat, question: str, how=SHORT) -> int:
     return lengths[0]
 
 
-def test_a_chat_reads_only_what_is_new_and_answers_as_if_it_read_all(answerer, folder):
-    chat = answerer.chat()
-    chat.show(answerer.read(folder / "clip.gif"))
-    assert reads(answerer, chat, "What moves?") > 50
+@pytest.fixture
+def clip(chat_model, folder) -> Visual:
+    return chat_model.encode_video(folder / "clip.gif")
+
+
+@pytest.fixture
+def chat(chat_model, clip) -> Chat:
+    chat = Chat(chat_model)
+    chat.attach(clip)
+    return chat
+
+
+def test_a_chat_reads_only_what_is_new_and_answers_as_if_it_read_all(
+    chat_model, chat, clip, folder
+):
+    picture = chat_model.encode_video(folder / "a.png")
+    assert reads(chat_model, chat, "What moves?") > 50
     assert chat.last.cached_tokens == 0
-    assert reads(answerer, chat, "And now?") < 40
-    chat.show(answerer.read(folder / "a.png"))
-    assert 50 < reads(answerer, chat, "And this picture?") < 90
-    assert reads(answerer, chat, "Are they alike?") < 40
+    assert reads(chat_model, chat, "And now?") < 40
+    chat.attach(picture)
+    assert 50 < reads(chat_model, chat, "And this picture?") < 90
+    assert reads(chat_model, chat, "Are they alike?") < 40
     assert chat.last.cached_tokens > 100
 
-    (clip, picture), turns = chat._visuals, chat.transcript
+    turns = chat.transcript
     assert [turn["role"] for turn in turns] == ["user", "assistant"] * 4
     assert turns[0]["content"] == "<video>\nWhat moves?"
     assert turns[4]["content"] == "<image>\nAnd this picture?"
     for end, visuals in ((1, [clip]), (3, [clip]), (5, [clip, picture]), (7, [clip, picture])):
-        said = alone(answerer, Question(turns[:end], visuals, Sampling(6)))
-        assert turns[end]["content"] == (said or "-")
+        assert turns[end]["content"] == (alone(chat_model, turns[:end], visuals, SHORT) or "-")
 
 
-def test_another_visual_with_the_same_placeholder_is_read_anew(answerer, folder):
-    first, second = answerer.read(folder / "a.png"), answerer.read(folder / "b.png")
-    chat = answerer.chat()
-    chat.show(first)
-    "".join(chat.ask("What is it?"))
-    question = Question(user("<image>\nWhat is it?"), [second], Sampling(8))
-    batch = answerer.batch()
-    (answer,) = batch.add([replace(question, memory=chat._memory)])
-    while batch:
-        batch.step()
-    assert 0 < answer.cached_tokens < 50
-    assert answer.text.strip() == alone(answerer, question)
+def test_another_visual_with_the_same_placeholder_is_read_again(chat_model, folder):
+    first, second = (chat_model.encode_video(folder / name) for name in ("a.png", "b.png"))
+    cache, question = PrefixCache(), (user("<image>\nWhat is it?"),)
+    answers = []
+    for visual in (first, second):
+        request = chat_model.make_request(*question, [visual], Sampling(8), prefix_cache=cache)
+        sequence = Sequence(request)
+        answers.append("".join(chat_model.engine().stream(sequence)).strip())
+        assert answers[-1] == alone(chat_model, *question, [visual], Sampling(8))
+    assert 0 < sequence.cached_tokens < 50
 
 
-def test_an_answer_that_is_cut_stays_as_far_as_it_was_shown(answerer, folder):
-    chat = answerer.chat()
-    chat.show(answerer.read(folder / "clip.gif"))
+def test_an_answer_that_is_cut_stays_as_far_as_it_came(chat):
     pieces = chat.ask("What moves?", Sampling(300))
-    shown = "".join(itertools.islice(pieces, 3))
+    given = "".join(itertools.islice(pieces, 3))
     pieces.close()
     assert chat.last.finish_reason == "cancelled"
-    assert chat.transcript[-1] == {"role": "assistant", "content": shown.strip()}
+    assert chat.transcript[-1] == {"role": "assistant", "content": given.strip()}
     "".join(chat.ask("And then?", SHORT))
     assert chat.last.cached_tokens > 50  # the video stays read; noise is tokenised in other ways
 
 
-def test_an_interrupt_in_the_midst_of_a_step_leaves_nothing_half_read(answerer, folder):
-    visual = answerer.read(folder / "clip.gif")
-    chat = answerer.chat()
-    chat.show(visual)
-    "".join(chat.ask("What moves?", Sampling(6)))
-    block = answerer.model.language_model.model.layers[1]
+def test_an_interrupt_in_the_midst_of_a_step_leaves_nothing_half_read(chat_model, chat, clip):
+    "".join(chat.ask("What moves?", SHORT))
+    block = chat_model.model.language_model.model.layers[1]
 
     def interrupt(module, args):
         raise KeyboardInterrupt
@@ -369,42 +358,41 @@ def test_an_interrupt_in_the_midst_of_a_step_leaves_nothing_half_read(answerer, 
     with pytest.raises(KeyboardInterrupt):
         list(pieces)
     handle.remove()
-    "".join(chat.ask("Once more?", Sampling(6)))
+    "".join(chat.ask("Once more?", SHORT))
     turns = chat.transcript
     assert len(turns) == 6
-    assert turns[5]["content"] == alone(answerer, Question(turns[:5], [visual], Sampling(6)))
+    assert turns[5]["content"] == alone(chat_model, turns[:5], [clip], SHORT)
 
 
-def test_a_question_that_can_not_be_asked_changes_nothing(answerer, folder):
-    chat = answerer.chat()
-    chat.show(answerer.read(folder / "clip.gif"))
+def test_a_question_that_can_not_be_asked_changes_nothing(chat):
     with pytest.raises(ConversationError, match="2 visual tags"):
         next(chat.ask("Is <video> like <video>?"))
     assert chat.transcript == []
     assert "".join(chat.ask("Is <video> nice?")) and len(chat.transcript) == 2
 
 
-def test_a_chat_forgets_its_oldest_turns_but_not_the_video(answerer, folder):
-    visual = answerer.read(folder / "clip.gif")
-    chat = answerer.chat(system="Answer briefly.", context_tokens=150)
-    chat.show(visual)
+def test_a_chat_forgets_its_oldest_turns_but_not_the_video(chat_model, clip):
+    chat = Chat(chat_model, system="Answer briefly.", context_tokens=150)
+    chat.attach(clip)
     for number in range(12):
         "".join(chat.ask(f"Question number {number}?", Sampling(4)))
         assert chat.last.prompt_tokens <= 150
     assert len(chat.transcript) == 24
-    assert chat._visuals == [visual] and len(chat._turns) < 12
-    assert chat._turns[0]["content"].startswith("<video>\nQuestion")
-    system = [{"role": "system", "content": "Answer briefly."}]
-    told = Question([*system, *chat._turns[:-1]], [visual], Sampling(4))
-    assert chat._turns[-1]["content"] == (alone(answerer, told) or "-")
-    # A cut makes room for several turns, so most of them go on from what was read.
-    assert any(reads(answerer, chat, f"Number {n}?", Sampling(4)) < 40 for n in range(2))
+    request = chat.last.request
+    assert request.visuals == [clip] and len(request.messages) < 12
+    assert request.messages[0]["content"] == "Answer briefly."
+    assert request.messages[1]["content"].startswith("<video>\nQuestion")
+    answer = alone(chat_model, request.messages, [clip], Sampling(4))
+    assert chat.transcript[-1]["content"] == (answer or "-")
+    # A cut leaves capacity for several turns, so most of them continue from what was read.
+    assert any(reads(chat_model, chat, f"Number {n}?", Sampling(4)) < 40 for n in range(2))
 
 
-def test_with_too_many_visuals_the_oldest_go(answerer, folder):
-    chat = answerer.chat(context_tokens=120)
+def test_with_too_many_visuals_the_oldest_go(chat_model, folder):
+    chat = Chat(chat_model, context_tokens=120)
     for name in ("a", "b", "c"):
-        chat.show(answerer.read(folder / f"{name}.png"))
+        chat.attach(chat_model.encode_video(folder / f"{name}.png"))
     "".join(chat.ask("Which is the last?", Sampling(4)))
-    assert [Path(v.name).stem for v in chat._visuals] == ["c"]
-    assert chat._turns[0]["content"] == "<image>\nWhich is the last?"
+    request = chat.last.request
+    assert [Path(visual.name).stem for visual in request.visuals] == ["c"]
+    assert request.messages[0]["content"] == "<image>\nWhich is the last?"

@@ -185,7 +185,7 @@ def test_what_is_mistyped_is_told(folder, monkeypatch, capsys):
         f"/image {folder}/*.png": "b c.png: 1 frames",
         "/save /nowhere/chat.md": "/nowhere/chat.md can't be written: No such file or directory",
         "/reset now": "type /reset",
-        "/reset": "is forgotten",
+        "/reset": "are forgotten",
         "/help": "/quit             end",
     }
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed) + "\n"))

@@ -16,10 +16,10 @@ from PIL import Image
 from selenium.webdriver.common.by import By
 from streamlit.testing.v1 import AppTest
 
-from inference import Answerer, Chat, find_models
-from inference.page.conversation import Conversation, Model, TooManyVisuals
-from inference.page.settings import PageSettings
-from inference.page.texts import TEXTS, language_of
+from inference import TOKENIZER_PATH, Chat, find_models
+from inference.flags import PageFlags
+from inference.page.conversation import Conversation, SharedModel, TooManyVisuals
+from inference.page.view import TEXTS, language_of
 from inference.page.visual import escaped
 from model.checkpoint import load_video_language_model, save_model
 from model.generate import GREEDY, Sampling
@@ -28,7 +28,6 @@ from tests.clips import make_clip
 from tests.inference.browser import MISSING, WATCH, Browser, Page
 from tests.inference.service import ROOT
 
-TOKENIZER = ROOT / "model/text_tokenizer"
 QUICKSTART = ROOT / "out/quickstart"
 QUESTION = "What happens in this video?"
 
@@ -51,18 +50,20 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def answerer(tiny_checkpoint, tiny_tower) -> Answerer:
-    return Answerer.load(tiny_checkpoint, tiny_tower, TOKENIZER, device="cpu")
-
-
 @pytest.fixture
 def open_page(monkeypatch, tiny_checkpoint, tiny_tower, folder):
     """Opens the page with these flags, for one user."""
 
     def open_page(*flags, model: bool = True) -> AppTest:
         own = ["--load_from", tiny_checkpoint, "--vision_path", tiny_tower, "--device", "cpu"]
-        own = [*(own if model else ()), "--out_dir", folder / "out", "--examples"]
+        own = [
+            *(own if model else ()),
+            "--dtype",
+            "float32",
+            "--out_dir",
+            folder / "out",
+            "--examples",
+        ]
         monkeypatch.setattr(
             sys, "argv", ["web_demo.py", *map(str, [*own, folder / "examples", *flags])]
         )
@@ -83,12 +84,12 @@ def say(page: AppTest, text: str | None, *files: Path) -> AppTest:
     return page
 
 
-def said(page: AppTest) -> list[str]:
+def texts_of(page: AppTest) -> list[str]:
     """Questions and answers in turn."""
     return [text.value for text in page.text]
 
 
-def told(chat: Chat, question: str, sampling: Sampling = GREEDY) -> str:
+def answer_of(chat: Chat, question: str, sampling: Sampling = GREEDY) -> str:
     """The answer as a page shows it: without space around it."""
     return "".join(chat.ask(question, sampling)).strip()
 
@@ -112,11 +113,11 @@ def test_without_a_model_the_page_says_how_to_get_one(open_page):
     assert "bash scripts/quickstart.sh" in page.info[0].value and not page.chat_input
 
 
-def test_several_files_and_many_turns_are_answered_as_by_the_chat(open_page, answerer, folder):
+def test_several_files_and_many_turns_are_answered_as_by_the_chat(open_page, chat_model, folder):
     page = say(open_page(), QUESTION, folder / "a.mp4", folder / "picture.png")
     say(page, "And now?")
     say(page, "Which is first?", folder / "b.mp4")
-    chat = answerer.chat()
+    chat = Chat(chat_model)
     expected = []
     for question, names in (
         (QUESTION, ("a.mp4", "picture.png")),
@@ -124,25 +125,25 @@ def test_several_files_and_many_turns_are_answered_as_by_the_chat(open_page, ans
         ("Which is first?", ("b.mp4",)),
     ):
         for name in names:
-            chat.show(answerer.read(folder / name))
-        expected += [question, told(chat, question)]
-    assert said(page) == expected and len(set(expected[1::2])) == 3
+            chat.attach(chat_model.encode_video(folder / name))
+        expected += [question, answer_of(chat, question)]
+    assert texts_of(page) == expected and len(set(expected[1::2])) == 3
     # The frames and times that the model has, and the weights that docs/talking.md defines.
     for strip, name in zip(strips(page), ("a.mp4", "b.mp4"), strict=True):
-        visual = answerer.read(folder / name)
-        weights = answerer.frame_weights(visual)
+        visual = chat_model.encode_video(folder / name)
+        weights = chat_model.frame_weights(visual)
         assert [second for second, _ in strip] == [round(t, 1) for t in visual.timestamps]
         assert [percent for _, percent in strip] == [round(100 * weight) for weight in weights]
     assert "4 of 8 frames" in page.markdown[0].value
 
 
-def test_an_example_and_a_suggestion_need_no_typing(open_page, answerer, folder):
+def test_an_example_and_a_suggestion_need_no_typing(open_page, chat_model, folder):
     page = open_page()
     page.button(key="example 1").click().run()
     page.button(key="suggestion 0").click().run()
-    chat = answerer.chat()
-    chat.show(answerer.read(folder / "examples/two.mp4"))
-    assert said(page) == [QUESTION, told(chat, QUESTION)]
+    chat = Chat(chat_model)
+    chat.attach(chat_model.encode_video(folder / "examples/two.mp4"))
+    assert texts_of(page) == [QUESTION, answer_of(chat, QUESTION)]
     assert (folder / "examples/two.mp4").is_file()
     # The greeting is gone; what waited is shown once.
     assert [button.label for button in page.button] == ["New conversation"]
@@ -151,7 +152,7 @@ def test_an_example_and_a_suggestion_need_no_typing(open_page, answerer, folder)
     assert not page.text and page.title[0].value == "Cinego"
 
 
-def test_settings_are_those_of_the_answer(open_page, answerer, folder):
+def test_settings_are_those_of_the_answer(open_page, chat_model, folder):
     page = open_page()
     page.slider(key="temperature").set_value(1.0)
     page.slider(key="top_k").set_value(50)
@@ -161,10 +162,10 @@ def test_settings_are_those_of_the_answer(open_page, answerer, folder):
     page.number_input(key="seed").set_value(7)
     next(s for s in page.slider if s.key.startswith("num_frames")).set_value(6)
     say(page, QUESTION, folder / "a.mp4")
-    chat = answerer.chat()
-    chat.show(answerer.read(folder / "a.mp4", num_frames=6))
+    chat = Chat(chat_model)
+    chat.attach(chat_model.encode_video(folder / "a.mp4", num_frames=6))
     sampling = Sampling(9, 1.0, top_k=50, top_p=0.8, repetition_penalty=1.2, seed=7)
-    assert said(page) == [QUESTION, told(chat, QUESTION, sampling)]
+    assert texts_of(page) == [QUESTION, answer_of(chat, QUESTION, sampling)]
     assert len(strips(page)[0]) == 6
     assert "9 tokens" in page.caption[1].value and "cut at the longest" in page.caption[1].value
 
@@ -175,9 +176,9 @@ def test_the_chat_can_be_saved(open_page, folder):
     say(page, QUESTION, folder / "a.mp4")
     assert [button.label for button in page.get("download_button")] == ["Markdown", "JSON"]
     chat = conversation_of(page).chat
-    asked, answered = json.loads(chat.written(".json"))
+    asked, answered = json.loads(chat.format_transcript(".json"))
     assert asked["visuals"] == ["a.mp4"] and QUESTION in asked["content"]
-    text = chat.written(".md")
+    text = chat.format_transcript(".md")
     assert text.startswith("[a.mp4]\n\n**Q:** ") and f"**A:** {answered['content']}" in text
 
 
@@ -195,7 +196,7 @@ def test_everything_is_said_in_chinese_too(open_page, folder):
     page.session_state["language"] = "zh"
     page.run()
     assert page.sidebar.button[0].label == "新对话" and "8 帧中的 4 帧" in page.markdown[0].value
-    assert said(page)[0] == QUESTION  # what was said stays as it was said
+    assert texts_of(page)[0] == QUESTION  # what was said stays as it was said
 
 
 # ---- files that can't be used
@@ -209,7 +210,7 @@ def test_a_file_that_can_not_be_read_is_named_with_its_mend(open_page, folder):
     assert str(folder) not in error.value and "cinego-page" not in error.value
     # The conversation goes on as if nothing had been.
     say(page, QUESTION, folder / "a.mp4")
-    assert not page.error and len(said(page)) == 2
+    assert not page.error and len(texts_of(page)) == 2
     assert [path.suffix for path in own_folder(page).iterdir()] == [".mp4"]
 
 
@@ -226,7 +227,7 @@ def test_limits_are_told(open_page, folder, flags, name, reasons):
     say(page, "More?", folder / name)
     (error,) = page.error
     assert all(text in error.value for text in reasons), error.value
-    assert len(conversation_of(page).shown) == 1 and len(said(page)) == 2
+    assert len(conversation_of(page).attachments) == 1 and len(texts_of(page)) == 2
     assert len(list(own_folder(page).iterdir())) == 1
 
 
@@ -235,14 +236,14 @@ def test_what_a_user_names_is_shown_as_it_is(open_page, folder):
     page = open_page()
     page.chat_input[0].upload(nasty, (folder / "a.mp4").read_bytes()).set_value("*Hi* <b>$x$")
     page.run()
-    assert said(page)[0] == "*Hi* <b>$x$"
+    assert texts_of(page)[0] == "*Hi* <b>$x$"
     shown = page.markdown[0].value
     assert escaped(nasty) in shown and "![x](y)" not in shown and "<b>" not in shown
-    assert nasty in conversation_of(page).chat.written(".md")
+    assert nasty in conversation_of(page).chat.format_transcript(".md")
 
 
 def own_folder(page: AppTest) -> Path:
-    return conversation_of(page).shown[0].file.parent
+    return conversation_of(page).attachments[0].path.parent
 
 
 def test_uploads_are_deleted_with_the_conversation(open_page, folder):
@@ -269,7 +270,7 @@ def models(tmp_path_factory, tiny_checkpoint, tiny_tower) -> Path:
     save_model(out / "theirs.pth", model, {})
     (out / "theirs.json").unlink()
     (out / "run/junk.pth").write_text("no checkpoint")
-    paths = ["--vision_path", str(tiny_tower), "--tokenizer_path", str(TOKENIZER)]
+    paths = ["--vision_path", str(tiny_tower), "--tokenizer_path", str(TOKENIZER_PATH)]
     convert([str(out / "run/sft.pth"), str(out / "hf"), *paths])
     for number, name in enumerate(("run/pretrain.pth", "theirs.pth", "hf", "run/sft.pth")):
         os.utime(out / name, (number, number))
@@ -288,7 +289,7 @@ def test_the_models_of_a_folder_can_be_chosen(models, monkeypatch, folder):
     for path in found[:2]:  # each with its own tower, without a flag
         page.selectbox[0].set_value(str(path)).run()
         assert not page.exception and not page.error and not page.text
-        answers.append(said(say(page, QUESTION, folder / "a.mp4"))[1])
+        answers.append(texts_of(say(page, QUESTION, folder / "a.mp4"))[1])
     assert answers[0] == answers[1]
     # What lies here is no CLIP ViT-B/32.
     page.selectbox[0].set_value(str(found[2])).run()
@@ -300,19 +301,19 @@ def test_the_models_of_a_folder_can_be_chosen(models, monkeypatch, folder):
 
 
 @pytest.fixture
-def conversation(answerer) -> Conversation:
-    return Conversation(Model(answerer), PageSettings(max_visuals=1))
+def conversation(chat_model) -> Conversation:
+    return Conversation(SharedModel(chat_model), PageFlags(max_visuals=1))
 
 
 def test_an_answer_that_is_stopped_stays_as_far_as_it_came(conversation, folder):
-    conversation.show(folder / "a.mp4", "a.mp4", 4)
+    conversation.attach(folder / "a.mp4", "a.mp4", 4)
     with pytest.raises(TooManyVisuals):
-        conversation.show(folder / "b.mp4", "b.mp4", 4)
+        conversation.attach(folder / "b.mp4", "b.mp4", 4)
     with closing(conversation.ask(QUESTION, Sampling(200))) as pieces:
         first = next(pieces)
     (turn,) = conversation.turns
-    assert turn.answer == first and turn.about.finish_reason == "cancelled"
-    assert not conversation.model.lock.locked() and not conversation.lock.locked()
+    assert turn.answer == first and turn.sequence.finish_reason == "cancelled"
+    assert not conversation.lock.locked()
     with (
         pytest.raises(ValueError, match="<video>"),
         closing(conversation.ask("<video> <video>", Sampling())) as pieces,
@@ -320,22 +321,20 @@ def test_an_answer_that_is_stopped_stays_as_far_as_it_came(conversation, folder)
         next(pieces)
     assert conversation.turns == [turn]
     list(conversation.ask("Still there?", Sampling(3)))
-    assert conversation.turns[1].about.completion_tokens == 3
+    assert conversation.turns[1].sequence.completion_tokens == 3
 
 
-def test_answers_of_two_users_take_turns(answerer):
-    """One computes at a time, but nobody waits for the end of another's answer."""
-    model = Model(answerer)
-    users = [Conversation(model, PageSettings()) for _ in range(2)]
-    streams = [user.ask(f"{n}?", Sampling(40)) for n, user in enumerate(users)]
-    for _ in range(3):  # in turns, while neither has ended
-        assert all(next(stream) for stream in streams)
-    assert all(user.turns[0].about.finish_reason is None for user in users)
+def test_two_users_share_a_batch_and_get_the_answers_that_each_gets_alone(chat_model):
+    model, sizes = SharedModel(chat_model), []
+    model.scheduler.on_step = lambda sequences: sizes.append(len(sequences))
+    users = [Conversation(model, PageFlags()) for _ in range(2)]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda n: list(users[n].ask(f"{n}?", Sampling(40))), range(2)))
+    assert 2 in sizes
     for number, user in enumerate(users):
-        for _ in streams[number]:
-            pass
-        alone = answerer.chat()
-        assert user.turns[0].answer == "".join(alone.ask(f"{number}?", Sampling(40)))
+        expected = "".join(Chat(chat_model).ask(f"{number}?", Sampling(40)))
+        assert user.turns[0].answer == expected
+    model.scheduler.stop()
 
 
 def test_the_script_says_how_it_is_started(folder):
@@ -347,7 +346,7 @@ def test_the_script_says_how_it_is_started(folder):
 
     assert "streamlit run web_demo.py -- --load_from 'a b.pth'" in run("--load_from", "a b.pth")
     assert "did you mean --load_from" in run("--load_form", "x")
-    assert "up to 64" in run("--num_frames", 65)
+    assert "64 or fewer" in run("--num_frames", 65)
 
 
 def test_wrong_flags_are_told_on_the_page(monkeypatch):
@@ -371,7 +370,16 @@ def needs_browser():
 def server(needs_browser, tiny_checkpoint, tiny_tower, folder, tmp_path_factory):
     server = Page(
         *(tmp_path_factory.mktemp("page"), "--load_from", tiny_checkpoint),
-        *("--vision_path", tiny_tower, "--device", "cpu", "--out_dir", folder / "out"),
+        *(
+            "--vision_path",
+            tiny_tower,
+            "--device",
+            "cpu",
+            "--dtype",
+            "float32",
+            "--out_dir",
+            folder / "out",
+        ),
         *("--examples", folder / "examples"),
         maxUploadSize=1,
     )
@@ -394,7 +402,7 @@ def new_user(server, tmp_path):
         browser.quit()
 
 
-def knock(server: Page, host: str, origin: str) -> str:
+def request(server: Page, host: str, origin: str) -> str:
     """The status that a web page of `origin` gets which reaches the server by the name `host`."""
     port = int(server.url.rpartition(":")[2])
     lines = (
@@ -413,21 +421,21 @@ def pieces_seen(user: Browser, answer: str) -> list[str]:
     return [text for text in seen if text and answer.startswith(text)]
 
 
-def test_two_users_in_their_browsers(server, new_user, answerer, folder):
-    assert knock(server, "localhost", "http://localhost") == "101"
-    assert knock(server, "127.0.0.1", "http://evil.example") == "403"
-    assert knock(server, "evil.example", "http://evil.example") == "403"  # its name leads here
+def test_two_users_in_their_browsers(server, new_user, chat_model, folder):
+    assert request(server, "localhost", "http://localhost") == "101"
+    assert request(server, "127.0.0.1", "http://evil.example") == "403"
+    assert request(server, "evil.example", "http://evil.example") == "403"  # its name leads here
 
     expected = {}
     for name in "ab":
-        chat = answerer.chat()
-        chat.show(answerer.read(folder / f"{name}.mp4"))
-        expected[name] = told(chat, QUESTION)
+        chat = Chat(chat_model)
+        chat.attach(chat_model.encode_video(folder / f"{name}.mp4"))
+        expected[name] = answer_of(chat, QUESTION)
     assert expected["a"] != expected["b"]
 
     with ThreadPoolExecutor() as pool:  # browsers start slowly
         alice, bob = pool.map(new_user, ("en", "zh-CN"))
-    assert "Show it a video" in alice.text() and "给它看一段视频" in bob.text()
+    assert "Attach a video" in alice.text() and "给它看一段视频" in bob.text()
     for user, name in ((alice, "a"), (bob, "b")):
         user.attach(folder / f"{name}.mp4")
         user.driver.execute_script(WATCH)
@@ -471,7 +479,7 @@ def test_two_users_in_their_browsers(server, new_user, answerer, folder):
     alice.until(lambda: len(server.uploads()) == 1, "bob's file deleted")
     alice.start_anew()
     alice.until(lambda: not server.uploads(), "alice's file deleted")
-    alice.see("Show it a video")
+    alice.see("Attach a video")
     assert alice.all("textarea")[0].get_property("value") == ""
     alice.attach(folder / "b.mp4")
     alice.say(QUESTION)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
-from model.generate import Generation, Row, Sampling, choose, generate
+from model.generate import DecodingBatch, Sampler, Sampling, generate, sample_tokens
 
 P, D, EOS, NEVER = 4, 16, 2, 10_000
 
@@ -90,7 +90,7 @@ def test_finished_rows_cost_nothing_more(model):
     assert batches == [5, 5 - [answer[0] for answer in first].count(first[0][0])]
 
 
-def test_a_seed_repeats_a_draw_and_a_small_top_p_is_greedy(model):
+def test_a_seed_repeats_the_samples_and_a_small_top_p_is_greedy(model):
     inputs = left_padded(prompt(2, 8, 5), prompt(3, 0, 1))
 
     def draw(**how):
@@ -105,10 +105,10 @@ LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
 
 def shares(**how) -> list[float]:
-    """How often each of LOGITS is drawn."""
-    row = Row(Sampling(temperature=1.0, seed=0, **how))
-    drawn = torch.tensor([choose(LOGITS[None], [row])[0] for _ in range(1000)])
-    return (drawn.bincount(minlength=4) / 1000).tolist()
+    """How often each of LOGITS is sampled."""
+    samplers = [Sampler(Sampling(temperature=1.0, seed=seed, **how)) for seed in range(1000)]
+    samples = torch.tensor(sample_tokens(LOGITS.expand(1000, 4), samplers))
+    return (samples.bincount(minlength=4) / 1000).tolist()
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def shares(**how) -> list[float]:
         ({}, 4),
     ],
 )
-def test_only_the_likeliest_are_drawn_as_often_as_is_due(how, kept):
+def test_only_the_most_probable_are_sampled_as_often_as_is_due(how, kept):
     due = LOGITS.exp()[:kept] / LOGITS.exp()[:kept].sum()
     assert shares(**how) == pytest.approx([*due.tolist(), *[0.0] * (4 - kept)], abs=0.06)
 
@@ -134,75 +134,60 @@ def test_a_repetition_penalty_is_that_of_transformers():
 
     logits, seen = torch.randn(1, 50), [3, 7, 7, 11]
     theirs = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([seen]), logits.clone())
-    row = Row(Sampling(repetition_penalty=1.7), prompt_ids=[3, 7], ids=[7, 11])
-    assert choose(logits, [row]) == theirs.argmax(-1).tolist()
+    sampler = Sampler(Sampling(repetition_penalty=1.7), seen)
+    assert sample_tokens(logits, [sampler]) == theirs.argmax(-1).tolist()
     (best,) = logits.argmax(-1).tolist()
-    row = Row(Sampling(repetition_penalty=100.0), ids=[best])
-    assert choose(logits.abs(), [row]) != [best]
+    sampler = Sampler(Sampling(repetition_penalty=100.0))
+    assert sample_tokens(logits, [sampler]) == [best]
+    assert sample_tokens(logits.abs(), [sampler]) != [best]  # it has been said
 
 
-def test_rows_join_and_leave_between_steps_and_answer_as_alone(model):
-    """A server's batch: nobody waits for the others' answers, and nobody changes them."""
+def test_rows_join_and_leave_between_steps_and_decode_as_alone(model):
     prompts = [prompt(*sizes) for sizes in PROMPTS]
-    how = [
-        Sampling(12),
-        Sampling(9, temperature=1.5, seed=5),
-        Sampling(12),
-        Sampling(7, temperature=0.8, top_p=0.9, seed=6),
-        Sampling(12, repetition_penalty=1.5),
-    ]
-    alone = []
-    for one, sampling in zip(prompts, how, strict=True):
-        generation = Generation(model, NEVER)
-        (row,) = generation.add(left_padded(one), [Row(sampling, one[0].tolist())])
-        while generation.rows:
-            generation.step()
-        alone.append(row.ids)
+    alone = [plain_greedy(model, one, 12) for one in prompts]
+    batch, rows = DecodingBatch(model), []  # rows: which prompts are in the batch
 
-    generation = Generation(model, NEVER)
-    rows = [Row(s, one[0].tolist()) for one, s in zip(prompts, how, strict=True)]
-    generation.add(left_padded(*prompts[:2]), rows[:2])
-    for joining, one in zip(rows[2:], prompts[2:], strict=True):
-        generation.step()
-        generation.step()
-        generation.add(left_padded(one), [joining])
-    for _ in range(3):
-        generation.step()
-    generation.remove(rows[2])
-    assert rows[2].finish_reason == "cancelled" and len(rows[2].ids) < 12
-    while generation.rows:
-        generation.step()
-    assert [row.ids for row in rows[:2] + rows[3:]] == alone[:2] + alone[3:]
-    assert rows[2].ids == alone[2][: len(rows[2].ids)]
+    def append(tokens):
+        for row, token in zip(rows[-len(tokens) :], tokens, strict=True):
+            answers[row].append(token)
+
+    answers = [[] for _ in prompts]
+    for number, one in enumerate(prompts):  # each joins two steps after the one before
+        logits = batch.prefill(left_padded(one))
+        rows.append(number)
+        append(logits.argmax(-1).tolist())
+        for _ in range(2):
+            append(batch.decode([answers[row][-1] for row in rows]).argmax(-1).tolist())
+    batch.keep_rows([0, 1, 3, 4])
+    del rows[2]
+    while len(answers[4]) < 12:
+        append(batch.decode([answers[row][-1] for row in rows]).argmax(-1).tolist())
+    assert [answers[row][:12] for row in rows] == [alone[row] for row in rows]
+    assert answers[2] == alone[2][: len(answers[2])] and len(answers[2]) < 12
 
 
-def test_a_row_hands_over_what_it_read(model):
+def test_what_a_row_read_continues_in_another_batch(model):
     """Two turns of a chat with the cache kept are one text."""
-    first, more = prompt(2, 8, 5), torch.randint(5, 50, (1, 4))
-    other = prompt(9, 0, 3)
-    generation = Generation(model, NEVER)
-    row, neighbour = Row(Sampling(6), keep_cache=True), Row(Sampling(20))
-    generation.add(left_padded(first, other), [row, neighbour])
-    while row.finish_reason is None:
-        generation.step()
-    assert len(row.cache) == len(first[0]) + 5  # the last id was chosen, never read
+    first, other, more = prompt(2, 8, 5), prompt(9, 0, 3), torch.randint(5, 50, (1, 4))
+    batch = DecodingBatch(model)
+    tokens = batch.prefill(left_padded(first, other)).argmax(-1).tolist()
+    batch.decode(tokens)
+    cache = batch.cache_of(0)
+    assert len(cache) == len(first[0]) + 1  # without the padding
+    logits = DecodingBatch(model).prefill({"input_ids": more}, cache)
 
-    rest = torch.cat([torch.tensor([row.ids[-1:]]), more], dim=1)
-    (again,) = Generation(model, NEVER).add({"input_ids": rest}, [Row(Sampling(1))], row.cache)
-
-    whole = torch.cat([first[0], torch.tensor(row.ids), more[0]])
+    whole = torch.cat([first[0], torch.tensor(tokens[:1]), more[0]])
     mask = F.pad(first[1], (0, len(whole) - len(first[1])))
-    assert again.ids == plain_greedy(model, (whole, mask, first[2]), 1)
+    assert logits.argmax(-1).tolist() == plain_greedy(model, (whole, mask, first[2]), 1)
 
 
 def test_a_long_batch_forgets_columns_that_nobody_needs(model):
     long, short = prompt(40, 0, 1), prompt(2, 0, 1)
-    generation = Generation(model, NEVER)
-    generation.add(left_padded(long, short), [Row(Sampling(3)), Row(Sampling(30))])
-    assert len(generation.cache) == 41
-    while len(generation.rows) > 1:
-        generation.step()
-    assert len(generation.cache) == 3 + 2 and generation.mask is None
+    batch = DecodingBatch(model)
+    batch.prefill(left_padded(long, short))
+    assert len(batch.cache) == 41
+    batch.keep_rows([1])
+    assert len(batch.cache) == 3 and batch.mask is None
 
 
 def test_right_padding_and_wrong_settings_are_refused(model):
