@@ -15,18 +15,18 @@ The first argument is anything that model/checkpoint.py loads; other generations
 out in our names. docs/checkpoints.md has the table of what becomes what.
 """
 
-import argparse
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import (
-    AutoModel,
     AutoTokenizer,
     CLIPImageProcessorPil,
     GenerationConfig,
@@ -37,12 +37,13 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from cli import launch
+from cli import TOKENIZER_PATH, VISION_PATH, Flags, flag, launch, parse_flags
 from dataset.video import FrameTransform
 from model.checkpoint import load_model, read_about, save_model
 from model.cinego import Cinego
 from model.config import LanguageModelConfig
 from model.minimind import MiniMind
+from model.vision_tower import VisionTower
 from scripts.transformers_code.configuration_cinego import CinegoHubConfig
 from scripts.transformers_code.modeling_cinego import CinegoForCausalLM
 from scripts.transformers_code.processing_cinego import CinegoProcessor
@@ -52,6 +53,29 @@ ENTRY_POINTS = sorted((ROOT / "scripts/transformers_code").glob("*_cinego.py"))
 # `from model.cinego import …` in our files; a directory of remote code is flat and relative.
 _OWN_IMPORT = re.compile(r"^( *)from (model|dataset)\.(\w+) import", re.MULTILINE)
 MAX_NEW_TOKENS = 128  # transformers' own default, 20, cuts captions
+
+
+@dataclass
+class ExportFlags(Flags):
+    """Export"""
+
+    source: str | None = flag(None, "checkpoint: .pth, .safetensors or a transformers directory")
+    target: str | None = flag(None, "a new directory, or a file name.pth")
+    vision_path: str = flag(VISION_PATH, "vision tower that the model was trained with")
+    tokenizer_path: str = flag(TOKENIZER_PATH, "tokenizer that the model was trained with")
+    num_frames: int | None = flag(
+        None, "frames taken from a video (default: as in training, or 8)", at_least=1
+    )
+    llm_only: bool = flag(False, "the language model of a video-language model alone")
+    tower_to: str | None = flag(None, "with a target name.pth: a directory for the vision tower")
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if not (self.source and self.target):
+            found.append("name two: a checkpoint, and a new directory or a file name.pth")
+        elif self.tower_to and Path(self.target).suffix != ".pth":
+            found.append("--tower_to goes with a target name.pth")
+        return found
 
 
 def export_video_language_model(
@@ -65,6 +89,8 @@ def export_video_language_model(
     """Writes everything that answering about a video takes into `directory`.
 
     model: with the tower of `vision_path`. about: what training wrote beside it, if it is ours.
+    Raises ValueError for a tower or tokenizer that isn't the model's, for frames that
+    transformers' image processor can't make, and where `directory` has something in it.
     """
     trained_with = about.get("lineage", {}).get("vision_tower")
     if trained_with not in (None, model.vision_tower.fingerprint()):
@@ -115,7 +141,11 @@ def export_video_language_model(
 
 
 def export_language_model(model: MiniMind, about: dict, directory: Path, tokenizer_path: str):
-    """Writes `model` in the layout that transformers, and what reads its models, knows."""
+    """Writes `model` in the layout that transformers, and what reads its models, knows.
+
+    Raises ValueError for experts that no family of transformers computes, for a tokenizer that
+    isn't the model's, and where `directory` has something in it.
+    """
     tokenizer = load_tokenizer(tokenizer_path, model.config.vocab_size)
     config = usual_config(model.config)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -135,7 +165,10 @@ def export_language_model(model: MiniMind, about: dict, directory: Path, tokeniz
 
 
 def usual_config(ours: LanguageModelConfig) -> PreTrainedConfig:
-    """The same numbers for the family in transformers that computes the same."""
+    """The same numbers for the family in transformers that computes the same.
+
+    ValueError where there is none: for experts without q/k norm, or with a shared one.
+    """
     same = (
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
         *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
@@ -170,28 +203,26 @@ def usual_config(ours: LanguageModelConfig) -> PreTrainedConfig:
     )
 
 
-def to_pth(source: Path, path: Path, tower_to: Path | None) -> None:
-    """Any checkpoint, or exported directory, as our .pth and .json."""
+def export_pth(source: str, path: Path, tower_to: str | None) -> None:
+    """Any checkpoint, or exported directory, as our .pth and .json.
+
+    tower_to: a directory for the vision tower within an exported one, in the form that it once came
+    in; ValueError for other sources.
+    """
     model = load_model(source)
     print(model.load_report)
     meta = {k: v for k, v in read_about(source).items() if k not in ("model", "model_config")}
     if tower_to:
-        write_directory(tower_to, lambda folder: write_tower(source, folder))
+        if not Path(source, "processor_config.json").is_file():
+            raise ValueError(
+                f"{source} has no vision tower: --tower_to is for exported directories"
+            )
+        parts = (
+            VisionTower.from_pretrained(source).model,
+            CLIPImageProcessorPil.from_pretrained(source),
+        )
+        write_directory(Path(tower_to), lambda folder: [p.save_pretrained(folder) for p in parts])
     save_model(path, model, meta)
-
-
-def write_tower(source: Path, folder: Path) -> None:
-    """The vision tower out of an exported directory, in the form that it once came in."""
-    if not (source / "processor_config.json").is_file():
-        raise ValueError(f"{source} has no vision tower: --tower_to is for exported directories")
-    config = CinegoHubConfig.from_pretrained(source)
-    tower = AutoModel.from_config(config.vision_config)
-    with safe_open(source / "model.safetensors", "pt") as file:
-        names = [name for name in file.keys() if name.startswith("vision_tower.")]  # noqa: SIM118
-        state = {name.removeprefix("vision_tower."): file.get_tensor(name) for name in names}
-    tower.load_state_dict(state, strict=True)
-    tower.save_pretrained(folder)
-    CLIPImageProcessorPil.from_pretrained(source).save_pretrained(folder)
 
 
 # ---- parts
@@ -268,42 +299,25 @@ def write_directory(directory: Path, write: Callable[[Path], None]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("source", type=Path, help=".pth, .safetensors or a transformers directory")
-    parser.add_argument("target", type=Path, help="a new directory, or a file name.pth")
-    parser.add_argument(
-        "--vision_path",
-        default="model/vision_model/clip-vit-base-patch32",
-        help="the vision tower that the model was trained with",
-    )
-    parser.add_argument("--tokenizer_path", default="model/text_tokenizer")
-    parser.add_argument(
-        "--num_frames", type=int, help="taken from a video (default: as in training, or 8)"
-    )
-    parser.add_argument(
-        "--llm_only", action="store_true", help="the language model of a video-language model alone"
-    )
-    parser.add_argument("--tower_to", type=Path, help="on the way back: a directory for the tower")
-    args = parser.parse_args(argv)
-
-    if args.target.suffix == ".pth":
-        to_pth(args.source, args.target, args.tower_to)
+    argv = sys.argv[1:] if argv is None else argv
+    plain = takewhile(lambda word: not word.startswith("-"), argv)
+    named = [f"--{name}={word}" for name, word in zip(("source", "target"), plain, strict=False)]
+    flags = parse_flags(ExportFlags, __doc__, named + argv[len(named) :])
+    target = Path(flags.target)
+    if target.suffix == ".pth":
+        export_pth(flags.source, target, flags.tower_to)
     else:
-        if args.tower_to:
-            raise ValueError("--tower_to goes with a target name.pth")
-        model = load_model(args.source, None if args.llm_only else args.vision_path)
+        model = load_model(flags.source, None if flags.llm_only else flags.vision_path)
         print(model.load_report)
-        about = read_about(args.source)
-        if isinstance(model, Cinego) and not args.llm_only:
+        about = read_about(flags.source)
+        if isinstance(model, Cinego) and not flags.llm_only:
             export_video_language_model(
-                model, about, args.target, args.tokenizer_path, args.vision_path, args.num_frames
+                model, about, target, flags.tokenizer_path, flags.vision_path, flags.num_frames
             )
         else:
             language_model = getattr(model, "language_model", model)
-            export_language_model(language_model, about, args.target, args.tokenizer_path)
-    print(f"wrote {args.target}")
+            export_language_model(language_model, about, target, flags.tokenizer_path)
+    print(f"wrote {target}")
 
 
 if __name__ == "__main__":

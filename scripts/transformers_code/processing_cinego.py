@@ -32,8 +32,7 @@ class CinegoProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        names = ["input_ids", "attention_mask", "visual_mask", "pixel_values", "frames_per_visual"]
-        return names
+        return ["input_ids", "attention_mask", "visual_mask", "pixel_values", "frames_per_visual"]
 
     def __call__(
         self, text=None, images=None, videos=None, num_frames: int | None = None, **kwargs
@@ -42,12 +41,12 @@ class CinegoProcessor(ProcessorMixin):
 
         images, videos: one visual or a list, in order of the tags of the whole batch.
         kwargs: what processors usually take; only return_tensors="pt" and padding=True fit.
+        Raises ValueError where tags and visuals don't fit, and what `read_frames` raises.
         """
         _check_usual(kwargs)
-        texts = [text] if isinstance(text, str) else list(text or ())
         waiting = {"<image>": _as_list(images), "<video>": _as_list(videos)}
         rows, visuals = [], []
-        for prompt in texts:
+        for prompt in [text] if isinstance(text, str) else text or []:
             row = []
             for tag in VISUAL_TAG.findall(prompt):
                 # `<image>` may mark a video (LLaVA-Video writes so) and a run either.
@@ -75,27 +74,22 @@ class CinegoProcessor(ProcessorMixin):
         {"type": "text", "text": …}, {"type": "video", "path": …} and {"type": "image", …}.
 
         Gives the rendered text(s), or with tokenize=True the ids, or with return_dict=True all
-        inputs of the model.
+        inputs of the model. Raises ValueError for another content, and what `encode` raises.
         """
         _check_usual(kwargs)
         if chat_template is not None:
             raise ValueError("set tokenizer.chat_template instead of handing in chat_template")
         is_batch = not isinstance(conversation[0], dict)
+        parsed = [_messages(turns) for turns in (conversation if is_batch else [conversation])]
+        if not tokenize:
+            how = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+            texts = [self.tokenizer.apply_chat_template(turns, **how) for turns, _ in parsed]
+            return texts if is_batch else texts[0]
         rows, visuals = [], []
-        for turns in conversation if is_batch else [conversation]:
-            messages, named = _plain(turns)
-            if not tokenize:
-                rows.append(
-                    self.tokenizer.apply_chat_template(
-                        messages, tokenize=False, add_generation_prompt=add_generation_prompt
-                    )
-                )
-                continue
+        for messages, named in parsed:
             row = [self._pixels(visual, num_frames) for visual in named]
             rows.append(encode(self.tokenizer, messages, self._lengths(row), add_generation_prompt))
             visuals += row
-        if not tokenize:
-            return rows if is_batch else rows[0]
         batch = self._batch(rows, visuals)
         return batch if return_dict else batch["input_ids"]
 
@@ -123,35 +117,32 @@ class CinegoProcessor(ProcessorMixin):
         return FrameTransform.from_config(settings, "the image processor")(frames)
 
     def _batch(self, rows: list, visuals: list[torch.Tensor]) -> BatchFeature:
-        pad_id = self.tokenizer.pad_token_id
-        batch = left_pad(rows, 0 if pad_id is None else pad_id)
+        batch = left_pad(rows, self.tokenizer.pad_token_id or 0)
         if visuals:
             batch["pixel_values"] = torch.cat(visuals)
             batch["frames_per_visual"] = torch.tensor([len(visual) for visual in visuals])
         return BatchFeature(batch)
 
 
-def _plain(turns: list[dict]) -> tuple[list[dict], list]:
+def _messages(turns: list[dict]) -> tuple[list[dict], list]:
     """Turns whose contents are texts with tags, and the visuals in order."""
     messages, visuals = [], []
     for turn in turns:
         content = turn["content"]
-        if not isinstance(content, str):
-            parts = []
-            for part in content:
-                kind = part.get("type")
-                if kind == "text":
-                    parts.append(part["text"])
-                elif kind in ("video", "image"):
-                    visual = next((part[key] for key in (kind, "path") if key in part), None)
-                    if visual is None:
-                        raise ValueError(f"no {kind!r} or 'path' in {part}: name a file")
-                    visuals.append(visual)
-                    parts.append(f"<{kind}>\n")
-                else:
-                    raise ValueError(f"type {kind!r} isn't one of text, image, video")
-            content = "".join(parts)
-        messages.append({"role": turn["role"], "content": content})
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        texts = []
+        for part in parts:
+            media = part.get("type")
+            if media == "text":
+                texts.append(part["text"])
+                continue
+            if media not in ("video", "image"):
+                raise ValueError(f"type {media!r} isn't one of text, image, video")
+            if not (media in part or "path" in part):
+                raise ValueError(f"no {media!r} or 'path' in {part}: name a file")
+            visuals.append(part.get(media, part.get("path")))
+            texts.append(f"<{media}>\n")
+        messages.append({"role": turn["role"], "content": "".join(texts)})
     return messages, visuals
 
 
@@ -162,7 +153,7 @@ def _as_list(visuals) -> list:
 
 
 def _check_usual(kwargs: dict) -> None:
-    """What the rows are anyway may be said; anything else would be dropped in silence."""
+    """What the rows are anyway may be asked for; anything else would be dropped in silence."""
     usual = {"return_tensors": ("pt",), "padding": (True, "longest"), "padding_side": ("left",)}
     odd = [f"{k}={v!r}" for k, v in kwargs.items() if v is not None and v not in usual.get(k, ())]
     if odd:
