@@ -140,6 +140,14 @@ def test_what_is_no_jsonl_is_refused_with_what_to_do(tmp_path, head, reason):
         list(read_lines(tmp_path / "data.jsonl"))
 
 
+def test_a_file_without_samples(tmp_path):
+    (tmp_path / "data.jsonl").write_text(" \n\n")
+    with pytest.raises(ValueError, match=r"data.jsonl: holds no sample"):
+        read_samples(tmp_path / "data.jsonl")
+    with pytest.raises(ValueError, match="missing.jsonl: can't be read"):
+        read_samples(tmp_path / "missing.jsonl")
+
+
 def test_bad_lines_are_named_together(tmp_path):
     (tmp_path / "data.jsonl").write_text("{}\n" + json.dumps(record(1)) + "\n3\n" * 20)
     with pytest.raises(ValueError) as error:
