@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from safetensors.torch import save_model as save_shared
@@ -17,7 +18,6 @@ from torch import nn
 from model.checkpoint import load_language_model, load_video_language_model, save_model
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
-from model.import_weights import pair_halves
 from model.minimind import MiniMind
 from tests.model.ancestors import (
     add_projector,
@@ -27,9 +27,8 @@ from tests.model.ancestors import (
     old_state,
     with_experts,
 )
-from tests.stress.load_memory import fresh_process, write_checkpoints
 
-GOLDEN = Path(__file__).resolve().parents[1] / "data/golden"
+ROOT = Path(__file__).resolve().parents[2]
 FORMATS = (".pth", ".safetensors")
 SMALL = LanguageModelConfig(64, 32, 2, 4, 2)
 
@@ -47,56 +46,50 @@ def close(logits, expected, atol=1e-4):
     torch.testing.assert_close(logits, expected, atol=atol, rtol=0)
 
 
+def refused(path, reason, load=load_language_model, **overrides):
+    with pytest.raises(ValueError, match=reason):
+        load(path, **overrides)
+
+
 # ---- what the generations' own code gave
 
 
 def golden(name):
-    path = GOLDEN / f"{name}.safetensors"
-    with safe_open(path, "pt") as file:
+    with safe_open(ROOT / f"tests/data/golden/{name}.safetensors", "pt") as file:
         meta = json.loads(file.metadata()["meta"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     state = {k.removeprefix("sd."): v for k, v in tensors.items() if k.startswith("sd.")}
-    return state, meta, tensors
-
-
-def as_told(meta):
-    return {
+    settings = {
         "num_attention_heads": meta["n_heads"],
         "num_key_value_heads": meta["n_kv_heads"],
         "rope_theta": meta["rope_theta"],
         "rms_norm_eps": meta["norm_eps"],
     }
+    return state, settings, tensors, meta.get("image_ids")
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize("told", [True, False], ids=["told", "guessed"])
+@pytest.mark.parametrize("given", [True, False], ids=["given", "guessed"])
 @pytest.mark.parametrize("name", ["minimind_v1_lm", "minimind2_2025_02_lm", "minimind3_lm"])
-def test_a_golden_language_model_gives_its_own_logits(tmp_path, name, told, suffix):
-    state, meta, tensors = golden(name)
-    path = write(tmp_path / f"lm{suffix}", state)
-
-    lm = load_language_model(path, **(as_told(meta) if told else {}))
-
+def test_a_golden_language_model_gives_its_own_logits(tmp_path, name, given, suffix):
+    state, settings, tensors, _ = golden(name)
+    lm = load_language_model(write(tmp_path / f"lm{suffix}", state), **(settings if given else {}))
     close(lm(tensors["io.input_ids"]).logits, tensors["io.logits"])
-    assert {k: getattr(lm.config, k) for k in as_told(meta)} == as_told(meta)
-    assert bool(lm.load_report.assumed) != told
+    assert {name: getattr(lm.config, name) for name in settings} == settings
+    assert bool(lm.load_report.assumed) != given
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_a_golden_minimind_v_gives_its_own_logits(tmp_path, suffix):
-    state, meta, tensors = golden("minimind_v1_vlm")
+    state, _, tensors, image_ids = golden("minimind_v1_vlm")
     vlm = load_video_language_model(write(tmp_path / f"vlm{suffix}", state))
-
     features = tensors["io.features"].flatten(0, 1)
-    output = vlm(
-        tensors["io.input_ids"], visual_features=features, frames_per_visual=[1] * len(features)
-    )
-
-    close(output.logits, tensors["io.logits"])
-    assert vlm.config.summary == "mean" and vlm.config.image_ids == meta["image_ids"]
+    visuals = {"visual_features": features, "frames_per_visual": [1] * len(features)}
+    close(vlm(tensors["io.input_ids"], **visuals).logits, tensors["io.logits"])
+    assert vlm.config.summary == "mean" and vlm.config.image_ids == image_ids
 
 
-# ---- the first two generations, written out in tests/ancestors.py
+# ---- the first two generations, written out in tests/model/ancestors.py
 
 
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "experts"])
@@ -110,9 +103,7 @@ def test_old_names_and_pairs(tmp_path, heads, kv_heads, theta, title, moe):
         state, title = with_experts(state), f"{title}, mixture of 4 experts"
     lm = load_language_model(write(tmp_path / "lm.pth", state))
     ids = torch.randint(0, 96, (1, 40))
-
     expected = old_forward(state, state["tok_embeddings.weight"][ids[0]], heads, kv_heads, theta)
-
     close(lm(ids).logits[0], expected)
     assert lm.load_report.title == title
     assert lm.load_report.converted == ["names", "order of rotary pairs"]
@@ -132,19 +123,12 @@ def test_how_many_experts_a_token_takes_is_an_override(tmp_path):
 
 def test_overrides_decide_what_names_and_shapes_leave_open(tmp_path):
     state = old_state(heads=4, kv_heads=2)
-    path = write(tmp_path / "lm.pth", state)
-    ids = torch.randint(0, 96, (1, 40))
+    path, ids = write(tmp_path / "lm.pth", state), torch.randint(0, 96, (1, 40))
     expected = old_forward(state, state["tok_embeddings.weight"][ids[0]], 4, 2, 1e6)
-
-    lm = load_language_model(path, num_attention_heads=4, rope_theta=1e6)
-    same = load_language_model(path, num_key_value_heads=2, rope_theta=1e6)
+    for heads in ({"num_attention_heads": 4}, {"num_key_value_heads": 2}):
+        close(load_language_model(path, rope_theta=1e6, **heads)(ids).logits[0], expected)
     guessed = load_language_model(path)
-
-    close(lm(ids).logits[0], expected)
-    close(same(ids).logits[0], expected)
-    assert (
-        guessed(ids).logits[0] - expected
-    ).abs().max() > 0.1  # the guess is the report's to tell
+    assert (guessed(ids).logits[0] - expected).abs().max() > 0.1  # the report says what was guessed
     assert "num_attention_heads 8, rope_theta 10000" in str(guessed.load_report)
 
 
@@ -163,17 +147,10 @@ def test_full_sizes_are_told_apart_by_their_keys(tmp_path, width, kv_width, expe
     assert (config.num_attention_heads, config.num_key_value_heads, config.rope_theta) == expected
 
 
-def test_the_permutation_of_pairs_is_the_definition():
-    rows = torch.arange(8)[:, None].float()  # two heads of four channels
-    assert pair_halves(rows, 4)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-
-
 # ---- the last two, against transformers
 
 
 def transformers_model(family, **settings):
-    import transformers
-
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(
         **{
@@ -190,33 +167,32 @@ def transformers_model(family, **settings):
     return model
 
 
-GENERATION = {
+MINIMIND3 = {"num_key_value_heads": 4, "rms_norm_eps": 1e-6}
+QWEN3_MOE = MINIMIND3 | {"num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": True}
+GENERATIONS = {
     "Llama": ("MiniMind2, Apr 2025", {}),
-    "Qwen3": ("MiniMind-3", {"num_key_value_heads": 4, "rms_norm_eps": 1e-6}),
+    "Qwen3": ("MiniMind-3", MINIMIND3),
+    "Qwen3Moe": (
+        "MiniMind-3, mixture of 4 experts",
+        QWEN3_MOE | {"moe_intermediate_size": 96},
+    ),
 }
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize("family", GENERATION)
-def test_llama_names(tmp_path, family, suffix):
-    title, settings = GENERATION[family]
+@pytest.mark.parametrize("form", ["names alone", "directory", "shards"])
+@pytest.mark.parametrize("family", GENERATIONS)
+def test_transformers_names_and_directories(tmp_path, family, form):
+    title, settings = GENERATIONS[family]
+    if form != "names alone":  # which no shape would tell
+        settings = settings | {"rope_theta": 3e4, "num_attention_heads": 4, "head_dim": 16}
     theirs = transformers_model(family, **settings)
-    lm = load_language_model(write(tmp_path / f"lm{suffix}", theirs.state_dict()))
+    theirs.save_pretrained(tmp_path, max_shard_size="40KB" if form == "shards" else "1GB")
+    assert (tmp_path / "model.safetensors").exists() == (form != "shards")
+    lm = load_language_model(tmp_path / ("model.safetensors" if form == "names alone" else ""))
     ids = torch.randint(0, 96, (2, 30))
     close(lm(ids).logits, theirs(ids).logits)
     assert lm.load_report.title == title and not lm.load_report.converted
-
-
-@pytest.mark.parametrize("shards", ["1GB", "40KB"], ids=["one file", "shards"])
-@pytest.mark.parametrize("family", GENERATION)
-def test_a_transformers_directory_needs_no_guess(tmp_path, family, shards):
-    theirs = transformers_model(family, rope_theta=3e4, num_attention_heads=4, head_dim=16)
-    theirs.save_pretrained(tmp_path / "hf", max_shard_size=shards)
-    lm = load_language_model(tmp_path / "hf")
-    ids = torch.randint(0, 96, (2, 30))
-    close(lm(ids).logits, theirs(ids).logits)
-    assert not lm.load_report.assumed
-    assert (tmp_path / "hf/model.safetensors").exists() == (shards == "1GB")
+    assert bool(lm.load_report.assumed) == (form == "names alone")
 
 
 @pytest.mark.parametrize(
@@ -226,6 +202,7 @@ def test_a_transformers_directory_needs_no_guess(tmp_path, family, shards):
         ({"rope_parameters": {"rope_type": "yarn"}}, "no rope_type yarn"),
         ({"hidden_act": "gelu"}, "no hidden_act gelu"),
         ({"head_dim": 32}, "no head_dim 32"),
+        ({"scoring_func": "sigmoid"}, "no scoring_func sigmoid"),
         ({"hidden_size": "big"}, "hidden_size must be a number"),
         ({"intermediate_size": 100}, r"\(128, 64\) in the file, \(100, 64\) in the model"),
     ],
@@ -234,36 +211,25 @@ def test_a_directory_of_another_architecture_is_refused(tmp_path, change, reason
     transformers_model("Llama").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(ValueError, match=reason):
-        load_language_model(tmp_path)
+    refused(tmp_path, reason)
 
 
 def test_a_directory_in_pieces_says_what_is_missing(tmp_path):
-    with pytest.raises(ValueError, match="has config.json and model.safetensors"):
-        load_language_model(tmp_path)
+    refused(tmp_path, "has config.json and model.safetensors")
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
-    with pytest.raises(ValueError, match="names files outside"):
-        load_language_model(tmp_path)
-    index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
-    with pytest.raises(ValueError, match="names model-1.safetensors, which is missing"):
-        load_language_model(tmp_path)
+    for part, reason in (
+        ("../../etc/passwd", "names files outside"),
+        ("model-1.safetensors", "names model-1.safetensors, which is missing"),
+    ):
+        index.write_text(json.dumps({"weight_map": {"a": part}}))
+        refused(tmp_path, reason)
 
 
-QWEN3_MOE = {"num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": True}
-QWEN3_MOE |= {"moe_intermediate_size": 96, "num_key_value_heads": 4, "rms_norm_eps": 1e-6}
-
-
-@pytest.mark.parametrize("told", [True, False], ids=["directory", "names alone"])
-def test_minimind3_with_experts_is_qwen3_moe(tmp_path, told):
-    theirs = transformers_model("Qwen3Moe", **QWEN3_MOE)
-    theirs.save_pretrained(tmp_path)
-    lm = load_language_model(tmp_path if told else tmp_path / "model.safetensors")
-    ids = torch.randint(0, 96, (2, 30))
-    close(lm(ids).logits, theirs(ids).logits)
-    assert lm.load_report.title == "MiniMind-3, mixture of 4 experts"
-    assert (lm.config.num_experts_per_tok, lm.config.num_shared_experts) == (1, 0)
-    assert bool(lm.load_report.assumed) != told
+def test_a_tensor_in_two_shards_is_refused(tmp_path):
+    transformers_model("Llama").save_pretrained(tmp_path, max_shard_size="40KB")
+    first, *_, last = sorted(tmp_path.glob("*.safetensors"))
+    last.write_bytes(first.read_bytes())
+    refused(tmp_path, "which another file of")
 
 
 def test_minimind2_apr_with_experts(tmp_path):
@@ -279,22 +245,9 @@ def test_minimind2_apr_with_experts(tmp_path):
     lm = load_language_model(tmp_path)
     assert torch.equal(lm(ids).logits, model(ids).logits)
     assert lm.load_report.title == "MiniMind2, Apr 2025, mixture of 3 experts"
-
     single = about | {"num_experts_per_tok": 1}  # whose weight MiniMind2 doesn't scale to 1
     (tmp_path / "config.json").write_text(json.dumps(single))
     assert not load_language_model(tmp_path).config.norm_topk_prob
-    (tmp_path / "config.json").write_text(json.dumps(about | {"scoring_func": "sigmoid"}))
-    with pytest.raises(ValueError, match="no scoring_func sigmoid"):
-        load_language_model(tmp_path)
-
-
-def test_our_own_experts_come_back_exactly(tmp_path):
-    settings = {"num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": False}
-    model = MiniMind(LanguageModelConfig(**SMALL.to_dict() | settings)).eval()
-    save_model(tmp_path / "moe.pth", model, {})
-    lm = load_language_model(tmp_path / "moe.pth")
-    ids = torch.randint(0, 64, (1, 9))
-    assert lm.config == model.config and torch.equal(lm(ids).logits, model(ids).logits)
 
 
 # ---- whole models
@@ -311,13 +264,18 @@ def test_minimind_v_on_oct_2024(tmp_path, moe):
     x = state["tok_embeddings.weight"][ids]
     x[2:52] = features[0] @ weight.T + bias
 
-    vlm = load_video_language_model(write(tmp_path / "vlm.pth", state))
+    path = write(tmp_path / "vlm.pth", state)
+    vlm = load_video_language_model(path)
     logits = vlm(ids[None], visual_features=features, frames_per_visual=[1]).logits[0]
 
     close(logits, old_forward(state, x, 8, 4, 1e4))
     title = "MiniMind-V on MiniMind, Oct 2024" + ", mixture of 4 experts" * moe
-    assert vlm.load_report.title == title
+    assert vlm.load_report.title == title and vlm.load_report.initialised == []
     assert "image_ids 30 x 25 + 32 x 25" in str(vlm.load_report)
+    with_summary = load_video_language_model(path, summary="dct")  # which the file doesn't have
+    names = {name.split(".")[0] for name in with_summary.load_report.initialised}
+    assert names == {"video_summary"}
+    assert all(p.isfinite().all() and not p.is_meta for p in with_summary.parameters())
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -340,11 +298,7 @@ def test_cinego_2025(tmp_path, suffix):
     logits = vlm(ids[None], visual_features=features, frames_per_visual=[frames]).logits[0]
 
     close(logits, old_forward(state, x, 8, 2, 1e6))
-    config = vlm.config
-    assert (config.summary, config.tokens_per_frame, config.image_ids) == (
-        *("gpt4video", tokens),
-        [34] * tokens,
-    )
+    assert (vlm.config.summary, vlm.config.image_ids) == ("gpt4video", [34] * tokens)
     assert vlm.load_report.title == "Cinego 2025 on MiniMind2, Feb 2025"
     assert vlm.load_report.left_out == ["vision_encoder.vision_model.post_layernorm.weight"]
 
@@ -363,16 +317,6 @@ def test_a_directory_of_cinego_2025_brings_its_settings(tmp_path):
     assert vlm.config.image_ids == [7] * 50 and not vlm.load_report.assumed
 
 
-def test_a_summary_that_the_file_lacks_starts_anew_only_when_asked_for(tmp_path):
-    state = old_state(heads=8, kv_heads=4)
-    add_projector(state, "vision_proj.vision_proj.0", 24)
-    path = write(tmp_path / "vlm.pth", state)
-    vlm = load_video_language_model(path, summary="dct")
-    assert {name.split(".")[0] for name in vlm.load_report.initialised} == {"video_summary"}
-    assert all(p.isfinite().all() and not p.is_meta for p in vlm.parameters())
-    assert load_video_language_model(path).load_report.initialised == []
-
-
 # ---- how files are written
 
 
@@ -388,32 +332,23 @@ def test_wrappers_leave_their_prefix(tmp_path, prefix):
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_files_become_float32_exactly(tmp_path, dtype, suffix):
-    state = {name: weight.to(dtype) for name, weight in MiniMind(SMALL).state_dict().items()}
-    lm = load_language_model(write(tmp_path / f"lm{suffix}", state), num_attention_heads=4)
-    assert {parameter.dtype for parameter in lm.parameters()} == {torch.float32}
-    assert all(torch.equal(w, state[name].float()) for name, w in lm.state_dict().items())
-    assert str(dtype).removeprefix("torch.") in str(lm.load_report)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_stays_where_it_is_asked_for(tmp_path, dtype):
+def test_half_precision_becomes_float32_or_stays_where_it_is_asked_for(tmp_path, dtype, suffix):
     config = CinegoConfig(SMALL, vision_hidden_size=16, image_ids=[3] * 50)
-    model = Cinego(config).to(dtype)
-    save_model(tmp_path / "vlm.pth", model, {})
-    vlm = load_video_language_model(tmp_path / "vlm.pth", dtype="auto")
-    assert all(torch.equal(w, model.state_dict()[name]) for name, w in vlm.state_dict().items())
-    assert {parameter.dtype for parameter in vlm.parameters()} == {dtype}
+    state = {name: weight.to(dtype) for name, weight in Cinego(config).state_dict().items()}
+    path, settings = write(tmp_path / f"vlm{suffix}", state), {"num_attention_heads": 4}
+    settings["image_ids"] = config.image_ids
+    full = load_video_language_model(path, **settings)
+    half = load_video_language_model(path, dtype="auto", **settings)
+    other = load_video_language_model(path, dtype=torch.bfloat16, **settings)
+    for model, expected in ((full, torch.float32), (half, dtype), (other, torch.bfloat16)):
+        weights = model.state_dict().items()
+        assert all(torch.equal(weight, state[name].to(expected)) for name, weight in weights)
+        assert {parameter.dtype for parameter in model.parameters()} == {expected}
+        assert f"{str(dtype)[6:]} → {str(expected)[6:]}" in str(model.load_report)
     inputs = {"input_ids": torch.tensor([[5, *[3] * 50, 7]]), "frames_per_visual": [2]}
     inputs["visual_features"] = torch.randn(2, 50, 16)
-    exact = load_video_language_model(tmp_path / "vlm.pth")(**inputs).logits
-    close(vlm(**inputs).logits.float(), exact, atol=0.02)
-
-    other = load_video_language_model(tmp_path / "vlm.pth", dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in other.parameters()} == {torch.bfloat16}
-    assert f"{str(dtype)[6:]} → bfloat16" in str(other.load_report)
-    with pytest.raises(ValueError, match='dtype must be "auto" or one like torch.bfloat16'):
-        load_language_model(write(tmp_path / "lm.pth", old_state()), dtype="half")
+    close(half(**inputs).logits.float(), full(**inputs).logits, atol=0.02)
+    refused(path, 'dtype must be "auto" or one like', load_video_language_model, dtype="half")
 
 
 def test_a_tied_weight_may_stand_under_the_heads_name_alone(tmp_path):
@@ -432,8 +367,8 @@ def test_fused_matrices_come_apart(tmp_path):
     state = model.state_dict()
     for i in range(2):
         for fused, parts in (("self_attn.qkv", "qkv"), ("mlp.gate_up", ("gate", "up"))):
-            room = f"model.layers.{i}.{fused.split('.')[0]}"
-            weights = [state.pop(f"{room}.{part}_proj.weight") for part in parts]
+            module = f"model.layers.{i}.{fused.split('.')[0]}"
+            weights = [state.pop(f"{module}.{part}_proj.weight") for part in parts]
             state[f"model.layers.{i}.{fused}_proj.weight"] = torch.cat(weights)
     lm = load_language_model(write(tmp_path / "lm.pth", state), num_attention_heads=4)
     ids = torch.randint(0, 64, (1, 9))
@@ -441,19 +376,10 @@ def test_fused_matrices_come_apart(tmp_path):
 
 
 def test_tables_that_a_model_computes_are_left_out(tmp_path):
-    state = old_state()
-    state["pos_cis"] = torch.polar(torch.ones(5, 4), torch.ones(5, 4))
-    state["layers.0.attention.mask"] = torch.zeros(1, 1, 5, 5)
-    lm = load_language_model(write(tmp_path / "lm.pth", state))
-    assert lm.load_report.left_out == ["pos_cis", "layers.0.attention.mask"]
-
-
-def test_what_is_loaded_and_saved_is_the_same_bytes(tmp_path):
-    lm = load_language_model(write(tmp_path / "old.safetensors", old_state()))
-    save_model(tmp_path / "a.pth", lm, {})
-    save_model(tmp_path / "b.pth", load_language_model(tmp_path / "a.pth"), {})
-    assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()
-    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    tables = {"pos_cis": torch.polar(torch.ones(5, 4), torch.ones(5, 4))}
+    tables["layers.0.attention.mask"] = torch.zeros(1, 1, 5, 5)
+    lm = load_language_model(write(tmp_path / "lm.pth", old_state() | tables))
+    assert lm.load_report.left_out == list(tables)
 
 
 def test_tensors_that_share_memory_in_the_file_learn_apart(tmp_path):
@@ -466,21 +392,6 @@ def test_tensors_that_share_memory_in_the_file_learn_apart(tmp_path):
     assert lm.get_parameter(other).any()
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_loading_takes_at_most_half_more_than_the_file(tmp_path):
-    jobs = write_checkpoints(tmp_path, LanguageModelConfig(hidden_size=512, num_hidden_layers=6))
-    # Fresh, so that no memory of this process is used again.
-    root = Path(__file__).resolve().parents[2]
-    measured = fresh_process(jobs, cwd=root, capture_output=True, text=True)
-    ratios = [float(line.split()[-1]) for line in measured.stdout.splitlines()]
-    assert len(ratios) == len(jobs) == 15, measured.stderr
-    for (_, path, dtype), ratio in zip(jobs, ratios, strict=True):
-        # Twice a float16 file's bytes are the float32 model itself.
-        doubled = "float16" in path and dtype == "float32"
-        least = 2 if doubled else 1  # the model itself: less was not measured
-        assert 0.98 * least < ratio < 1.5 * least, (path, dtype, measured.stdout)
-
-
 # ---- hostile and broken files
 
 
@@ -491,41 +402,40 @@ class Malicious:
 
 def test_no_file_runs_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save(old_state() | {"norm.weight": Malicious()}, "evil.pth")
     os.mkdir("hf")
+    torch.save(old_state() | {"norm.weight": Malicious()}, "evil.pth")
     torch.save({"model.norm.weight": Malicious()}, "hf/pytorch_model.bin")
     Path("hf/config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "evil.Config"}}))
     Path("hf/evil.py").write_text("import os; os.mkdir('pwned')")
     for load in (load_language_model, load_video_language_model):
         for path in ("evil.pth", "hf"):
-            with pytest.raises(ValueError, match="isn't a readable state dict"):
-                load(path)
+            refused(path, "isn't a readable state dict", load)
     assert not os.path.exists("pwned")
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize("kept", [0, 5, 0.5, 0.99])
+@pytest.mark.parametrize("kept", [0, 0.001, 0.5, 0.99])
 def test_a_truncated_file_is_refused(tmp_path, suffix, kept):
     path = write(tmp_path / f"cut{suffix}", old_state())
     whole = path.read_bytes()
-    path.write_bytes(whole[: kept if isinstance(kept, int) else int(len(whole) * kept)])
-    with pytest.raises(ValueError, match=f"cut{suffix} isn't a readable state dict"):
-        load_language_model(path)
+    path.write_bytes(whole[: int(len(whole) * kept)])
+    refused(path, f"cut{suffix} isn't a readable state dict")
 
 
-def test_a_wrong_header_is_refused(tmp_path):
-    path = tmp_path / "lm.safetensors"
-
-    def header(text, length=None):
-        path.write_bytes((length or len(text)).to_bytes(8, "little") + text.encode() + bytes(64))
-        with pytest.raises(ValueError, match="isn't a readable state dict"):
-            load_language_model(path)
-
-    header("{}", length=2**62)
-    header("not json")
-    header('{"norm.weight": {"dtype": "F32", "shape": [4], "data_offsets": [0, 1024]}}')
-    header('{"norm.weight": {"dtype": "F32", "shape": [1000], "data_offsets": [0, 64]}}')
-    header('{"norm.weight": {"dtype": "I64", "shape": [8], "data_offsets": [0, 64]}}')
+@pytest.mark.parametrize(
+    ("header", "length"),
+    [
+        ("{}", 2**62),
+        ("not json", 8),
+        ('{"norm.weight": {"dtype": "F32", "shape": [4], "data_offsets": [0, 1024]}}', 0),
+        ('{"norm.weight": {"dtype": "F32", "shape": [1000], "data_offsets": [0, 64]}}', 0),
+        ('{"norm.weight": {"dtype": "I64", "shape": [8], "data_offsets": [0, 64]}}', 0),
+    ],
+)
+def test_a_wrong_header_is_refused(tmp_path, header, length):
+    size = (length or len(header)).to_bytes(8, "little")
+    (tmp_path / "lm.safetensors").write_bytes(size + header.encode() + bytes(64))
+    refused(tmp_path / "lm.safetensors", "isn't a readable state dict")
 
 
 @pytest.mark.parametrize(
@@ -541,14 +451,15 @@ def test_a_wrong_header_is_refused(tmp_path):
 )
 def test_a_tensor_that_is_no_plain_weight_is_named(tmp_path, weight):
     torch.save(old_state() | {"layers.0.ffn_norm.weight": weight}, tmp_path / "lm.pth")
-    with pytest.raises(ValueError, match=r"whole tensors.*layers.0.ffn_norm.weight"):
-        load_language_model(tmp_path / "lm.pth")
+    refused(tmp_path / "lm.pth", r"whole tensors.*layers.0.ffn_norm.weight")
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_misfits_are_all_named(tmp_path, suffix):
-    state = old_state()
+    state = with_experts(old_state())
     del state["layers.1.attention.wo.weight"], state["norm.weight"]
+    del state["layers.1.feed_forward.experts.2.w3.weight"]
+    state["layers.0.feed_forward.gate.bias"] = torch.ones(4)
     state["layers.0.attention.wo.lora"] = torch.ones(2, 2)
     state["layers.0.ffn_norm.weight"] = torch.ones(63)
     with pytest.raises(ValueError) as error:
@@ -556,6 +467,8 @@ def test_misfits_are_all_named(tmp_path, suffix):
     for part in (
         "missing model.layers.1.self_attn.o_proj.weight",
         "missing model.norm.weight",
+        "missing model.layers.1.mlp.experts.2.up_proj.weight",
+        "unknown model.layers.0.mlp.gate.bias",
         "unknown model.layers.0.self_attn.o_proj.lora",
         "model.layers.0.post_attention_layernorm.weight is (63,) in the file, (64,) in the model",
     ):
@@ -590,48 +503,17 @@ def test_settings_that_no_model_has_are_refused(tmp_path, settings, reason):
     about = json.loads((tmp_path / "lm.json").read_text())
     about["model_config"] |= settings
     (tmp_path / "lm.json").write_text(json.dumps(about))
-    with pytest.raises(ValueError, match=reason):
-        load_language_model(tmp_path / "lm.pth")
+    refused(tmp_path / "lm.pth", reason)
 
 
-def test_a_training_state_says_what_to_save(tmp_path):
-    torch.save({"model": old_state(), "step": 3}, tmp_path / "resume.pth")
-    with pytest.raises(ValueError, match=r"'model' is a dict; save the model's state_dict"):
-        load_language_model(tmp_path / "resume.pth")
-
-
-def test_a_tensor_in_two_shards_is_refused(tmp_path):
-    transformers_model("Llama").save_pretrained(tmp_path, max_shard_size="40KB")
-    first, *_, last = sorted(tmp_path.glob("*.safetensors"))
-    last.write_bytes(first.read_bytes())
-    with pytest.raises(ValueError, match="which another file of"):
-        load_language_model(tmp_path)
-
-
-def test_experts_that_are_not_whole_are_named(tmp_path):
-    state = with_experts(old_state())
-    del state["layers.1.feed_forward.experts.2.w3.weight"]
-    state["layers.0.feed_forward.gate.bias"] = torch.ones(4)
-    with pytest.raises(ValueError) as error:
-        load_language_model(write(tmp_path / "moe.pth", state))
-    assert "missing model.layers.1.mlp.experts.2.up_proj.weight" in str(error.value)
-    assert "unknown model.layers.0.mlp.gate.bias" in str(error.value)
-
-
-def test_two_names_for_one_weight_are_refused(tmp_path):
-    state = old_state() | {"module.norm.weight": torch.zeros(64)}
-    with pytest.raises(ValueError, match="has model.norm.weight twice"):
-        load_language_model(write(tmp_path / "lm.pth", state))
-
-
-def test_a_file_that_holds_something_else_lists_its_names(tmp_path):
-    path = write(tmp_path / "resnet.pth", {"conv1.weight": torch.ones(3, 3)})
-    with pytest.raises(ValueError, match=r"isn't a MiniMind.*conv1.weight"):
-        load_language_model(path)
-    lm = write(tmp_path / "lm.pth", old_state())
-    with pytest.raises(ValueError, match="use load_language_model"):
-        load_video_language_model(lm)
-    missing_tower = tmp_path / "no tower"
-    save_model(tmp_path / "vlm.pth", Cinego(CinegoConfig(SMALL, vision_hidden_size=16)), {})
-    with pytest.raises(ValueError, match="no tower"):
-        load_video_language_model(tmp_path / "vlm.pth", missing_tower)
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        ({"model": old_state(), "step": 3}, r"'model' is a dict; save the model's state_dict"),
+        (old_state() | {"module.norm.weight": torch.zeros(64)}, "has model.norm.weight twice"),
+        ({"conv1.weight": torch.ones(3, 3)}, r"isn't a MiniMind.*conv1.weight"),
+        ([1, 2, 3], "isn't a state dict but a list"),
+    ],
+)
+def test_a_file_that_holds_something_else_says_what(tmp_path, state, reason):
+    refused(write(tmp_path / "lm.pth", state), reason)
