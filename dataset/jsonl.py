@@ -14,8 +14,9 @@ import json
 import os
 import shlex
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -93,31 +94,60 @@ def load_index(
     except OSError as error:
         raise ValueError(f"{path}: can't be read ({error.strerror}); fix the path") from error
     identity = {"version": version, "size": str(stat.st_size), "mtime_ns": str(stat.st_mtime_ns)}
-    places = _places(path) if stat.st_size >= KEPT_FROM else []
+    if stat.st_size < KEPT_FROM:
+        return _make_index(path, fields, describe)
+    places = _places(path)
     if found := _find_index(places, identity):
         return found
     with _one_process(path):
         if found := _find_index(places, identity):  # another process has made it meanwhile
             return found
-        lines = np.fromiter(_describe_lines(path, describe, stat.st_size), fields)
-        if not len(lines):
-            raise ValueError(f"{path}: holds no sample; write one JSON object a line")
-        with open(path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        columns, sha256 = _make_index(path, fields, describe)
         if os.stat(path).st_mtime_ns != stat.st_mtime_ns:
             raise ValueError(f"{path}: changes while it is read; start again when it's complete")
-        columns = {name: np.ascontiguousarray(lines[name]) for name in fields.names}
-        del lines
-        for place in places:
-            try:
-                place.parent.mkdir(parents=True, exist_ok=True)
-                part = place.with_name(f"{place.name}.{os.getpid()}.tmp")
-                save_file(columns, part, {**identity, "sha256": sha256})
-                os.replace(part, place)
-                break
-            except (OSError, SafetensorError):  # a folder that can't be written, a full disk
-                continue
+        _save_index(places, columns, identity | {"sha256": sha256})
         return _find_index(places, identity) or (columns, sha256)
+
+
+def _make_index(path: str, fields: np.dtype, describe: Callable) -> tuple[dict, str]:
+    lines = np.fromiter(_describe_lines(path, describe), fields)
+    if not len(lines):
+        raise ValueError(f"{path}: holds no sample; write one JSON object a line")
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return {name: np.ascontiguousarray(lines[name]) for name in fields.names}, sha256
+
+
+def _describe_lines(path: str, describe: Callable) -> Iterator[tuple]:
+    bad, size = [], os.path.getsize(path)
+    bar = tqdm(total=size, unit="B", unit_scale=True, disable=size < KEPT_FROM, mininterval=1)
+    bar.set_description(f"index of {Path(path).name}")
+    with bar:
+        for line, text, offset in read_lines(path):
+            try:
+                yield offset, line, *describe(text, line)
+            except ValueError as error:
+                bad.append(f"{path}:{line}: {error}")
+                if len(bad) == MAX_REPORTED:
+                    break
+            if line % 4096 == 0:
+                bar.update(offset - bar.n)
+    if bad:
+        raise ValueError("\n".join(bad))
+
+
+def _save_index(places: list[Path], columns: dict[str, np.ndarray], about: dict[str, str]) -> None:
+    """Into the first of `places` that can be written; where none can, memory has to do."""
+    for place in places:
+        part = place.with_name(f"{place.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            save_file(columns, part, about)
+            os.replace(part, place)
+            return
+        except (OSError, SafetensorError):
+            with suppress(OSError):
+                part.unlink()
 
 
 def _places(path: str) -> list[Path]:
@@ -150,26 +180,3 @@ def _one_process(path: str):
     with open(lock, "a") as file:  # not beside the data: network disks may know no locks
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _describe_lines(path: str, describe: Callable, size: int) -> Iterator[tuple]:
-    bad = []
-    with tqdm(
-        total=size,
-        unit="B",
-        unit_scale=True,
-        desc=f"index of {Path(path).name}",
-        disable=size < KEPT_FROM,
-        mininterval=1,
-    ) as bar:
-        for line, text, offset in read_lines(path):
-            try:
-                yield offset, line, *describe(text, line)
-            except ValueError as error:
-                bad.append(f"{path}:{line}: {error}")
-                if len(bad) == MAX_REPORTED:
-                    break
-            if line % 4096 == 0:
-                bar.update(offset - bar.n)
-    if bad:
-        raise ValueError("\n".join(bad))

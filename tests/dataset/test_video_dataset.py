@@ -168,13 +168,14 @@ def test_the_same_question_keeps_a_token_of_its_own(make):
 
 
 def test_a_shared_row_never_exceeds_max_length(make):
-    loose = make(*QUESTIONS * 4, share_prefix=True)
-    tight = make(*QUESTIONS * 4, share_prefix=True, max_length=40)
-    assert len(loose[0]) == 1 and len(loose[0][0].input_ids) > 40
-    # However wrong the estimate that planned the rows was.
-    tight.order, tight.starts, tight.ends = loose.order, loose.starts, loose.ends
-    rows = tight[0]
-    assert all(len(row.input_ids) <= 40 for row in rows) and len(rows) > 1
+    # A token of an animal is estimated, and it takes four.
+    records = [line("<video>?", f"{i} 🦎🦄🐙🦔🦥", video="2.mp4") for i in range(12)]
+    loose = make(*records, share_prefix=True)
+    tight = make(*records, share_prefix=True, max_length=80)
+    assert rows_of(loose) == [list(range(12))] and sum(rows_of(tight), []) == list(range(12))
+    assert all(P < length <= 80 for length in tight.lengths) and 1 < len(tight) < 12
+    rows = [row for number in range(len(tight)) for row in tight[number]]
+    assert len(rows) > len(tight) and all(len(row.input_ids) <= 80 for row in rows)
     assert [c for row in rows for c in conversations_of(row)] == list(conversations_of(loose[0][0]))
     assert all(len(row.visuals) == 1 and sum(row.visual_mask) == P for row in rows)
 
