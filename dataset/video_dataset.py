@@ -15,7 +15,7 @@ from itertools import chain
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from dataset.conversation import IGNORED, ConversationError, encode, truncate
 from dataset.packing import Row, pack_row, plan_rows
@@ -269,6 +269,12 @@ def collate(rows: list[list[Row]], pad_id: int) -> dict:
         kind = next(row.kind for row in flat if row.visuals)
         inputs[kind] = torch.cat(visuals)
         inputs["frames_per_visual"] = [len(visual) for visual in visuals]
+    if get_worker_info():
+        # A full /dev/shm has to fail here, where the training process hears of it: the thread that
+        # would move the tensors there later prints the error only, and training waits for ever.
+        for value in inputs.values():
+            if isinstance(value, torch.Tensor):
+                value.share_memory_()
     batch["inputs"] = inputs
     batch["supervised_tokens"] = int((inputs["labels"] != IGNORED).sum())
     batch["real_tokens"], batch["padded_tokens"] = int(lengths.sum()), real.numel()
