@@ -15,31 +15,29 @@ from dataset.conversation import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-TOKENIZERS = ROOT / "tests" / "data" / "tokenizers"
-DIRECTORIES = {
-    "ours": ROOT / "model" / "text_tokenizer",
-    "minimind_v1": TOKENIZERS / "minimind_v1",
-    "minimind_3": TOKENIZERS / "minimind_3",
+PLACEHOLDERS = {  # the ids of "<" and ">"
+    "model/text_tokenizer": (30, 32),
+    "tests/data/tokenizers/minimind_v1": (30, 32),
+    "tests/data/tokenizers/minimind_3": (63, 65),
 }
 RUN = "<" * 25 + ">" * 25
 
 
-@pytest.fixture(scope="module", params=DIRECTORIES)
+@pytest.fixture(scope="module", params=PLACEHOLDERS)
 def tokenizer(request):
-    directory = DIRECTORIES[request.param]
-    return AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / request.param)
+    left, right = PLACEHOLDERS[request.param]
+    assert placeholder_ids(tokenizer, 50) == [left] * 25 + [right] * 25
+    return tokenizer
 
 
 @pytest.fixture(scope="module")
 def ours():
-    return AutoTokenizer.from_pretrained(DIRECTORIES["ours"])
+    return AutoTokenizer.from_pretrained(ROOT / "model/text_tokenizer")
 
 
 def talk(*turns: str) -> list[dict]:
-    return [
-        {"from": "gpt" if number % 2 else "human", "value": text}
-        for number, text in enumerate(turns)
-    ]
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
 
 
 def supervised_spans(tokenizer, encoded) -> list[str]:
@@ -88,11 +86,8 @@ def test_every_tag_gets_its_placeholder(tokenizer, text, shown):
     marked = [i for i, m in zip(encoded.input_ids, encoded.visual_mask, strict=True) if m]
     assert marked == placeholder_ids(tokenizer, 50) * visuals
     assert shown in tokenizer.decode(encoded.input_ids)
-    assert all(
-        label == IGNORED
-        for label, mask in zip(encoded.labels, encoded.visual_mask, strict=True)
-        if mask
-    )
+    pairs = zip(encoded.labels, encoded.visual_mask, strict=True)
+    assert all(label == IGNORED for label, is_visual in pairs if is_visual)
 
 
 def test_visuals_of_different_lengths_and_turns(tokenizer):
@@ -121,24 +116,11 @@ def test_the_whole_text_is_the_template_s_own(tokenizer):
 
 
 def test_an_answer_with_its_own_reasoning_is_supervised_from_there():
-    tokenizer = AutoTokenizer.from_pretrained(DIRECTORIES["minimind_3"])
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tests/data/tokenizers/minimind_3")
     answer = "<think>\nIt has whiskers.\n</think>\n\nA cat."
     encoded = encode(tokenizer, talk("What?", answer), [])
     expected = "It has whiskers.\n</think>\n\nA cat.<|im_end|>"
     assert supervised_spans(tokenizer, encoded) == [expected]
-
-
-def test_both_styles_of_turns_are_the_same(ours):
-    other = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
-    assert encode(ours, talk("What?", "That."), []) == encode(ours, other, [])
-
-
-@pytest.mark.parametrize(
-    ("directory", "ids"), [("ours", (30, 32)), ("minimind_v1", (30, 32)), ("minimind_3", (63, 65))]
-)
-def test_placeholder_ids_come_from_the_tokenizer(directory, ids):
-    tokenizer = AutoTokenizer.from_pretrained(DIRECTORIES[directory])
-    assert placeholder_ids(tokenizer, 50) == [ids[0]] * 25 + [ids[1]] * 25
 
 
 def test_a_tokenizer_without_angle_brackets_is_refused():
@@ -166,11 +148,16 @@ def test_a_tokenizer_without_angle_brackets_is_refused():
         (["hi"], 0, "turn 1 must be an object"),
         ([], 0, "at least one turn"),
         (talk("\ufdd0", "ok"), 1, "U\\+FDD0"),
+        ([{"role": "tool", "content": "x"}], 0, "role 'tool' isn't one of"),
+        ([{"role": ["user"] * 999, "content": "x"}], 0, r"role \['user', .*\.\.\.\] isn't"),
+        ([{"role": "user", "content": [{"text": "x" * 9999}]}], 0, "turn 1: .* must be a string"),
+        ([{"role": "user", "content": float("nan")}], 0, "must be a string, not nan"),
     ],
 )
 def test_what_cannot_be_encoded_says_why(ours, messages, visuals, reason):
-    with pytest.raises(ConversationError, match=reason):
+    with pytest.raises(ConversationError, match=reason) as error:
         encode(ours, messages, [50] * visuals)
+    assert len(str(error.value)) < 300
 
 
 def test_truncation_keeps_visuals_whole_and_an_answer_alive(ours):
@@ -190,30 +177,8 @@ def test_truncation_keeps_visuals_whole_and_an_answer_alive(ours):
         truncate(text, 8)
 
 
-def test_turns_with_the_keys_of_both_styles():
-    """As an Arrow table gives them where a file mixes the styles: each has all keys."""
-    mixed = [
-        {"from": "human", "value": "Hi", "role": None, "content": None},
-        {"role": "assistant", "content": "Hello", "from": None, "value": None},
-    ]
-    assert normalise_messages(mixed) == [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello"},
-    ]
-
-
-@pytest.mark.parametrize(
-    ("turn", "reason"),
-    [
-        ({"role": "tool", "content": "x"}, "role 'tool' isn't one of"),
-        ({"role": "function_call", "content": "x"}, "role 'function_call' isn't"),
-        ({"role": ["user"] * 999, "content": "x"}, r"role \['user', .*\.\.\.\] isn't"),
-        ({"role": "user", "content": [{"type": "text", "text": "x" * 9999}]}, "must be a string"),
-        ({"role": "user", "content": "x\ufdd0"}, "aren't text"),
-        ({"role": "user", "content": float("nan")}, "must be a string, not nan"),
-    ],
-)
-def test_strange_turns_are_named_in_a_line(turn, reason):
-    with pytest.raises(ConversationError, match=f"turn 1: .*{reason}") as error:
-        normalise_messages([turn])
-    assert len(str(error.value)) < 300
+def test_both_styles_of_turns_are_the_same():
+    plain = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    # As an Arrow table gives them where a file mixes the styles: each turn has all keys.
+    mixed = [{"from": "human", "value": "Hi", "role": None, "content": None}, plain[1]]
+    assert normalise_messages(talk("Hi", "Hello")) == normalise_messages(mixed) == plain
