@@ -1,4 +1,4 @@
-"""The frozen eye: the vision model of CLIP or SigLIP, one row of features for each patch (and CLS).
+"""The frozen vision tower: CLIP's or SigLIP's, one row of features for each patch (and CLS).
 
 Shapes: N frames, S pixels a side, P tokens a frame (CLIP: CLS first), D vision width.
 """
@@ -22,7 +22,7 @@ _FAMILIES = {
     "siglip": "SiglipVisionModel",
     "siglip2": "Siglip2VisionModel",
 }
-_MEND = (
+_FIX = (
     "put a CLIP or SigLIP model of transformers there (config.json and model.safetensors), for "
     "example with\n  hf download openai/clip-vit-base-patch32 --local-dir {directory}"
 )
@@ -71,25 +71,26 @@ class VisionTower:
         Raises ValueError where the directory is missing, is of another model, or lacks weights.
         """
         directory = Path(directory)
-        mend = _MEND.format(directory=directory)
+        fix = _FIX.format(directory=directory)
         if not (directory / "config.json").is_file():
-            raise ValueError(f"no vision tower in {directory}: {mend}")
+            raise ValueError(f"no vision tower in {directory}: {fix}")
         try:
-            kind = json.loads((directory / "config.json").read_text(encoding="utf-8"))["model_type"]
+            about = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+            model_type = about["model_type"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{directory}/config.json names no model_type: {mend}") from error
-        if kind == "cinego":
+            raise ValueError(f"{directory}/config.json names no model_type: {fix}") from error
+        if model_type == "cinego":
             return cls(_exported(directory))
-        if _family(kind) not in _FAMILIES:
-            raise ValueError(f"{directory} holds a {kind!r} model, not CLIP or SigLIP: {mend}")
+        if _family(model_type) not in _FAMILIES:
+            raise ValueError(f"{directory} holds a {model_type!r} model, not CLIP or SigLIP: {fix}")
 
         # Seconds to import: only when a tower is really needed.
         import transformers
         from safetensors import SafetensorError
 
-        family = getattr(transformers, _FAMILIES[_family(kind)])
+        family = getattr(transformers, _FAMILIES[_family(model_type)])
         # SigLIP's pooling head stands after what we read: neither load nor count it.
-        settings = {} if _family(kind) == "clip" else {"vision_use_head": False}
+        settings = {} if _family(model_type) == "clip" else {"vision_use_head": False}
         unreadable = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
         try:
             with _quiet():
@@ -101,23 +102,26 @@ class VisionTower:
                     **settings,
                 )
         except unreadable as error:
-            raise ValueError(f"can't read the weights in {directory} ({error}): {mend}") from error
+            raise ValueError(f"can't read the weights in {directory} ({error}): {fix}") from error
         # transformers fills what a file lacks with random numbers and only warns.
         if report["missing_keys"]:
             missing = ", ".join(sorted(report["missing_keys"])[:5])
-            raise ValueError(f"the weights in {directory} lack {missing} …: {mend}")
+            raise ValueError(f"the weights in {directory} lack {missing} …: {fix}")
         return cls(model)
 
     @torch.no_grad()
     def __call__(self, pixel_values: Tensor) -> Tensor:
-        """(N, 3, S, S) → (N, P, D): what the last encoder layer gives, before the final norm."""
+        """(N, 3, S, S) → (N, P, D): what the last encoder layer gives, before the final norm.
+
+        A forward hook on the encoder sees the same (MiniMind-V). ValueError for other sizes.
+        """
         if pixel_values.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
                 f"the vision tower takes frames of {self.image_size} x {self.image_size} pixels, "
                 f"not {pixel_values.shape[-2]} x {pixel_values.shape[-1]}: use its own "
                 "preprocessor_config.json"
             )
-        model = self.to(pixel_values.device).model
+        model = self.model.to(pixel_values.device)
         if self.family == "clip":
             return model(pixel_values=pixel_values).last_hidden_state
         # SigLIP's last_hidden_state has passed the final norm: call what stands before it.
