@@ -60,25 +60,27 @@ def plan_rows(
     Returns `order`, `starts`, `ends` (row r holds the samples `order[starts[r]:ends[r]]`) and each
     row's tokens. Rows come in the order of their first samples.
     """
-    order = np.argsort(groups, kind="stable").astype(np.int32)
-    sorted_groups = groups[order]
+    order = np.argsort(groups, kind="stable").astype(np.int32)  # 32 bits: there may be millions
+    groups = groups[order]
     is_first = np.ones(len(order), bool)
-    is_first[1:] = (sorted_groups[1:] != sorted_groups[:-1]) | (sorted_groups[1:] == 0)
-    open_starts = np.flatnonzero(is_first)  # where a row starts that isn't planned yet
-    group_ends = np.append(open_starts[1:], len(order))
-    text = np.concatenate([[0], np.cumsum(tokens[order])])  # tokens before each place of `order`
+    is_first[1:] = (groups[1:] != groups[:-1]) | (groups[1:] == 0)
+    del groups
+    text = np.zeros(len(order) + 1, np.int64)  # tokens before each place of `order`
+    np.cumsum(tokens[order], out=text[1:])
+    open_starts = np.flatnonzero(is_first).astype(np.int32)  # of rows that aren't planned yet
+    group_ends = np.append(open_starts[1:], np.int32(len(order)))
     starts, ends = [], []
     while len(open_starts):  # one row of each group at a time
         capacity = max_length - visual_tokens[order[open_starts]]
         fitting = np.searchsorted(text, text[open_starts] + capacity, side="right") - 1
-        row_ends = np.clip(fitting, open_starts + 1, group_ends)
+        row_ends = np.clip(fitting, open_starts + 1, group_ends).astype(np.int32)
         starts.append(open_starts)
         ends.append(row_ends)
         is_left = row_ends < group_ends
         open_starts, group_ends = row_ends[is_left], group_ends[is_left]
     starts, ends = np.concatenate(starts), np.concatenate(ends)
     rows = np.argsort(order[starts])
-    starts, ends = starts[rows].astype(np.int32), ends[rows].astype(np.int32)
+    starts, ends = starts[rows], ends[rows]
     lengths = visual_tokens[order[starts]] + (text[ends] - text[starts]).astype(np.int32)
     return order, starts, ends, lengths
 

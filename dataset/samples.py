@@ -26,7 +26,7 @@ COLUMNS = np.dtype(
         ("offset", np.int64),  # of the line's first byte
         ("line", np.int32),  # its number, from 1
         ("tokens", np.int32),  # of its text, estimated: nothing is tokenised up front
-        ("visuals", np.int32),  # how many
+        ("visuals", np.int16),  # how many
         ("group", np.int64),  # samples of one group can share a row; 0: stands alone
         ("answered", np.bool_),  # the last turn is the assistant's
     ]

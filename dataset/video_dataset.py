@@ -88,8 +88,9 @@ class VideoDataset(Dataset):
             first = samples[int((visuals > 0).argmax())]
             raise ValueError(f"{first.where}: names {first.visuals}, but no source is given")
         groups = samples.column("group") if share_prefix else np.zeros_like(visuals)
+        visual_tokens = visuals.astype(np.int32) * num_tokens(1)
         self.order, self.starts, self.ends, self.lengths = plan_rows(
-            samples.column("tokens"), visuals * num_tokens(1), groups, max_length
+            samples.column("tokens"), visual_tokens, groups, max_length
         )
 
     def __len__(self) -> int:

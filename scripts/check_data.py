@@ -9,8 +9,7 @@ features). `--out_dir` gets
 
     <name>.clean.jsonl   the good lines of <name>, unchanged
     problems.jsonl       file, line, id, reason and detail of the others
-    lengths.png          a histogram of the lengths
-    report.json          all figures
+    report.json          all figures, of the lengths in tokens too
 
 Exit codes: 0 everything is good, 3 there are problems, 1 the check itself couldn't be done.
 """
@@ -20,7 +19,6 @@ import os
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -78,53 +76,56 @@ class Checked:
     content: int = 0  # a hash of all that the model sees
     length: int = 0  # tokens, before any cut
     supervised: int = 0
-    problem: dict | None = None
+    problem: tuple[str, str] | None = None  # reason, detail
 
 
 def main(argv: list[str] | None = None) -> None:
     flags = parse_flags(CheckFlags, __doc__, argv)
     tokenizer = AutoTokenizer.from_pretrained(flags.tokenizer_path)
-    paths = flags.data_path + flags.val_path
-    samples = []
+    paths, samples = flags.data_path + flags.val_path, []
     for path in paths:
         lines = tqdm(read_lines(path), unit=" lines", desc=Path(path).name, smoothing=0.1)
         found = [check_line(text, line, path, tokenizer, flags) for line, text, _ in lines]
         if not found:
             raise ValueError(f"{path}: no sample in it")
         samples += found
-    trained_on = {s.content for s in samples if s.path in flags.data_path}
     bad_visuals = check_visuals(flags, list(dict.fromkeys(v for s in samples for v in s.visuals)))
+    trained_on = {s.content for s in samples if s.path in flags.data_path}
     for sample in (sample for sample in samples if sample.problem is None):
-        if visual := next((v for v in sample.visuals if v in bad_visuals), None):
-            reason, detail = bad_visuals[visual]
-            sample.problem = {"reason": reason, "visual": visual, "detail": detail}
+        if bad := next((bad_visuals[v] for v in sample.visuals if v in bad_visuals), None):
+            sample.problem = bad
         elif sample.path in flags.val_path and sample.content in trained_on:
-            detail = "the same visuals and words are in --data_path"
-            sample.problem = {"reason": "in_training_data", "detail": detail}
+            sample.problem = "in_training_data", "its visuals and words are in --data_path too"
 
     problems = [sample for sample in samples if sample.problem]
-    report = summarize(samples, bad_visuals, flags.max_seq_len)
     out = Path(flags.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     with open(out / "problems.jsonl", "w", encoding="utf-8") as file:
         for sample in problems:
             where = {"file": sample.path, "line": sample.line, "id": sample.id}
-            file.write(json.dumps({**where, **sample.problem}, ensure_ascii=False) + "\n")
-    draw_lengths([s.length for s in samples if s.length], flags.max_seq_len, out / "lengths.png")
+            what = dict(zip(("reason", "detail"), sample.problem, strict=True))
+            file.write(json.dumps(where | what, ensure_ascii=False) + "\n")
     for path in paths:
-        bad = {sample.line for sample in problems if sample.path == path}
+        bad_lines = {sample.line for sample in problems if sample.path == path}
         unfinished = out / f"{Path(path).stem}.clean.tmp"
         with open(unfinished, "wb") as file:
-            file.writelines(t + b"\n" for line, t, _ in read_lines(path) if line not in bad)
+            file.writelines(t + b"\n" for line, t, _ in read_lines(path) if line not in bad_lines)
         unfinished.replace(unfinished.with_suffix(".jsonl"))
-    print_report(report, problems, out)
+    report = summarize(samples, len(bad_visuals), flags.max_seq_len)
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+
+    for sample in problems[:LISTED]:
+        print(f"{sample.path}:{sample.line}: {': '.join(sample.problem)}")
+    if len(problems) > LISTED:
+        print(f"… and {len(problems) - LISTED} more in problems.jsonl")
+    print("\n".join(f"{name}: {figure}" for name, figure in report.items()))
+    print(f"{report['good']} good, {len(problems)} bad; written to {out}")
     if problems:
         raise SystemExit(FOUND_PROBLEMS)
 
 
 def check_line(text: bytes, line: int, path: str, tokenizer, flags: CheckFlags) -> Checked:
-    """All that can be said of a line without opening a visual."""
+    """All that can be known of a line without opening a visual."""
     checked = Checked(path, line)
     try:
         record = parse_json(text)
@@ -137,23 +138,37 @@ def check_line(text: bytes, line: int, path: str, tokenizer, flags: CheckFlags) 
         checked.supervised = sum(label != IGNORED for label in encoded.labels)
         truncate(encoded, flags.max_seq_len)
     except ConversationError as error:
-        reason = "too_long" if checked.length else "conversation"
-        checked.problem = {"reason": reason, "detail": str(error)}
+        checked.problem = "too_long" if checked.length else "conversation", str(error)
     except ValueError as error:
-        checked.problem = {"reason": "malformed", "detail": str(error)}
+        checked.problem = "malformed", str(error)
     return checked
 
 
 def check_visuals(flags: CheckFlags, visuals: list[str]) -> dict[str, tuple[str, str]]:
     """The bad ones of `visuals`: path → (reason, detail)."""
+
+    def decode(visual: str) -> tuple[str, str] | None:
+        try:
+            read_frames(resolve_under(flags.images_path, visual), **how)
+        except VideoError as error:
+            return error.reason, f"{visual}: {error.detail}"
+        except Exception as error:  # one file in a million may not stop the others
+            return "bad_path", str(error) or type(error).__name__
+
+    def find_features(visual: str) -> tuple[str, str] | None:
+        try:
+            store.read(visual, [0])
+        except (ValueError, IndexError) as error:
+            failure = store.manifest["failures"].get(visual)
+            return (failure["reason"] if failure else "no_features"), str(error)
+
     how = {"num_frames": flags.num_frames, "sampling": flags.sampling, "fps": flags.fps}
     if flags.use_feature:
         store = FeatureStore(flags.features_path)
         store.check(how)
-        check = partial(find_features, store)
     else:
         how |= {"backend": flags.video_backend, "timeout": flags.decode_seconds}
-        check = partial(decode, partial(read_frames, **how), Path(flags.images_path))
+    check = find_features if flags.use_feature else decode
     found = in_any_order(check, visuals, min(flags.num_workers, len(visuals)))
     bar = tqdm(total=len(visuals), unit=" visuals", desc="visuals", smoothing=0.1)
     bad = {}
@@ -166,73 +181,24 @@ def check_visuals(flags: CheckFlags, visuals: list[str]) -> dict[str, tuple[str,
     return bad
 
 
-def decode(read, root: Path, visual: str) -> tuple[str, str] | None:
-    try:
-        read(resolve_under(root, visual))
-    except VideoError as error:
-        return error.reason, error.detail
-    except Exception as error:  # one file in a million may not stop the others
-        return "bad_path", str(error) or type(error).__name__
-
-
-def find_features(store: FeatureStore, visual: str) -> tuple[str, str] | None:
-    try:
-        store.read(visual, [0])
-    except (ValueError, IndexError) as error:
-        failure = store.manifest["failures"].get(visual)
-        return (failure["reason"] if failure else "no_features"), str(error)
-
-
-def summarize(samples: list[Checked], bad_visuals: dict, max_length: int) -> dict:
+def summarize(samples: list[Checked], bad_visuals: int, max_length: int) -> dict:
     """All figures of report.json."""
-    lengths = np.array([sample.length for sample in samples if sample.length] or [0])
-    shares = {"min": 0, "median": 50, "p95": 95, "p99": 99, "max": 100}
-    tokens = {
-        name: int(np.percentile(lengths, share, method="higher")) for name, share in shares.items()
-    }
-    readable = [len(sample.visuals) for sample in samples if sample.length]
+    readable = [sample for sample in samples if sample.length]
+    lengths = np.array([sample.length for sample in readable] or [0])
+    median, p95, p99 = (int(x) for x in np.percentile(lengths, (50, 95, 99), method="higher"))
     return {
         "samples": len(samples),
         "good": sum(sample.problem is None for sample in samples),
-        "visuals_a_sample": dict(sorted(Counter(readable).items())),
+        "visuals_a_sample": dict(sorted(Counter(len(s.visuals) for s in readable).items())),
         "visuals": len({visual for sample in samples for visual in sample.visuals}),
-        "bad_visuals": len(bad_visuals),
-        "problems": dict(Counter(s.problem["reason"] for s in samples if s.problem)),
-        "tokens": {"total": int(lengths.sum()), "mean": round(float(lengths.mean()), 1)} | tokens,
+        "bad_visuals": bad_visuals,
+        "problems": dict(Counter(s.problem[0] for s in samples if s.problem)),
+        "tokens": int(lengths.sum()),
         "supervised_tokens": sum(sample.supervised for sample in samples),
+        "length": {"median": median, "p95": p95, "p99": p99, "max": int(lengths.max())},
         "max_seq_len": max_length,
         "truncated_share": round(float((lengths > max_length).mean()), 6),
     }
-
-
-def draw_lengths(lengths: list[int], max_length: int, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.hist(lengths, bins=40, color="tab:blue")
-    axes.axvline(max_length, color="tab:red", linestyle="--", label=f"max_seq_len {max_length}")
-    axes.legend()
-    axes.set(xlabel="tokens in a sample, visuals included", ylabel="samples", yscale="log")
-    figure.savefig(path, dpi=120)
-
-
-def print_report(report: dict, problems: list[Checked], out: Path) -> None:
-    tokens = report["tokens"]
-    print(
-        f"{report['samples']} samples, {report['visuals']} visuals; tokens: {tokens['min']} to "
-        f"{tokens['max']}, median {tokens['median']}, 95 % up to {tokens['p95']}; "
-        f"{report['supervised_tokens']} of {tokens['total']} supervised; "
-        f"{100 * report['truncated_share']:.2f} % above --max_seq_len {report['max_seq_len']}"
-    )
-    for sample in problems[:LISTED]:
-        problem = sample.problem
-        print(f"  {sample.path}:{sample.line}: {problem['reason']}: {problem['detail']}")
-    if len(problems) > LISTED:
-        print(f"  … and {len(problems) - LISTED} more in problems.jsonl")
-    reasons = ", ".join(f"{number} {reason}" for reason, number in report["problems"].items())
-    print(f"{report['good']} good, {len(problems)} bad{reasons and f': {reasons}'}")
-    print(f"written to {out}")
 
 
 if __name__ == "__main__":

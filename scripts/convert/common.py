@@ -69,11 +69,8 @@ def run(convert: Convert, data_path: list[str], images_path: str | None, output:
     paths, output = list_files(data_path), Path(output)
     if output.resolve() in map(Path.resolve, paths):
         raise ValueError(f"--output {output} is an input too; give it another name")
-    if (
-        images_path
-        and not Path(images_path).is_dir()
-        and ".parquet" not in {path.suffix for path in paths}
-    ):
+    holds_pictures = any(path.suffix == ".parquet" for path in paths)  # which make the folder
+    if images_path and not Path(images_path).is_dir() and not holds_pictures:
         raise ValueError(f"--images_path {images_path}: no such folder")
     media = Media(images_path)
     seen, ids, reasons, count = set(), Counter(), Reasons(), 0

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from dataset.conversation import VISUAL_TAG, name_and_text
+from dataset.conversation import VISUAL_TAG
 from dataset.images import FORMATS
 from dataset.samples import check_relative, resolve_under
 from dataset.video import MAX_PIXELS
@@ -81,9 +81,7 @@ class Media:
             raise OSError("--images_path is missing: the folder to write the pictures into")
         if not pictures:
             return
-        said = [name_and_text(turn) for turn in record.get("conversations") or []]
-        asked = [str(text) for name, text in said if name not in ("assistant", "gpt")]
-        is_text, paths = not any(map(VISUAL_TAG.search, asked)), []
+        is_text, paths = not VISUAL_TAG.search(str(record.get("conversations"))), []
         for data in pictures:
             size, suffix = _size_of(data)
             digest = hashlib.blake2b(data, digest_size=12).hexdigest()
