@@ -89,17 +89,18 @@ class VisionTower:
         from safetensors import SafetensorError
 
         family = getattr(transformers, _FAMILIES[_family(model_type)])
-        # SigLIP's pooling head stands after what we read: neither load nor count it.
-        settings = {} if _family(model_type) == "clip" else {"vision_use_head": False}
         unreadable = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
         try:
             with _quiet():
+                config = family.config_class.from_pretrained(directory)
+                # SigLIP's pooling head stands after what we read: neither load nor count it.
+                config.vision_use_head = False
                 model, report = family.from_pretrained(
                     directory,
+                    config=config,
                     local_files_only=True,
                     dtype=torch.float32,
                     output_loading_info=True,
-                    **settings,
                 )
         except unreadable as error:
             raise ValueError(f"can't read the weights in {directory} ({error}): {fix}") from error
