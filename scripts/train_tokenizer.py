@@ -1,6 +1,6 @@
 """Train the shipped tokenizer: 6400 entries, byte-level BPE, English and Chinese in equal parts.
 
-    python scripts/train_tokenizer.py --out model/text_tokenizer
+    python -m scripts.train_tokenizer --out model/text_tokenizer
 
 No corpus is downloaded. The text is (a) English: the docstrings of Python's own standard library;
 (b) Chinese: the 3755 characters of GB2312 level 1, read from Python's codec; (c) the words and
@@ -8,17 +8,19 @@ sentences about videos in `tokenizer_text.txt` beside this script, in both langu
 given with `--extra`. The same Python version gives the same file, byte for byte.
 """
 
-import argparse
 import ast
 import inspect
 import json
 import re
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from cli import Flags, flag, launch, parse_flags
 
 VOCAB_SIZE = 6400
 # MiniMind's special tokens since 2025, in the order of their ids.
@@ -39,15 +41,7 @@ TEXT_FILE = Path(__file__).with_name("tokenizer_text.txt")
 def standard_library_docstrings() -> Iterator[str]:
     """Docstrings of the standard library's modules, classes and functions, in order of path."""
     root = Path(sysconfig.get_path("stdlib"))
-    skipped = {
-        "site-packages",
-        "dist-packages",
-        "test",
-        "tests",
-        "idlelib",
-        "lib2to3",
-        "__pycache__",
-    }
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if skipped.intersection(relative.parts) or relative.name.startswith("_sysconfigdata"):
@@ -79,27 +73,27 @@ def read_sections(path: Path) -> dict[str, list[str]]:
     return sections
 
 
-def training_text(extra: list[Path]) -> Iterator[str]:
+def training_text(extra: list[str]) -> Iterator[str]:
+    """All texts, each as often as its weight says. Raises OSError or ValueError for `extra`."""
     sections = read_sections(TEXT_FILE)
+    words = {language: " ".join(sections[f"words {language}"]).split() for language in ("en", "zh")}
+    common = dict.fromkeys("".join(sections["characters zh"]))
     yield from standard_library_docstrings()
-    for character in level_1_characters():
-        yield from [character] * CHARACTER_WEIGHT
-    for character in dict.fromkeys("".join(sections["characters zh"])):
-        yield from [character] * COMMON_CHARACTER_WEIGHT
-    for word in " ".join(sections["words zh"]).split():
-        yield from [word] * WORD_WEIGHT
-    for word in " ".join(sections["words en"]).split():
+    weighted = [(character, CHARACTER_WEIGHT) for character in level_1_characters()]
+    weighted += [(character, COMMON_CHARACTER_WEIGHT) for character in common]
+    weighted += [(word, WORD_WEIGHT) for word in words["zh"]]
+    for word in words["en"]:
         # In a sentence first; then as the first word of an answer, small and capital.
-        yield from [f" {word}"] * WORD_WEIGHT
-        yield from [word, word.capitalize()] * (WORD_WEIGHT // 4)
-    for sentence in sections["sentences en"] + sections["sentences zh"]:
-        yield from [sentence] * SENTENCE_WEIGHT
+        weighted.append((f" {word}", WORD_WEIGHT))
+        weighted += [(start, WORD_WEIGHT // 4) for start in (word, word.capitalize())]
+    sentences = sections["sentences en"] + sections["sentences zh"]
+    weighted += [(sentence, SENTENCE_WEIGHT) for sentence in sentences]
+    for text, weight in weighted:
+        yield from [text] * weight
     for path in extra:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            turns = json.loads(line)["conversations"]
-            yield from (
-                re.sub("<(image|video)>", "", t.get("value") or t["content"]) for t in turns
-            )
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            for turn in json.loads(line)["conversations"]:
+                yield re.sub("<(image|video)>", "", turn.get("value") or turn["content"])
 
 
 def train(texts: Iterator[str], vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
@@ -135,35 +129,28 @@ def train(texts: Iterator[str], vocab_size: int = VOCAB_SIZE) -> PreTrainedToken
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("model/text_tokenizer"))
-    parser.add_argument("--extra", type=Path, nargs="*", default=[], help="more text, as our jsonl")
-    args = parser.parse_args()
+@dataclass
+class TokenizerFlags(Flags):
+    """Tokenizer"""
 
-    tokenizer = train(training_text(args.extra))
+    out: Path = flag(Path("model/text_tokenizer"), "directory to write")
+    extra: list[str] = flag([], "jsonl files of conversations to learn from as well")
+
+
+def main() -> None:
+    flags = parse_flags(TokenizerFlags, __doc__)
+    tokenizer = train(training_text(flags.extra))
     # The template inside tokenizer_config.json, where every version of transformers finds it.
-    tokenizer.save_pretrained(args.out, save_jinja_files=False)
-    config_path = args.out / "tokenizer_config.json"
-    config = json.loads(config_path.read_text(encoding="utf-8"))
+    tokenizer.save_pretrained(flags.out, save_jinja_files=False)
+    path = flags.out / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
     # transformers 5 writes a class name that version 4 doesn't know; both read this one.
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config_path.write_text(
-        json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
-    )
-    first_merge = len(SPECIAL_TOKENS) + 256
-    merged = [tokenizer.convert_ids_to_tokens(i) for i in range(first_merge, len(tokenizer))]
+    path.write_text(json.dumps(config, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    merged = tokenizer.convert_ids_to_tokens(range(len(SPECIAL_TOKENS) + 256, len(tokenizer)))
     chinese = sum(not token.replace("Ġ", "").isascii() for token in merged)
-    print(f"{args.out}: {len(tokenizer)} entries, {len(merged)} merges, {chinese} of them Chinese")
-    for sentence in (
-        "The red circle moves to the right and then moves up.",
-        "Which object moves first, the tree or the fish?",
-        "红色的圆形先向右移动,然后向上移动。",
-        "这段视频里发生了什么?",
-    ):
-        tokens = [tokenizer.decode([i]) for i in tokenizer.encode(sentence)]
-        print(f"{len(tokens):3d} tokens: {'|'.join(tokens)}")
+    print(f"{flags.out}: {len(tokenizer)} entries, {len(merged)} merges, {chinese} of them Chinese")
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)
