@@ -8,34 +8,33 @@
     python extract_features.py --shard 3/8 …                            # one job of an array of 8
 
 Processes of their own decode files while the tower runs; frames of many clips fill each of its
-batches. The same command again goes on where an earlier one was killed, or takes up what is new.
-Several extractions share nothing but the store's folder, and the last one to finish writes its
-manifest. The bytes of a clip's features don't depend on which clips came with it: see
-docs/features.md.
+batches. The same command again resumes where an earlier one was killed, or adds what is new.
+Several shards share nothing but the store's folder, and the last one to finish writes its manifest.
+The bytes of a clip's features don't depend on which clips came with it: see docs/features.md.
 """
 
-import argparse
 import hashlib
 import os
 import shlex
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cli import launch
-from dataset.feature_store import FLOAT16, INT8, FeatureStore, relative_error
-from dataset.parallel import in_any_order
+from cli import VISION_PATH, FrameFlags, flag, launch, parse_flags
+from dataset.feature_store import INT8, FeatureStore, RelativeError
+from dataset.parallel import in_any_order, num_cores
 from dataset.samples import read_samples, resolve_under
 from dataset.video import MEDIA_SUFFIXES, FrameTransform, VideoError, ending_workers, read_frames
 from device import choose_device, choose_dtype
@@ -45,120 +44,118 @@ from trainer.logger import cpu_seconds
 LISTED_FAILURES = 20  # on the terminal; the manifest names all
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+@dataclass
+class ExtractFlags(FrameFlags):
+    """Extraction"""
+
+    data_path: list[str] = flag([], "jsonl files: all visuals that they name")
+    videos: list[str] = flag([], "video and image files, or folders that are searched for them")
+    images_path: str = flag(".", "root that the paths of visuals are relative to")
+    vision_path: str = flag(VISION_PATH, "vision tower")
+    features_path: str = flag("out/features", "folder of the feature store")
+    features_dtype: Literal["float16", "int8"] = flag("float16", "int8: half the bytes")
+    batch_size: int | None = flag(
+        None, "frames in one call of the tower (default: GPU 128, CPU 16)", at_least=1
     )
-    add = parser.add_argument
-    add("--data_path", nargs="+", default=[], help="jsonl files: all visuals that they name")
-    add("--videos", nargs="+", default=[], help="files, or folders that are searched")
-    add("--images_path", default=".", help="root that the paths of visuals are relative to")
-    add("--vision_path", default="model/vision_model/clip-vit-base-patch32")
-    add("--features_path", required=True, help="folder of the feature store")
-    add("--features_dtype", choices=[FLOAT16, INT8], default=FLOAT16, help="int8: half the bytes")
-    add("--num_frames", type=int, default=8, help="at most so many frames a clip")
-    add("--sampling", choices=["uniform", "fps"], default="uniform")
-    add("--fps", type=float, help="frames a second with --sampling fps")
-    add(
-        "--resize",
-        choices=["tower", "crop", "squash", "pad"],
-        default="tower",
-        help="how a frame becomes square; tower: as its preprocessor_config.json says",
+    num_workers: int | None = flag(
+        None,
+        "files decoded at a time, by as many processes (default: as many as cores); 0: one, while "
+        "the tower waits",
+        "--workers",
+        at_least=0,
     )
-    add("--video_backend", choices=["pyav", "decord"], default="pyav")
-    add("--batch_size", type=int, help="frames in one call of the tower (GPU: 128, CPU: 16)")
-    add(
-        *("--num_workers", "--workers"),
-        type=int,
-        help="files decoded at a time, by as many processes (default: as many as cores); 0: one, "
-        "while the tower waits",
+    decode_seconds: float = flag(120.0, "longest time for decoding one clip", at_least=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto", "of the tower's arithmetic; auto: what the device is fastest in"
     )
-    add("--decode_seconds", type=float, default=120, help="longest time for one clip")
-    add(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        default="auto",
-        help="of the tower; auto: what the device is fastest in",
-    )
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
-    add("--shard", default="0/1", help="i/n: only each n-th visual from the i-th on")
-    args = parser.parse_args(arguments)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
+    shard: str = flag("0/1", "i/n: only each n-th visual from the i-th on")
+
+    def problems(self) -> list[str]:
+        i, _, n = self.shard.partition("/")
+        is_shard = i.isdecimal() and n.isdecimal() and int(i) < int(n)
+        wrong = f"--shard {self.shard}: write i/n with 0 <= i < n, as 0/4"
+        return super().problems() + ([] if is_shard else [wrong])
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = list(map(str, sys.argv[1:] if argv is None else argv))
+    flags = parse_flags(ExtractFlags, __doc__, arguments)
     # Under torchrun each process takes a part of its job's share, and none has to speak to another.
-    shard, num_shards = parse_shard(args.shard)
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    args.shard = shard * size + rank, num_shards * size
-    if args.num_frames < 1 or (args.batch_size or 1) < 1 or (args.num_workers or 0) < 0:
-        parser.error("--num_frames and --batch_size are 1 or more, --num_workers 0 or more")
-    if args.device in ("auto", "cuda") and torch.cuda.is_available():
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    args.device = choose_device(args.device)
-    args.dtype = choose_dtype(args.dtype, args.device)
-    args.batch_size = args.batch_size or (128 if args.device.type == "cuda" else 16)
-    if args.num_workers is None:
-        args.num_workers = max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    return args
+    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    size, local_size = (int(os.environ.get(f"{of}WORLD_SIZE", 1)) for of in ("", "LOCAL_"))
+    shard, num_shards = map(int, flags.shard.split("/"))
+    shard, num_shards = shard * size + rank, num_shards * size
+    uses_cuda = flags.device in ("auto", "cuda") and torch.cuda.is_available()
+    device = choose_device(f"cuda:{local_rank}" if uses_cuda else flags.device)
+    dtype = choose_dtype(flags.dtype, device)
+    batch_size = flags.batch_size or (128 if device.type == "cuda" else 16)
+    num_workers = flags.num_workers
+    if num_workers is None:
+        num_workers = max(1, num_cores() // local_size)
 
-
-def main(arguments: list[str] | None = None) -> None:
-    args = parse_arguments(arguments)
-    shard, num_shards = args.shard
-    root, store = Path(args.images_path), FeatureStore(args.features_path)
-    rel_paths = list_visuals(args.data_path, args.videos, root)
-    transform = FrameTransform.from_pretrained(args.vision_path, args.resize)
-    tower = VisionTower.from_pretrained(args.vision_path)
+    root, store = Path(flags.images_path), FeatureStore(flags.features_path)
+    rel_paths = list_visuals(flags.data_path, flags.videos, root)
+    transform = FrameTransform.from_pretrained(flags.vision_path, flags.resize)
+    tower = VisionTower.from_pretrained(flags.vision_path)
     sources, failures = store.begin(
         {
             "tower": tower.fingerprint(),
-            "tower_name": Path(args.vision_path).resolve().name,
+            "tower_name": Path(flags.vision_path).resolve().name,
             "tokens_per_frame": tower.tokens_per_frame,
             "hidden_size": tower.hidden_size,
-            "dtype": args.features_dtype,
-            "compute_dtype": args.dtype,
+            "dtype": flags.features_dtype,
+            "compute_dtype": dtype,
             "transform": transform.describe(),
-            "num_frames": args.num_frames,
-            "sampling": args.sampling,
-            "fps": args.fps,
-            "video_backend": args.video_backend,
+            "num_frames": flags.num_frames,
+            "sampling": flags.sampling,
+            "fps": flags.fps,
+            "video_backend": flags.video_backend,
         },
+        shard=(shard, num_shards),
         visuals=len(rel_paths),
-        command=command_without_shard(sys.argv[1:] if arguments is None else arguments),
+        # What makes all that is missing, for whoever finds the store unfinished.
+        command=shlex.join(["python", "extract_features.py", *arguments, "--shard", "0/1"]),
     )
+    made = {rel for rel in sources if store.has(rel, sources[rel].get("frames", 0))}
     todo = [
-        rel for rel in rel_paths[shard::num_shards] if not is_current(store, sources, root, rel)
+        rel
+        for rel in rel_paths[shard::num_shards]
+        if not (rel in made and is_unchanged(root / rel, sources[rel]))
     ]
+    in_shard = f" in shard {shard}/{num_shards}" if num_shards > 1 else ""
     print(
-        f"{len(rel_paths)} visuals, {len(todo)} to do"
-        + (f" in shard {shard}/{num_shards}" if num_shards > 1 else "")
-        + f"; tower {args.vision_path}, {tower.tokens_per_frame} × {tower.hidden_size} a frame, "
-        f"{args.dtype} on {args.device}",
+        f"{len(rel_paths)} visuals, {len(todo)} to do{in_shard}; tower {flags.vision_path}, "
+        f"{tower.tokens_per_frame} × {tower.hidden_size} a frame, {dtype} on {device}",
         flush=True,
     )
 
     read = partial(
         read_frames,
-        num_frames=args.num_frames,
-        sampling=args.sampling,
-        fps=args.fps,
-        backend=args.video_backend,
-        timeout=args.decode_seconds,
+        num_frames=flags.num_frames,
+        sampling=flags.sampling,
+        fps=flags.fps,
+        backend=flags.video_backend,
+        timeout=flags.decode_seconds,
         transform=transform,
     )
-    made = {rel: sources[rel] for rel in todo if is_made(store, sources, rel)}
-    decode = Decoder(root, made, read)
-    decoded = in_any_order(decode, todo, min(args.num_workers, len(todo)))
+    decode = partial(
+        decode_visual, root=root, read=read, made={rel: sources[rel] for rel in made & {*todo}}
+    )
+    decoded = in_any_order(decode, todo, min(num_workers, len(todo)))
     started, cpu_before = time.perf_counter(), cpu_seconds()
-    num_frames, failed, squares = 0, {}, [0.0, 0.0]
+    num_frames, failed, int8_error = 0, {}, RelativeError()
     bar = tqdm(
         total=len(todo),
         unit=" clips",
         smoothing=0.1,
         disable=not todo,
-        desc=f"shard {shard}/{num_shards}" if num_shards > 1 else None,
-        position=int(os.environ.get("LOCAL_RANK", 0)),
+        desc=in_shard,
+        position=local_rank,
         mininterval=0.2 if sys.stderr.isatty() else 20,  # a job's log keeps every line
     )
-    batches = TowerBatches(tower, transform, args.dtype, args.device, args.batch_size)
-    with bar, batches, ending_workers(), closing(decoded):
+    batches = TowerBatches(tower, transform, dtype, device, batch_size)
+    with bar, closing(store), batches, ending_workers(), closing(decoded):
         for rel, record, features in batches.run(decoded):
             if features is not None and not features.isfinite().all():
                 record = {"reason": "not_finite", "detail": "the tower gave NaN or infinity"}
@@ -169,37 +166,31 @@ def main(arguments: list[str] | None = None) -> None:
             elif features is not None:  # None where the file is the same with another date
                 store.write(rel, features)
                 num_frames += len(features)
-                if args.features_dtype == INT8:
-                    error = relative_error(features, store.read(rel))
-                    squares = [a + b for a, b in zip(squares, error, strict=True)]
+                if flags.features_dtype == INT8:
+                    int8_error.add(features.numpy(), store.rows(rel))
             if failures.get(rel) != record:
                 store.record(rel, record)
             bar.update()
-            bar.set_postfix_str(
-                f"{num_frames / (time.perf_counter() - started):.1f} frames/s, "
-                f"{len(failed)} failed",
-                refresh=False,
-            )
+            rate = num_frames / (time.perf_counter() - started)
+            bar.set_postfix_str(f"{rate:.1f} frames/s, {len(failed)} failed", refresh=False)
 
-    seconds, num_clips = time.perf_counter() - started, len(todo) - len(failed)
-    if todo:
-        print(
-            f"{num_clips} visuals, {num_frames} frames in {seconds:.1f} s "
-            f"({num_clips / seconds:.2f} clips/s, {num_frames / seconds:.1f} frames/s; "
-            f"{cpu_seconds() - cpu_before:.1f} CPU-seconds), {len(failed)} failed"
-        )
-    if squares[1]:
-        print(
-            f"int8: relative error {100 * (squares[0] / squares[1]) ** 0.5:.2f} % of the features"
-        )
-    list_failures(failed)
-    finish(store, rel_paths, num_shards)
+        seconds, num_clips = time.perf_counter() - started, len(todo) - len(failed)
+        if todo:
+            print(
+                f"{num_clips} visuals, {num_frames} frames in {seconds:.1f} s "
+                f"({num_clips / seconds:.2f} clips/s, {num_frames / seconds:.1f} frames/s; "
+                f"{cpu_seconds() - cpu_before:.1f} CPU-seconds), {len(failed)} failed"
+            )
+        int8_error.print()
+        list_failures(failed)
+        finish(store, rel_paths, num_shards)
 
 
 def finish(store: FeatureStore, rel_paths: list[str], num_shards: int) -> None:
     """Write the manifest if all visuals are done, by this process or others; else say what isn't.
 
     Two that finish together both see all of it and write the same; none has to wait for another.
+    ValueError if not one visual could be decoded.
     """
     if store.is_complete:  # nothing was new
         return
@@ -213,10 +204,12 @@ def finish(store: FeatureStore, rel_paths: list[str], num_shards: int) -> None:
             + ". The last shard to finish writes the manifest; without --shard, the same command "
             "does all that is missing"
         )
-        return
-    if not sources:
-        raise ValueError(f"none of {len(rel_paths)} visuals could be read; mend them and run again")
-    store.finish(sources, failures)
+    elif not sources:
+        raise ValueError(
+            f"none of {len(rel_paths)} visuals could be decoded; see the reasons above"
+        )
+    else:
+        store.finish(sources, failures)
 
 
 def list_failures(failed: dict[str, dict]) -> None:
@@ -229,33 +222,11 @@ def list_failures(failed: dict[str, dict]) -> None:
         print(f"  … and {len(failed) - LISTED_FAILURES} more: 'failures' in the manifest")
 
 
-def parse_shard(text: str) -> tuple[int, int]:
-    try:
-        shard, num_shards = map(int, text.split("/"))
-    except ValueError:
-        shard, num_shards = -1, 0
-    if not 0 <= shard < num_shards:
-        raise ValueError(f"--shard {text}: it is i/n with 0 <= i < n, such as 0/4")
-    return shard, num_shards
-
-
-def command_without_shard(arguments: list[str]) -> str:
-    """How to make all that is missing, for the store to tell whoever finds it unfinished."""
-    kept, skipped = [], False
-    for argument in map(str, arguments):
-        if not skipped and argument != "--shard" and not argument.startswith("--shard="):
-            kept.append(argument)
-        skipped = argument == "--shard"
-    return shlex.join(["python", "extract_features.py", *kept])
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def list_visuals(data_paths: list[str], videos: list[str], root: Path) -> list[str]:
-    """Paths relative to `root` of all visuals, each once, in the order in which they appear."""
+    """Paths relative to `root` of all visuals, each once, in the order in which they appear.
+
+    ValueError names a file that is missing or lies outside of `root`, or a bad line of a jsonl.
+    """
     rel_paths = {}
     for data_path in data_paths:
         for sample in read_samples(data_path):
@@ -263,10 +234,11 @@ def list_visuals(data_paths: list[str], videos: list[str], root: Path) -> list[s
     for name in map(Path, videos):
         if not name.exists():
             raise ValueError(f"--videos {name}: there is no such file or folder")
-        files = sorted(name.rglob("*")) if name.is_dir() else [name]
+        files = [name]
+        if name.is_dir():
+            found = sorted(name.rglob("*"))
+            files = [f for f in found if f.suffix.lower() in MEDIA_SUFFIXES and f.is_file()]
         for file in files:
-            if name.is_dir() and not (file.suffix.lower() in MEDIA_SUFFIXES and file.is_file()):
-                continue
             try:
                 rel = file.resolve().relative_to(root.resolve())
             except ValueError as error:
@@ -279,68 +251,42 @@ def list_visuals(data_paths: list[str], videos: list[str], root: Path) -> list[s
     return list(rel_paths)
 
 
-def is_current(store: FeatureStore, sources: dict, root: Path, rel: str) -> bool:
-    """Whether features are there and recorded, and the source is the file they were made from."""
-    if not is_made(store, sources, rel):
-        return False
+def is_unchanged(path: Path, record: dict) -> bool:
+    """Whether a source has the size and date that its features were made from."""
     try:
-        stat = (root / rel).stat()
+        stat = path.stat()
     except OSError:
         return True  # the clip is gone, its features are still good
-    return (sources[rel]["size"], sources[rel]["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
-
-
-def is_made(store: FeatureStore, sources: dict, rel: str) -> bool:
-    return rel in sources and store.has(rel, sources[rel].get("frames", 0))
+    return (record["size"], record["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
 
 
 # ----------------------------------------------------------------------- decoding, in threads
 
 
-@dataclass
-class Decoder:
-    """A visual's relative path → (record for the manifest, frames (F, S, S, 3) uint8 or None)."""
-
-    root: Path
-    made: dict[str, dict]  # visuals with features, and the record of the file they were made from
-    read: Callable
-
-    def __call__(self, rel: str):
-        try:
-            path = resolve_under(self.root, rel)
-            record = self.describe(path)
-            made = self.made.get(rel)
-            if made and made["sha256"] == record["sha256"]:  # copied or touched, but not changed
-                return {**made, **record}, None
-            frames = self.read(path).frames
-        except VideoError as error:
-            return {"reason": error.reason, "detail": error.detail}, None
-        except (ValueError, OSError) as error:
-            return {"reason": "bad_path", "detail": str(error)}, None
-        except Exception as error:  # not even one in a million files may stop the others
-            return {"reason": "unexpected", "detail": f"{type(error).__name__}: {error}"}, None
-        return {**record, "frames": len(frames)}, frames
-
-    def describe(self, path: Path) -> dict:
+def decode_visual(rel: str, root: Path, read, made: dict[str, dict]) -> tuple[dict, np.ndarray]:
+    """(record for the manifest, frames (F, S, S, 3) uint8 or None). Damage is an error: features
+    are data. `made`: the records of files with features, which aren't decoded again if the content
+    is the same. Raises nothing: not even one in a million files may stop the others."""
+    try:
+        path = resolve_under(root, rel)
         if not path.is_file():
-            raise VideoError(path, "missing", "there is no such file")
+            return {"reason": "missing", "detail": "there is no such file"}, None
         with path.open("rb") as file:
-            stat, digest = path.stat(), hashlib.file_digest(file, "sha256")
-        return {
-            "size": stat.st_size,
-            "mtime_ns": stat.st_mtime_ns,
-            "sha256": digest.hexdigest(),
-        }
+            stat, digest = path.stat(), hashlib.file_digest(file, "sha256").hexdigest()
+        record = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest}
+        if made.get(rel, {}).get("sha256") == digest:  # copied or touched, but not changed
+            return {**made[rel], **record}, None
+        frames = read(path).frames
+    except VideoError as error:
+        return {"reason": error.reason, "detail": error.detail}, None
+    except (ValueError, OSError) as error:
+        return {"reason": "bad_path", "detail": str(error)}, None
+    except Exception as error:
+        return {"reason": "unexpected", "detail": f"{type(error).__name__}: {error}"}, None
+    return {**record, "frames": len(frames)}, frames
 
 
 # -------------------------------------------------------------------- the tower, in batches
-
-
-def convert_matrices(tower: VisionTower, dtype: str) -> None:
-    """Where autocast computes in half precision anyway; or it converts weights in every call."""
-    for module in tower.model.modules():
-        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
-            module.to(getattr(torch, dtype))
 
 
 @dataclass(eq=False)
@@ -363,9 +309,12 @@ class TowerBatches:
     """
 
     def __init__(self, tower, transform, dtype: str, device: torch.device, batch_size: int):
-        self.tower, self.transform = tower.to(device), transform
-        self.device, self.dtype, self.batch_size = device, dtype, batch_size
-        convert_matrices(tower, dtype)
+        self.tower, self.transform, self.batch_size = tower.to(device), transform, batch_size
+        self.device, self.dtype = device, getattr(torch, dtype)
+        # Where autocast computes in half precision anyway; or it casts the weights in every call.
+        for module in tower.model.modules():
+            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+                module.to(self.dtype)
 
     def __enter__(self):
         # On a GPU, one thread fetches its results while the other's batch is computed.
@@ -381,9 +330,7 @@ class TowerBatches:
 
     def run(self, decoded: Iterable) -> Iterator[tuple[str, dict, Tensor | None]]:
         """(path, (record, frames or None)) → (path, record, features (F, P, D) or None)"""
-        shape = (self.batch_size, self.transform.image_size, self.transform.image_size, 3)
-        batch, layout, filled = np.zeros(shape, np.uint8), [], 0
-        running = deque()  # (future of a batch, [(clip, its number of frames in the batch)])
+        running = deque()  # (future of a batch's features, [(clip, its number of frames in it)])
 
         def collect() -> Iterator:
             future, layout = running.popleft()
@@ -395,19 +342,20 @@ class TowerBatches:
                 if not clip.missing:
                     yield clip.rel, clip.record, torch.cat(clip.features)
 
+        batch, layout, filled = self._empty_batch(), [], 0
         for rel, (record, frames) in decoded:
             if frames is None:
                 yield rel, record, None
                 continue
             clip = Clip(rel, record, len(frames))
             while len(frames):
-                part = frames[: self.batch_size - filled]
+                part, frames = np.split(frames, [self.batch_size - filled])
                 batch[filled : filled + len(part)] = part
                 layout.append((clip, len(part)))
-                filled, frames = filled + len(part), frames[len(part) :]
+                filled += len(part)
                 if filled == self.batch_size:
                     running.append((self.pool.submit(self._features, batch), layout))
-                    batch, layout, filled = np.zeros(shape, np.uint8), [], 0
+                    batch, layout, filled = self._empty_batch(), [], 0
             while running and (running[0][0].done() or len(running) > 2 * self.num_threads):
                 yield from collect()
         if layout:
@@ -415,12 +363,16 @@ class TowerBatches:
         while running:
             yield from collect()
 
+    def _empty_batch(self) -> np.ndarray:
+        size = self.transform.image_size
+        return np.zeros((self.batch_size, size, size, 3), np.uint8)
+
     @torch.inference_mode()
     def _features(self, frames: np.ndarray) -> Tensor:
         """(N, S, S, 3) uint8 → (N, P, D) float16 on the CPU"""
         pixel_values = self.transform.normalize(torch.from_numpy(frames).to(self.device))
-        dtype = getattr(torch, self.dtype)
-        with torch.autocast(self.device.type, dtype, enabled=self.dtype != "float32"):
+        is_mixed = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=is_mixed):
             return self.tower(pixel_values).half().cpu()
 
 

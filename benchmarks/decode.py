@@ -1,44 +1,36 @@
-"""What reading 8 or 32 frames of a clip costs, against decord and against decoding everything.
+"""What decoding 8 or 32 frames of a clip costs, against decord and against decoding everything.
 
-    python benchmarks/decode.py [--rounds 5] [--seconds 10 60 600]
+    python -m benchmarks.decode [--rounds 5] [--seconds 10 60 600]
 
-Renders one h264 clip a length (640 × 360, 30 frames a second, noise that moves: about what a phone
-records) and reads it with each reader in turn, so that what else the machine does hits all alike.
-Each reader has one thread and a process of its own, and reads again until half a CPU-second is
-spent. MB is the peak of its memory above what it took after its imports (torch among them); for
-`read_frames`, the whole of its worker is added. The ratio to decord is that of the CPU-seconds, the
-median over rounds; beside it stand the lowest and the highest.
-
-Decoding everything keeps all frames, as simple loaders do; above a minute (12 GB at ten) it lets
-them go, and is done once.
+Renders one h264 clip a length (640 × 360, 30 frames a second, a keyframe every 250 frames: about
+what a phone records) and decodes it with each reader in turn, so that what else the machine does
+hits all alike. Each reader has one thread and a process of its own, and repeats until half a
+CPU-second is spent. MB is the peak of its memory, and of its worker, above what its imports took.
+The ratio to decord is that of the CPU-seconds, the median over rounds, the lowest and the highest.
 """
 
 import argparse
-import json
-import os
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
+from multiprocessing import get_context
 from pathlib import Path
 
 import av
 import numpy as np
+import psutil
 
-ROOT = Path(__file__).resolve().parents[1]
-READERS = ("read_frames", "in_process", "decord", "everything")
+from dataset.video import read_frames, uniform_indices
+
 HEIGHT, WIDTH, RATE = 360, 640, 30
 LEAST_CPU = 0.5  # seconds that a measurement takes
-KEPT_SECONDS = 60  # of clips whose frames are all kept by who decodes everything
 
 
-def make_clip(path: Path, seconds: int) -> None:
-    """A keyframe every 250 frames and B-frames between, as x264 does it by itself. A long clip is a
-    minute of pictures over and over: encoding would take longer than all that is measured."""
-    random = np.random.default_rng(0)
+def make_clip(path: Path, seconds: int, seed: int = 0) -> None:
+    """Noise that moves. A long clip repeats a minute of packets: encoding takes longer than all."""
+    random = np.random.default_rng(seed)
     scene = random.integers(0, 255, (HEIGHT // 8, WIDTH // 4, 3), np.uint8)
     scene = scene.repeat(16, axis=0).repeat(16, axis=1)
     length = min(seconds, 60) * RATE
@@ -59,91 +51,83 @@ def make_clip(path: Path, seconds: int) -> None:
                 container.mux(packet)
 
 
-def serve(reader: str) -> None:
-    """Reads what its input names: a line with file and number of frames, a line back with cost."""
-    read = READ[reader]()
-    before = peak_memory()
-    for line in sys.stdin:
-        path, num_frames = json.loads(line)
-        reads, cpu = 0, 0.0
-        start, cpu_start = time.perf_counter(), cpu_seconds()
-        while cpu < LEAST_CPU:  # CPU time of a worker is told in hundredths
-            frames = read(path, num_frames)
-            reads, cpu = reads + 1, cpu_seconds() - cpu_start
-        cost = (time.perf_counter() - start) / reads, cpu / reads
-        print(json.dumps([*cost, peak_memory() - before, list(frames.shape)]), flush=True)
-
-
-def our_reader(**how):
-    from dataset.video import read_frames
-
-    return lambda path, num_frames: read_frames(path, num_frames, **how).frames
-
-
-def decord_reader():
+def by_decord(path: str, num_frames: int) -> np.ndarray:
     import decord
 
-    from dataset.clip import uniform_indices
-
-    def read(path, num_frames):
-        reader = decord.VideoReader(path, num_threads=1)
-        return reader.get_batch(uniform_indices(len(reader), num_frames)).asnumpy()
-
-    return read
+    reader = decord.VideoReader(path, num_threads=1)
+    return reader.get_batch(uniform_indices(len(reader), num_frames)).asnumpy()
 
 
-def reader_of_everything():
-    from dataset.clip import uniform_indices
-
-    def read(path, num_frames):
-        with av.open(path) as container:
-            container.streams.video[0].codec_context.thread_count = 1
-            stream = container.streams.video[0]
-            chosen = uniform_indices(stream.frames, num_frames).tolist()
-            frames = (frame.to_ndarray(format="rgb24") for frame in container.decode(stream))
-            if stream.frames <= KEPT_SECONDS * RATE:
-                return np.stack(list(frames))[chosen]
-            return np.stack([frame for number, frame in enumerate(frames) if number in chosen])
-
-    return read
+def by_everything(path: str, num_frames: int) -> np.ndarray:
+    """Decodes every frame and picks at the end, as simple loaders do; of a long clip (12 GB at ten
+    minutes), what isn't picked is let go."""
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        chosen = uniform_indices(stream.frames, num_frames).tolist()
+        arrays = (frame.to_ndarray(format="rgb24") for frame in container.decode(stream))
+        if stream.frames <= 60 * RATE:
+            return np.stack(list(arrays))[chosen]
+        return np.stack([array for number, array in enumerate(arrays) if number in chosen])
 
 
-READ = {
-    "read_frames": our_reader,
-    "in_process": lambda: our_reader(timeout=None),
-    "decord": decord_reader,
-    "everything": reader_of_everything,
+READERS = {
+    "read_frames": lambda path, num_frames: read_frames(path, num_frames).frames,
+    "in_process": lambda path, num_frames: read_frames(path, num_frames, timeout=None).frames,
+    "decord": by_decord,
+    "everything": by_everything,
 }
 
 
-def cpu_seconds() -> float:
-    """Of this process and its workers, which are alive and so not yet in getrusage's children."""
-    import psutil
+def measure(reader: str, path: str, num_frames: int) -> tuple[float, float, float]:
+    """Wall and CPU seconds of one read, and MB."""
 
-    me = psutil.Process()
-    return sum(sum(p.cpu_times()[:2]) for p in (me, *me.children()))
+    def family(take) -> float:  # this process and its worker, which is alive
+        return sum(map(take, (psutil.Process(), *psutil.Process().children())))
+
+    def cpu(process) -> float:
+        return sum(process.cpu_times()[:2])
+
+    def peak(process) -> float:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1000
+
+    before = peak(psutil.Process())
+    reads, start, cpu_start = 0, time.perf_counter(), family(cpu)
+    while not reads or family(cpu) - cpu_start < LEAST_CPU:
+        frames = READERS[reader](path, num_frames)
+        assert frames.shape == (num_frames, HEIGHT, WIDTH, 3), (reader, frames.shape)
+        reads += 1
+    wall = (time.perf_counter() - start) / reads
+    return wall, (family(cpu) - cpu_start) / reads, family(peak) - before
 
 
-def peak_memory() -> int:
-    """MB at most, of this process and its workers."""
-    import psutil
-
-    children = [Path(f"/proc/{child.pid}/status") for child in psutil.Process().children()]
-    peaks = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]
-    for status in children:
-        (line,) = (x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        peaks.append(int(line.split()[1]))
-    return sum(peaks) // 1000
+def compare(clip: Path, seconds: int, num_frames: int, rounds: int) -> None:
+    spawn = get_context("spawn")
+    processes = {name: ProcessPoolExecutor(1, mp_context=spawn) for name in READERS}
+    costs = {name: [] for name in READERS}
+    for turn in range(rounds + 1):
+        for name, process in processes.items():
+            cost = process.submit(measure, name, str(clip), num_frames).result()
+            costs[name] += [cost] * (turn > 0)  # the first starts workers and fills caches
+    for name, rows in costs.items():
+        processes[name].shutdown()
+        wall, cpu = (statistics.median(row[i] for row in rows) for i in (0, 1))
+        # Round by round: the two sides of a ratio saw the same machine.
+        ratios = [ours[1] / other[1] for ours, other in zip(rows, costs["decord"], strict=True)]
+        print(
+            f"{seconds:>4} s {num_frames:>6} {name:>12} {wall:>7.3f} {cpu:>7.3f} "
+            f"{statistics.median(ratios):>8.2f} {min(ratios):>5.2f}-{max(ratios):<5.2f} "
+            f"{max(row[2] for row in rows):>6.0f}",
+            flush=True,
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=int, nargs="+", default=[10, 60, 600])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--serve", choices=READERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.serve:
-        return serve(args.serve)
     print("  clip frames       reader       s   CPU-s  /decord  low-high      MB")
     with tempfile.TemporaryDirectory() as folder:
         for seconds in args.seconds:
@@ -151,45 +135,6 @@ def main() -> None:
             make_clip(clip, seconds)
             for num_frames in (8, 32):
                 compare(clip, seconds, num_frames, args.rounds)
-
-
-def compare(clip: Path, seconds: int, num_frames: int, rounds: int) -> None:
-    processes = {
-        name: subprocess.Popen(
-            [sys.executable, __file__, "--serve", name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ
-            | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        )
-        for name in READERS
-    }
-    costs: dict[str, list] = {name: [] for name in READERS}
-    for turn in range(rounds + 1):
-        for name in READERS if turn % 2 else READERS[::-1]:
-            if name == "everything" and seconds > KEPT_SECONDS and turn != 1:
-                continue
-            process = processes[name]
-            print(json.dumps([str(clip), num_frames]), file=process.stdin, flush=True)
-            cost = json.loads(process.stdout.readline())
-            assert cost[3] == [num_frames, HEIGHT, WIDTH, 3], (name, cost)
-            if turn:  # the first round starts workers and fills caches
-                costs[name].append(cost)
-    for process in processes.values():
-        process.stdin.close()
-        process.wait()
-    for name, rows in costs.items():
-        wall, cpu = (statistics.median(row[i] for row in rows) for i in (0, 1))
-        # Round by round: the two sides of a ratio saw the same machine. Decoding everything of a
-        # long clip has one round only, the first: no strict zip.
-        ratios = [ours[1] / other[1] for ours, other in zip(rows, costs["decord"], strict=False)]
-        print(
-            f"{seconds:>4} s {num_frames:>6} {name:>12} {wall:>7.3f} {cpu:>7.3f} "
-            f"{statistics.median(ratios):>8.2f} {min(ratios):>5.2f}-{max(ratios):<5.2f} "
-            f"{rows[-1][2]:>6}",
-            flush=True,
-        )
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 One `.npy` of F frames for each source file, under its own relative path with its suffix kept
 (`clips/a.mp4` → `clips/a.mp4.npy`); `scripts/pack_features.py` joins them into a few large files.
-`manifest.json` comes last: it says which tower, frames and shapes these are, and its presence means
-that the store is complete. Until then `manifest.parts/` keeps a journal for each process that
-writes: a line a source, added once its features are in place, so that a run which was killed at any
-point goes on where it was, and any number of processes may work at the same store.
+`manifest.json` comes last: it says which tower, frames and shapes these are. Until then
+`manifest.parts/` keeps a journal for each shard of the work: a line a source, added once its
+features are in place, so that a run which was killed at any point resumes, and any number of
+processes, each with a shard of its own, may work at the same store.
 
     store = FeatureStore(out)
     sources, failures = store.begin(settings)    # refuses a folder made with other settings
@@ -16,7 +16,7 @@ point goes on where it was, and any number of processes may work at the same sto
 
 import json
 import os
-import uuid
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -25,6 +25,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 from torch import Tensor
+
+from lock import hold_lock
 
 MANIFEST, PARTS = "manifest.json", "manifest.parts"
 FLOAT16, INT8 = "float16", "int8"
@@ -36,14 +38,13 @@ class FeatureStore:
 
     def __init__(self, directory):
         self.directory = Path(directory)
-        self._settings, self._header = {}, {}
-        self._journal = None  # opened by the first write
-        self._own = {}  # what this process recorded
-        self._merged = []  # the files that `recorded` read: `finish` removes these, no others
+        self.parts = self.directory / PARTS
+        self._settings = {}  # of who writes
+        self._release = self._journal = None
         self._shards = {}  # open memory maps of a packed store
 
-    def __getstate__(self):
-        return {**self.__dict__, "_shards": {}, "_journal": None}  # loader workers open their own
+    def __getstate__(self):  # loader workers open their own
+        return {**self.__dict__, "_shards": {}, "_journal": None, "_release": None}
 
     # ------------------------------------------------------------------------------------ reading
 
@@ -66,22 +67,23 @@ class FeatureStore:
         return torch.from_numpy(as_half(self.rows(rel_path, frames)))
 
     def rows(self, rel_path: str, frames: Sequence[int] | None = None) -> np.ndarray:
-        """As stored, a row a frame: (F, P, D) float16, or (F,) records of int8 and their scales."""
-        path, mode = self.path(rel_path), None if frames is None else "r"
-        place = self.manifest["sources"].get(rel_path, {}) if self._is_packed else {}
-        if self._is_packed and "shard" in place:
-            path = self.shard_path(place["shard"])
+        """As stored, a row a frame: (F, P, D) float16, or (F,) records of int8 and their scales.
+
+        ValueError, naming the file, when the features are absent or damaged.
+        """
+        path, manifest = self.path(rel_path), {} if self._settings else self.manifest
         try:
-            if not self._is_packed:
-                rows = np.load(path, mode, allow_pickle=False)
-            elif "shard" not in place:
-                raise FileNotFoundError
-            else:
+            if "packed" in manifest:
+                if "shard" not in (place := manifest["sources"].get(rel_path, {})):
+                    raise FileNotFoundError
+                path = self.shard_path(place["shard"])
                 if place["shard"] not in self._shards:
                     self._shards[place["shard"]] = np.load(path, "r", allow_pickle=False)
                 rows = self._shards[place["shard"]][place["row"] : place["row"] + place["frames"]]
+            else:
+                rows = np.load(path, "r" if frames is not None else None, allow_pickle=False)
         except FileNotFoundError as error:
-            reason = self.manifest.get("failures", {}).get(rel_path, {}).get("detail")
+            reason = manifest.get("failures", {}).get(rel_path, {}).get("detail")
             reason = f"its extraction failed ({reason})" if reason else "run extract_features.py"
             raise ValueError(f"{path}: no features of {rel_path}: {reason}") from error
         except (OSError, ValueError, EOFError) as error:
@@ -94,50 +96,45 @@ class FeatureStore:
             )
         return rows if frames is None else rows[frames]
 
+    @property
+    def is_complete(self) -> bool:
+        return (self.directory / MANIFEST).is_file() and not self.parts.exists()
+
     @cached_property
     def manifest(self) -> dict:
         """What these features are; ValueError when the extraction didn't come to its end."""
+        if self.is_complete:
+            return self._read_manifest()
+        sources, failures = self.recorded()
+        reason = (
+            "so the features are absent or unfinished; run (again) "
+            f"extract_features.py --features_path {self.directory}"
+        )
+        if known := [header for header in self._headers if header.get("command")]:
+            reason = (
+                f"so the features are unfinished: {len(sources) + len(failures)} of "
+                f"{known[-1]['visuals']} visuals are done. What is missing is made by\n"
+                f"  {known[-1]['command']}"
+            )
+        raise ValueError(f"{self.directory / MANIFEST}: missing or not up to date, {reason}")
+
+    def _read_manifest(self) -> dict:
         path = self.directory / MANIFEST
         try:
-            return self._parse(path, path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ValueError(f"{path}: missing, {self._what_is_missing()}") from error
-
-    def _parse(self, path: Path, text: str) -> dict:
-        try:
-            return json.loads(text)
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
         except ValueError as error:
             raise ValueError(
                 f"{path}: not JSON ({error}); delete the folder and extract again"
             ) from error
 
-    @cached_property
-    def _is_packed(self) -> bool:
-        # A store that is still being written has files of its own for each source.
-        return (self.directory / MANIFEST).is_file() and "packed" in self.manifest
-
-    @property
-    def is_complete(self) -> bool:
-        return (self.directory / MANIFEST).is_file() and not (self.directory / PARTS).exists()
-
-    def _what_is_missing(self) -> str:
-        sources, failures = self.recorded()
-        known = [header for header in self._headers if header.get("command")]
-        if not known:
-            return (
-                "so the features are absent or unfinished; run (again) "
-                f"extract_features.py --features_path {self.directory}"
-            )
-        return (
-            f"so the features are unfinished: {len(sources) + len(failures)} of "
-            f"{known[-1]['visuals']} visuals are done. What is missing is made by\n"
-            f"  {known[-1]['command']}"
-        )
-
     def check(self, expected: dict) -> None:
-        """Stop before training on features that don't fit, e.g. check({"num_frames": 8})."""
-        problems = _differences(self.manifest, expected)
-        if problems:
+        """Stop before training on features that don't fit, e.g. check({"num_frames": 8}).
+
+        ValueError names every value that differs, or says how an unfinished store is finished.
+        """
+        if problems := _differences(self.manifest, expected):
             raise ValueError(
                 f"{self.directory / MANIFEST}: the features don't fit: {'; '.join(problems)}. "
                 "Extract them again, or change the flags"
@@ -145,32 +142,41 @@ class FeatureStore:
 
     # ------------------------------------------------------------------------------------ writing
 
-    def begin(self, settings: dict, **header) -> tuple[dict, dict]:
-        """Returns what earlier runs recorded, (sources, failures), and changes nothing yet.
+    def begin(self, settings: dict, shard: tuple[int, int] = (0, 1), **header) -> tuple[dict, dict]:
+        """Returns what earlier runs recorded, (sources, failures), and locks this shard (i, n).
 
         From the first write or record until `finish` the store doesn't count as complete. `header`:
         `command` and `visuals`, for whoever finds it so. Raises ValueError when the folder holds
-        features made with other settings: the two would be mixed up.
+        features made with other settings, which would be mixed up, or when another process works at
+        the same shard.
         """
+        self._settings = json.loads(json.dumps(settings))
+        self._header, self._stem = {"settings": self._settings, **header}, "{}-of-{}".format(*shard)
         if self.directory.is_dir():
             names = {path.name for path in self.directory.iterdir()}
-            if names and not names & {MANIFEST, PARTS}:
+            if not names & {MANIFEST, PARTS} and any(not name.endswith(".lock") for name in names):
                 raise ValueError(
                     f"{self.directory} holds files but no manifest that says what they are; choose "
                     "another --features_path, or delete the folder"
                 )
-        self._settings = json.loads(json.dumps(settings))
-        self._header = {"settings": self._settings, **header}
-        return self.recorded()
+        recorded = self.recorded()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._release = self._hold(self._stem)
+        return recorded
+
+    def _hold(self, stem: str):
+        purpose = f"extracting shard {stem.replace('-of-', '/')}"
+        return hold_lock(self.directory / f".{stem}.lock", purpose)
 
     def write(self, rel_path: str, features: Tensor) -> None:
         """Store (F, P, D) as the settings' dtype; the file is whole or absent, whatever happens."""
         assert features.ndim == 3, f"features are (F, P, D), not {tuple(features.shape)}"
+        path = self.path(rel_path)
         rows = features.to(torch.float16).cpu().numpy()
         if self._settings.get("dtype") == INT8:
             rows = quantize(rows)
         self._open_journal()
-        path, unfinished = self.path(rel_path), Path(self._journal.name).with_suffix(".tmp")
+        unfinished = self.parts / f"{self._stem}.tmp"
         path.parent.mkdir(parents=True, exist_ok=True)
         with unfinished.open("wb") as file:
             np.save(file, rows, allow_pickle=False)
@@ -192,27 +198,19 @@ class FeatureStore:
         Comes after `write`: a process that is killed between the two makes the features again.
         """
         self._open_journal()
-        self._own[rel_path] = record
-        self._journal.write(json.dumps({"path": rel_path, **record}) + "\n")
-        self._journal.flush()
+        self._write_line({"path": rel_path, "time": time.time_ns(), **record})
 
     def _open_journal(self) -> None:
-        if self._journal is not None:
-            return
-        parts = self.directory / PARTS
-        parts.mkdir(parents=True, exist_ok=True)
-        # The number puts later runs after those that they have read; processes that begin together
-        # may share it, since no two of them work at the same source.
-        numbers = [int(path.name[:6]) for path in parts.glob("[0-9]" * 6 + ".*")]
-        stem = f"{max(numbers, default=0) + 1:06d}"
-        # Not complete any more: the manifest becomes a part of the next one.
-        with suppress(FileNotFoundError):
-            os.replace(self.directory / MANIFEST, parts / f"{stem}.base.{uuid.uuid4().hex}.json")
-        self.__dict__.pop("manifest", None)
-        self._journal = open(  # noqa: SIM115 - it lives as long as the run
-            parts / f"{stem}.journal.{uuid.uuid4().hex}.jsonl", "w", encoding="utf-8"
-        )
-        self._journal.write(json.dumps(self._header) + "\n")
+        if self._journal is None:
+            self.parts.mkdir(parents=True, exist_ok=True)
+            self.__dict__.pop("manifest", None)
+            journal = self.parts / f"{self._stem}.jsonl"
+            self._journal = journal.open("a", encoding="utf-8")
+            self._journal.write("\n")  # a kill may have left half a line
+            self._write_line(self._header)
+
+    def _write_line(self, content: dict) -> None:
+        self._journal.write(json.dumps(content) + "\n")
         self._journal.flush()
 
     def recorded(self) -> tuple[dict, dict]:
@@ -220,39 +218,24 @@ class FeatureStore:
 
         Raises ValueError where one of them works with other settings than this one's.
         """
-        path = self.directory / MANIFEST
-        while True:
-            was_complete = path.is_file()
-            found = [path, *sorted((self.directory / PARTS).glob("[0-9]*.json*"))]
-            records, self._headers, self._merged = {}, [], []
-            for part in found:
-                try:
-                    text = part.read_text(encoding="utf-8")
-                except FileNotFoundError:
-                    continue
-                if part.suffix == ".json":
-                    header = self._parse(part, text)
-                    records |= header.pop("sources") | header.pop("failures")
-                    settings = header
-                else:
-                    header, lines = _whole_lines(text)
-                    records |= {line.pop("path"): line for line in lines}
-                    settings = header.get("settings", {})
-                    self._headers.append(header)
-                if settings:
-                    self._check_settings(settings)
-                if part != path:
-                    self._merged.append(part)
-            # Another process may have joined the parts and removed them while they were read.
-            if path.is_file() == was_complete:
-                break
-        records |= self._own
-        failures = {rel for rel, record in records.items() if "reason" in record}
+        lines, self._headers = [], []
+        # Journals first: whoever finishes meanwhile removes them only once the manifest has them.
+        for journal in sorted(self.parts.glob("*.jsonl")):
+            with suppress(FileNotFoundError):
+                for line in _whole_lines(journal.read_text(encoding="utf-8")):
+                    (lines if "path" in line else self._headers).append(line)
+        manifest = self._read_manifest()
+        records = manifest.pop("sources", {}) | manifest.pop("failures", {})
+        for line in sorted(lines, key=lambda line: line.pop("time")):
+            records[line.pop("path")] = line
+        for settings in (manifest, *(header["settings"] for header in self._headers)):
+            self._check_settings(settings)
+        failures = {rel: record for rel, record in records.items() if "reason" in record}
         sources = {rel: record for rel, record in records.items() if rel not in failures}
-        return sources, {rel: records[rel] for rel in failures}
+        return sources, failures
 
     def _check_settings(self, found: dict) -> None:
-        problems = _differences(found, self._settings)
+        problems = _differences(found, self._settings) if found else []
         if "packed" in found and self._settings:
             problems = ["it is packed, and can only be read"]
         if problems:
@@ -262,26 +245,33 @@ class FeatureStore:
             )
 
     def finish(self, sources: dict, failures: dict) -> None:
-        """Write the manifest: the store is complete.
+        """Write the manifest: the store is complete once no other process writes to it any more.
 
         Several processes may do so at once, since all of them write the same.
         """
-        parts = self.directory / PARTS
-        parts.mkdir(parents=True, exist_ok=True)
-        unfinished = parts / f"{uuid.uuid4().hex}.tmp"
+        unfinished = self.directory / f".{self._stem}.tmp"
         content = {**self._settings, "sources": sources, "failures": failures}
         unfinished.write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
         os.replace(unfinished, self.directory / MANIFEST)
+        self.close()
+        for stem in {path.stem for path in self.parts.glob("*")}:
+            with suppress(ValueError):  # whoever still writes keeps its journal
+                release = self._hold(stem)
+                for file in self.parts.glob(f"{stem}.*"):
+                    file.unlink(missing_ok=True)
+                release()
+        with suppress(OSError):
+            self.parts.rmdir()
+        self.__dict__.pop("manifest", None)
+
+    def close(self) -> None:
+        """Ends this process's part of the work; another one may take its shard."""
         if self._journal is not None:
             self._journal.close()
-            self._merged.append(Path(self._journal.name))
-            self._journal, self._own = None, {}
-        for part in {*self._merged, *parts.glob("*.tmp")}:
-            part.unlink(missing_ok=True)
-        with suppress(OSError):  # another process adds to the store again, or was faster
-            parts.rmdir()
-        self._merged = []
-        self.__dict__.pop("manifest", None)
+        if self._release is not None:
+            self._release()
+        self._journal = self._release = None
+        self._settings = {}
 
 
 # -------------------------------------------------------------------------------------- int8
@@ -307,30 +297,40 @@ def quantize(features: np.ndarray) -> np.ndarray:
 
 
 def as_half(rows: np.ndarray) -> np.ndarray:
+    """Rows as stored → (F, P, D) float16 in writable memory, as torch takes it."""
     if rows.dtype.names is None:
-        return rows if rows.flags.writeable else np.array(rows)  # torch takes writable memory
+        return rows if rows.flags.writeable else np.array(rows)
     values = rows["values"].astype(np.float32)
     return (values * rows["scale"].astype(np.float32)[:, None]).astype(np.float16)
 
 
-def relative_error(exact: Tensor, stored: Tensor) -> tuple[float, float]:
-    """(squared error, squared norm), to be summed; the root of their ratio is the relative error"""
-    exact, stored = exact.float(), stored.float()
-    return float((stored - exact).square().sum()), float(exact.square().sum())
+class RelativeError:
+    """Of what is stored to what was computed: the root of summed squares over summed squares."""
+
+    def __init__(self):
+        self.squared_error = self.squared_norm = 0.0
+
+    def add(self, exact: np.ndarray, stored: np.ndarray) -> None:
+        exact, stored = (as_half(rows).astype(np.float32) for rows in (exact, stored))
+        self.squared_error += float(np.square(stored - exact).sum())
+        self.squared_norm += float(np.square(exact).sum())
+
+    def print(self) -> None:
+        if self.squared_norm:
+            percent = 100 * (self.squared_error / self.squared_norm) ** 0.5
+            print(f"int8: relative error {percent:.2f} % of the features")
 
 
 # ------------------------------------------------------------------------------------- files
 
 
-def _whole_lines(text: str) -> tuple[dict, list[dict]]:
-    """A journal's header and records; a line that a kill cut short doesn't count."""
+def _whole_lines(text: str) -> list[dict]:
+    """A journal's lines; one that a kill cut short doesn't count."""
     lines = []
-    for line in text.split("\n")[:-1]:
-        try:
+    for line in text.split("\n"):
+        with suppress(ValueError):
             lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return (lines[0], lines[1:]) if lines else ({}, [])
+    return lines
 
 
 def _differences(found: dict, expected: dict) -> list[str]:

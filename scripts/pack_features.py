@@ -9,53 +9,55 @@ Training takes `--features_path out/features_packed` like any other store. To ad
 into the original store and pack again.
 """
 
-import argparse
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from cli import launch
+from cli import Flags, flag, launch, parse_flags
 from dataset.feature_store import (
     FLOAT16,
     INT8,
     MANIFEST,
     FeatureStore,
-    as_half,
+    RelativeError,
     quantize,
-    relative_error,
     row_type,
 )
 
 
+@dataclass
+class PackFlags(Flags):
+    """Packing"""
+
+    features_path: str = flag("out/features", "folder of a complete feature store")
+    packed_path: str = flag("out/features_packed", "folder of the packed one")
+    features_dtype: Literal["float16", "int8"] | None = flag(None, "default: as it is")
+    shard_gib: float = flag(1.0, "size of a file, about", at_least=0)
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--features_path", required=True, help="a complete feature store")
-    parser.add_argument("--packed_path", required=True, help="folder of the packed one")
-    parser.add_argument("--features_dtype", choices=[FLOAT16, INT8], help="default: as it is")
-    parser.add_argument("--shard_gib", type=float, default=1.0, help="size of a file, about")
-    args = parser.parse_args(argv)
-    store, packed = FeatureStore(args.features_path), FeatureStore(args.packed_path)
-    made = store.manifest
-    stored_as = made.get("dtype", FLOAT16)
-    dtype = args.features_dtype or stored_as
+    flags = parse_flags(PackFlags, __doc__, argv)
+    store, packed = FeatureStore(flags.features_path), FeatureStore(flags.packed_path)
+    manifest = store.manifest
+    stored_as = manifest.get("dtype", FLOAT16)
+    dtype = flags.features_dtype or stored_as
     if (packed.directory / MANIFEST).exists():
         raise ValueError(f"{packed.directory} is a feature store already; choose another folder")
     if dtype == FLOAT16 and stored_as == INT8:
-        raise ValueError("int8 features don't become float16 again; extract them anew")
+        raise ValueError("int8 features don't become float16 again; extract them again")
 
-    row = row_type(dtype, made["tokens_per_frame"], made["hidden_size"])
-    shards = list(in_shards(made["sources"], int(args.shard_gib * 2**30) // row.itemsize))
+    row = row_type(dtype, manifest["tokens_per_frame"], manifest["hidden_size"])
+    shards = list(in_shards(manifest["sources"], int(flags.shard_gib * 2**30) // row.itemsize))
     packed.directory.mkdir(parents=True, exist_ok=True)
-    sources, squares = {}, [0.0, 0.0]
-    with tqdm(total=len(made["sources"]), unit=" clips", smoothing=0.1) as bar:
+    sources, size, int8_error = {}, 0, RelativeError()
+    with tqdm(total=len(manifest["sources"]), unit=" clips", smoothing=0.1) as bar:
         for number, names in enumerate(shards):
-            frames = [made["sources"][name]["frames"] for name in names]
+            frames = [manifest["sources"][name]["frames"] for name in names]
             path = packed.shard_path(number)
             unfinished = path.with_suffix(".tmp")
             shape = (sum(frames), *row.shape)
@@ -67,23 +69,21 @@ def main(argv: list[str] | None = None) -> None:
                     raise ValueError(f"{store.path(name)}: {len(own)} frames, not {count}")
                 if dtype != stored_as:
                     exact, own = own, quantize(own)
-                    error = relative_error(*(torch.from_numpy(as_half(x)) for x in (exact, own)))
-                    squares = [a + b for a, b in zip(squares, error, strict=True)]
+                    int8_error.add(exact, own)
                 rows[start : start + count] = own
-                sources[name] = {**made["sources"][name], "shard": number, "row": start}
+                sources[name] = {**manifest["sources"][name], "shard": number, "row": start}
                 start += count
                 bar.update()
             rows.flush()
             os.replace(unfinished, path)
+            size += path.stat().st_size
 
-    manifest = {**made, "dtype": dtype, "packed": len(shards), "sources": sources}
+    manifest = {**manifest, "dtype": dtype, "packed": len(shards), "sources": sources}
     unfinished = packed.directory / "manifest.tmp"
     unfinished.write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
     os.replace(unfinished, packed.directory / MANIFEST)
-    size = sum(packed.shard_path(number).stat().st_size for number in range(len(shards)))
     print(f"{len(sources)} visuals in {len(shards)} files, {size / 2**20:.1f} MiB, {dtype}")
-    if squares[1]:
-        print(f"int8: relative error {100 * (squares[0] / squares[1]) ** 0.5:.2f} %")
+    int8_error.print()
 
 
 def in_shards(sources: dict, rows_per_shard: int) -> Iterator[list[str]]:

@@ -89,6 +89,7 @@ def test_what_can_not_be_packed(store):
     np.save(store.path("d.mp4"), np.zeros((2, 5, 4), np.float16))
     with pytest.raises(ValueError, match="d.mp4.npy: 2 frames, not 8"):
         pack(store)
+    store.begin(SETTINGS)
     store.write("d.mp4", torch.zeros(8, 5, 4))
     store.finish(*store.recorded())
     packed = pack(store)
