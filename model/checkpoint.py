@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from functools import reduce
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import torch
 
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
-from model.import_weights import LLM, SUMMARY, Imported, import_weights, pair_halves, read_json
+from model.import_weights import LLM, SUMMARY, LoadReport, import_weights, pair_halves, read_json
 from model.lora import merged_state
 from model.minimind import MiniMind
 from model.video_summary import VideoSummary
@@ -27,36 +27,6 @@ from model.vision_tower import VisionTower
 
 # What every generation's video-language model has and no language model does.
 _VISION = re.compile(r"(module\.|_orig_mod\.)*(vision_proj|video_summar)")
-
-
-@dataclass
-class LoadReport:
-    """What became of a file; `print` gives it as a paragraph."""
-
-    source: str
-    title: str  # the generation
-    num_parameters: int
-    dtypes: list[str]  # of the file,
-    dtype: str  # and of the model
-    converted: list[str]
-    assumed: dict  # settings that only the generation tells
-    left_out: list[str]  # tensors that the model makes for itself
-    initialised: list[str] = field(default_factory=list)  # tensors that the file doesn't have
-
-    def __str__(self) -> str:
-        def several(names: list[str]) -> str:
-            return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
-
-        assumed = [f"{k} {_brief(v)}" for k, v in self.assumed.items()]
-        parts = [
-            f"{self.source}: {self.title}, {self.num_parameters / 1e6:.2f} M parameters "
-            f"({', '.join(self.dtypes)} → {self.dtype})",
-            f"converted: {', '.join(self.converted) or 'nothing'}",
-            f"assumed, as the file doesn't say: {', '.join(assumed) or 'nothing'}",
-            f"left out: {several(self.left_out) or 'nothing'}",
-            f"re-initialised: {several(self.initialised) or 'nothing'}",
-        ]
-        return "; ".join(parts) + "."
 
 
 def save_model(path: str | Path, model: Cinego | MiniMind, meta: dict) -> None:
@@ -150,7 +120,7 @@ def is_video_language_model(path: str | Path) -> bool:
 
 
 def _build(
-    found: Imported,
+    found: LoadReport,
     dtype: torch.dtype | str,
     vision_path: str | Path | None = None,
     new_summary: bool = False,
@@ -178,29 +148,20 @@ def _build(
                 model = MiniMind(LanguageModelConfig.from_dict(settings))
     except (TypeError, RuntimeError) as error:  # numbers that aren't, or that no tensor can have
         raise ValueError(f"{found.source} has impossible settings: {error}") from error
-    initialised = {}
     if new_summary:
         config = model.config
         size = (config.vision_hidden_size, config.tokens_per_frame, config.num_temporal_filters)
-        summary = VideoSummary(config.summary, *size)
-        initialised = {SUMMARY + name: weight for name, weight in summary.state_dict().items()}
-    found.state |= initialised
+        for name, weight in VideoSummary(config.summary, *size).state_dict().items():
+            found.initialised.append(SUMMARY + name)
+            found.state[SUMMARY + name] = weight
     _fill(model, found, dtype)
-    model.load_report = LoadReport(
-        source=str(found.source),
-        title=found.title,
-        num_parameters=sum(p.numel() for p in model.parameters()),
-        dtypes=sorted(map(_dtype_name, in_file)),
-        dtype=_dtype_name(dtype),
-        converted=found.converted,
-        assumed={name: value for name, value in found.assumed.items() if name not in found.given},
-        left_out=found.left_out,
-        initialised=list(initialised),
-    )
+    found.dtypes, found.dtype = sorted(map(_dtype_name, in_file)), _dtype_name(dtype)
+    found.num_parameters = sum(p.numel() for p in model.parameters())
+    model.load_report = found
     return model.eval()
 
 
-def _fill(model: Cinego | MiniMind, found: Imported, dtype: torch.dtype) -> None:
+def _fill(model: Cinego | MiniMind, found: LoadReport, dtype: torch.dtype) -> None:
     """Moves the state into `model`, in `dtype`: every parameter is set and nothing is left over.
 
     The state is emptied on the way and its memory taken over where it fits, so that no more than
@@ -248,14 +209,6 @@ def _fill(model: Cinego | MiniMind, found: Imported, dtype: torch.dtype) -> None
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _brief(value) -> str:
-    """Placeholder ids are long and dull: 34 x 197."""
-    if not isinstance(value, list):
-        return f"{value:g}" if isinstance(value, float) else str(value)
-    runs = [f"{i} x {value.count(i)}" for i in dict.fromkeys(value)]
-    return " + ".join(runs)
 
 
 def _replace(path: Path, write: Callable) -> None:

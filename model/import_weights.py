@@ -65,11 +65,11 @@ _SETTINGS = {  # of LanguageModelConfig: in MiniMind's own config.json, where it
 
 
 @dataclass
-class Imported:
-    """A state dict under our names, and what is known of its model."""
+class LoadReport:
+    """What is known of a file's weights, and what became of them; `print` gives a paragraph."""
 
-    state: dict[str, Tensor]
-    source: str | Path  # where it comes from, for messages
+    state: dict[str, Tensor]  # under our names; empty once a model has taken the tensors over
+    source: str | Path
     given: dict  # settings from elsewhere: files beside it, overrides
     title: str = ""  # the generation
     has_vision: bool = False
@@ -78,13 +78,39 @@ class Imported:
     assumed: dict = field(default_factory=dict)  # and those that only the generation does
     converted: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)  # tensors that the model makes for itself
+    initialised: list[str] = field(default_factory=list)  # tensors that the file doesn't have
+    dtypes: list[str] = field(default_factory=list)  # of the file,
+    dtype: str = ""  # and of the model
+    num_parameters: int = 0
 
     @property
     def settings(self) -> dict:
+        """All of them, the surest last: those of CinegoConfig and of its language model."""
         return self.assumed | self.inferred | self.given
 
+    def __str__(self) -> str:
+        def list_some(names: list[str]) -> str:
+            names = names[:3] + [f"{len(names) - 3} more"] * (len(names) > 3)
+            return ", ".join(names) or "nothing"
 
-def import_weights(path: str | Path, overrides: dict) -> Imported:
+        assumed = ", ".join(f"{name} {_brief(value)}" for name, value in self.assumed.items())
+        return (
+            f"{self.source}: {self.title}, {self.num_parameters / 1e6:.2f} M parameters "
+            f"({', '.join(self.dtypes)} → {self.dtype}); "
+            f"converted: {', '.join(self.converted) or 'nothing'}; "
+            f"assumed, as the file doesn't say: {assumed or 'nothing'}; "
+            f"left out: {list_some(self.left_out)}; re-initialised: {list_some(self.initialised)}."
+        )
+
+
+def _brief(value) -> str:
+    """Placeholder ids are long and dull: 34 x 197."""
+    if not isinstance(value, list):
+        return f"{value:g}" if isinstance(value, float) else str(value)
+    return " + ".join(f"{i} x {value.count(i)}" for i in dict.fromkeys(value))
+
+
+def import_weights(path: str | Path, overrides: dict) -> LoadReport:
     """The weights in `path` (.pth, .safetensors or a transformers directory) under our names.
 
     overrides: settings that decide over those beside the weights. Raises ValueError for what isn't
@@ -247,7 +273,7 @@ def _transformers_settings(config: dict, about: Path) -> dict:
 # ---- generations
 
 
-def _recognise(state: dict[str, Tensor], source: Path, given: dict) -> Imported:
+def _recognise(state: dict[str, Tensor], source: Path, given: dict) -> LoadReport:
     """Reads the generation from names and shapes. Tensors move over from `state`, uncopied."""
     plain = {name: _WRAPPER.sub("", name).removeprefix(".") for name in state}
     left_out = [name for name in state if _UNNEEDED.search(plain[name])]
@@ -269,7 +295,8 @@ def _recognise(state: dict[str, Tensor], source: Path, given: dict) -> Imported:
     elif has("video_summarizer."):
         ancestor = "Cinego 2025"
     has_vision = ours or ancestor != "Cinego" or has(PROJECTOR, SUMMARY)
-    found = Imported({}, source, given, has_vision=has_vision, interleaved=old, left_out=left_out)
+    found = LoadReport({}, source, given)
+    found.has_vision, found.interleaved, found.left_out = has_vision, old, left_out
     for name, new in plain.items():
         for theirs, our in _VISION_NAMES + (_OLD_NAMES if old else ()):
             new = theirs.sub(our, new)
@@ -297,6 +324,7 @@ def _recognise(state: dict[str, Tensor], source: Path, given: dict) -> Imported:
     if has_vision:
         _infer_vision(found, ancestor)
         found.title = f"{ancestor} on {found.title}"
+    found.assumed = {name: v for name, v in found.assumed.items() if name not in given}
     return found
 
 
@@ -341,7 +369,7 @@ def _unfuse(name: str, weight: Tensor) -> dict[str, Tensor]:
     return {f"{start}.{n}.weight": part for n, part in zip(names, parts, strict=True)}
 
 
-def _matrix(found: Imported, name: str) -> Tensor:
+def _matrix(found: LoadReport, name: str) -> Tensor:
     if name in found.state and found.state[name].ndim == 2:
         return found.state[name]
     raise ValueError(
@@ -355,7 +383,7 @@ def _count(state: dict[str, Tensor], start: str) -> int:
     return len({name.removeprefix(start).split(".")[0] for name in state if name.startswith(start)})
 
 
-def _infer_language_model(found: Imported, prefix: str) -> str:
+def _infer_language_model(found: LoadReport, prefix: str) -> str:
     """Fills in the language model's settings; gives the generation."""
     given, first = found.given, f"{prefix}model.layers.0."
     vocab_size, width = _matrix(found, prefix + "model.embed_tokens.weight").shape
@@ -406,7 +434,7 @@ def _infer_language_model(found: Imported, prefix: str) -> str:
     return title
 
 
-def _infer_vision(found: Imported, ancestor: str) -> None:
+def _infer_vision(found: LoadReport, ancestor: str) -> None:
     """Fills in the settings of CinegoConfig."""
     width = found.inferred["vision_hidden_size"] = _matrix(found, PROJECTOR + "weight").shape[1]
     queries = found.state.get(SUMMARY + "queries", found.state.get(SUMMARY + "query_s"))

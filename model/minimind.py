@@ -71,11 +71,7 @@ class BlockMask:
 
 
 def make_block_mask(
-    past: int,
-    length: int,
-    segment_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    device: torch.device,
+    past: int, length: int, segment_ids: Tensor | None, attention_mask: Tensor | None, device
 ) -> BlockMask | None:
     """For `length` new tokens after `past` in the cache; None: each attends to all before it.
 
@@ -163,11 +159,7 @@ class Attention(nn.Module):
         self.qkv_proj: nn.Module | None = None  # the first three in one, for answering only
 
     def forward(
-        self,
-        x_BLC: Tensor,
-        tables: tuple[Tensor, Tensor],
-        mask: BlockMask | None,
-        cache: KVCache | None,
+        self, x_BLC: Tensor, tables, mask: BlockMask | None, cache: KVCache | None
     ) -> Tensor:
         """(B, L, C) → (B, L, C). tables: of `rotary_tables`; the cache, if any, is extended."""
         if self.qkv_proj is None:
