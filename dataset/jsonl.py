@@ -153,7 +153,8 @@ def _save_index(places: list[Path], columns: dict[str, np.ndarray], about: dict[
 def _places(path: str) -> list[Path]:
     beside = Path(f"{os.path.realpath(path)}.index")
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return [beside, Path(cache, "cinego", f"{_short_hash(path)}.index")]
+    folders = Path(cache, "cinego"), Path(tempfile.gettempdir(), f"cinego-{os.getuid()}")
+    return [beside, *(folder / f"{_short_hash(path)}.index" for folder in folders)]
 
 
 def _short_hash(path: str) -> str:

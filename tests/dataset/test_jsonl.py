@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import shutil
+import tempfile
 
 import pytest
 
@@ -72,13 +74,16 @@ def test_it_is_read_not_made_again_until_the_data_changes(large):
         read_samples(large)
 
 
-def test_a_folder_that_can_not_be_written(large, tmp_path):
+def test_a_folder_that_can_not_be_written(large, tmp_path, monkeypatch):
     index_of(large).mkdir()
     first = read_samples(large)
     assert len(list((tmp_path / "cache").rglob("*.index"))) == 1
     assert read_samples(large).fingerprint == first.fingerprint
-    (tmp_path / "cache" / "cinego").rename(tmp_path / "gone")
-    (tmp_path / "cache" / "cinego").write_text("in the way")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    for folder in ("cinego", f"cinego-{os.getuid()}"):
+        shutil.rmtree(tmp_path / "cache" / folder, ignore_errors=True)
+        (tmp_path / "cache" / folder).write_text("in the way")
     assert len(read_samples(large)) == len(first)  # kept in memory
 
 
