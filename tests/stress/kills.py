@@ -3,19 +3,15 @@
     python tests/stress/kills.py --kills 20      # over one run on 1, then over one on 2 processes
 
 What runs is train_pretrain.py as a user starts it, with validation and checkpoints, on features
-made up here, one file of them damaged. Only the imports come from a server
-that has done them before, so that the kills hit the training. Of two processes one or both die; a
-survivor has to end by itself. Then the same command starts again. Ends with an error unless weights
-and lines are those of the undisturbed run.
+made up here, one file of them damaged. Of two processes one or both die; a survivor has to end by
+itself. Then the same command starts again. Ends with an error unless weights and lines are those of
+the undisturbed run.
 """
 
 import argparse
 import json
-import multiprocessing
-import os
 import random
-import shutil
-import socket
+import re
 import sys
 import tempfile
 import time
@@ -27,13 +23,12 @@ import torch
 
 from cli import launch
 from dataset.feature_store import FeatureStore
-from trainer.checkpoint import list_states, step_of
+from tests.trainer.processes import start
 from trainer.logger import read_rows
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "model/text_tokenizer"
 CLIPS, FRAMES, TOKENS, WIDTH = 40, 2, 5, 16
 MEASURED = ("seconds", "cpu_seconds", "tokens_per_second", "data_wait")  # differ in any two runs
-FORKSERVER = multiprocessing.get_context("forkserver")
 
 
 def make_data(folder: Path) -> None:
@@ -54,57 +49,33 @@ def make_data(folder: Path) -> None:
     (folder / "data.jsonl").write_text("\n".join(lines))
 
 
-def command(folder: Path, out: str, processes: int, updates: int) -> list[str]:
-    return [
-        *("--out_dir", str(folder / out), "--run_name", "run", "--device", "cpu"),
-        *("--data_path", str(folder / "data.jsonl"), "--val_path", str(folder / "data.jsonl")),
-        *(
-            "--use_feature",
-            "--features_path",
-            str(folder / "features"),
-            "--max_skipped_fraction",
-            "0.1",
-        ),
-        *("--tokenizer_path", str(TOKENIZER), "--from_scratch", "--freeze_llm", "0"),
-        *("--dim", "32", "--n_layers", "1", "--n_heads", "2", "--n_kv_heads", "1"),
-        *("--num_frames", str(FRAMES), "--dtype", "float32", "--learning_rate", "1e-2"),
-        *("--batch_size", str(2 // processes), "--epochs", "1000", "--max_steps", str(updates)),
-        *("--log_interval", "1", "--save_interval", "3", "--eval_interval", "10"),
-        *("--num_workers", "0", "--timeout", "60"),
-    ]
+def training_flags(folder: Path, out: str, processes: int, steps: int) -> list[str]:
+    return (
+        f"--out_dir {folder / out} --run_name run --device cpu --data_path {folder / 'data.jsonl'} "
+        f"--val_path {folder / 'data.jsonl'} --use_feature --features_path {folder / 'features'} "
+        f"--max_skipped_fraction 0.1 --tokenizer_path {TOKENIZER} "
+        "--from_scratch --freeze_llm 0 --dim 32 --n_layers 1 --n_heads 2 --n_kv_heads 1 "
+        f"--num_frames {FRAMES} --dtype float32 --learning_rate 1e-2 --num_workers 0 --timeout 60 "
+        f"--batch_size {2 // processes} --epochs 1000 --max_steps {steps} --log_interval 1 "
+        "--save_interval 3 --eval_interval 10"
+    ).split()
 
 
 def pretrain(argv: list[str]) -> None:
     import train_pretrain  # by the server of processes, and not by the one that kills
 
+    torch.set_num_threads(1)
     launch(lambda: train_pretrain.main(argv))
 
 
-def start(main, arguments: list, log: Path, processes: int = 1, **environment: str) -> list:
-    """`main(*arguments)` in so many processes that know each other."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    started = []
-    for rank in range(processes):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-        started.append(
-            FORKSERVER.Process(target=_child, args=(main, arguments, log, environment | place))
-        )
-        started[-1].start()
-    return started
+def finish(team: list, log: Path) -> None:
+    for process in team:
+        process.join()
+        assert process.exitcode == 0, f"{log}: {log.read_text()[-2000:]}"
 
 
-def _child(main, arguments: list, log: Path, environment: dict[str, str]) -> None:
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.environ |= environment
-    # Its loader's processes come about as in any run, not from a server of their own.
-    multiprocessing.set_start_method(None, force=True)
-    torch.set_num_threads(1)
-    sys.argv = ["train"]
-    main(*arguments)
+def last_step(run: Path) -> int:
+    return max((row["step"] for row in read_rows(run / "metrics.jsonl")), default=0)
 
 
 def half_written(run: Path) -> list[Path]:
@@ -112,63 +83,43 @@ def half_written(run: Path) -> list[Path]:
     return [*run.parent.glob(".run.*"), *run.glob("state.tmp")]
 
 
-def last_update(run: Path) -> int:
-    return max((row["step"] for row in read_rows(run / "metrics.jsonl")), default=0)
-
-
-def run_killed(
-    folder: Path, processes: int, kills: int, updates: int, chance: random.Random
-) -> dict:
-    """The run, killed so often and started again; what was hit, for the table."""
+def run_killed(folder: Path, processes: int, kills: int, steps: int, chance: random.Random) -> dict:
+    """The run, killed so often and started again; how often each phase was hit."""
     out, log = f"killed{processes}", folder / f"killed{processes}.log"
-    run, arguments = (
-        folder / out / "run",
-        [command(folder, f"killed{processes}", processes, updates)],
-    )
-    hit = {"starting": 0, "training": 0, "saving": 0, "repeated": 0, "survivor_seconds": 0.0}
+    run, flags = folder / out / "run", training_flags(folder, out, processes, steps)
+    hit = {"starting": 0, "training": 0, "saving": 0, "survivor_seconds": 0.0}
     log.touch()
-    for number in range(kills + 1):
-        said = log.stat().st_size
-        team = start(pretrain, arguments, log, processes)
-        if number == kills:
-            break
-        # While it starts, some updates further on and somewhere within one, or in mid-write.
+    for number in range(kills):
+        earlier = log.stat().st_size
+        team = start(pretrain, flags, log, processes)
+        # While it starts, some steps further on and somewhere within one, or in mid-write.
         moment = chance.choices(("starting", "training", "saving"), (1, 6, 3))[0]
-        before = None
-        if moment == "saving":
-            while all(process.is_alive() for process in team) and not half_written(run):
-                time.sleep(0.001)
-            within = 0.0
-        elif moment == "training":
-            ahead, within = chance.randint(0, 5), chance.uniform(0, 0.01)
-            while any(process.is_alive() for process in team):
-                text = log.read_bytes()[said:].decode(errors="replace")
-                if before is None and f" to {updates}" in text:
-                    before = int(text.split(f" to {updates}")[0].rsplit("steps ")[-1])
-                if before is not None and last_update(run) >= before + ahead:
-                    break
-                time.sleep(0.01)
-        else:
-            within = chance.uniform(0, 1)
-        time.sleep(within)
+        ahead, within = chance.randint(0, 5), chance.uniform(0, 0.01)
+        begun = None
+        while moment != "starting" and all(process.is_alive() for process in team):
+            text = log.read_bytes()[earlier:].decode(errors="replace")
+            begun = begun or re.search(rf"steps (\d+) to {steps}", text)
+            if moment == "saving" and half_written(run):
+                break
+            if moment == "training" and begun and last_step(run) >= int(begun[1]) + ahead:
+                break
+            time.sleep(0.001)
+        if moment != "saving":
+            time.sleep(within if moment == "training" else 100 * within)
         assert all(p.is_alive() for p in team), f"it ended before kill {number + 1}, see {log}"
         victims = chance.choice([team, *([process] for process in team)])
         for process in victims:
             process.kill()
-        ended = time.perf_counter()
+        killed = time.perf_counter()
         for process in team:
             process.join()
         if len(victims) < len(team):
-            hit["survivor_seconds"] = max(hit["survivor_seconds"], time.perf_counter() - ended)
-        begun = f" to {updates}" in log.read_bytes()[said:].decode(errors="replace")
+            waited = time.perf_counter() - killed
+            hit["survivor_seconds"] = max(hit["survivor_seconds"], waited)
         hit["saving" if half_written(run) else "training" if begun else "starting"] += 1
         for path in half_written(run):
             path.unlink()
-        newest = max((step_of(path) for path in list_states(run)), default=0)
-        hit["repeated"] += max(0, last_update(run) - newest)
-    for process in team:
-        process.join()
-        assert process.exitcode == 0, f"the last start failed, see {log}"
+    finish(start(pretrain, flags, log, processes), log)
     return hit
 
 
@@ -179,59 +130,37 @@ def compare(a: Path, b: Path) -> dict:
     differences = [(weights[0][k] - weights[1][k]).abs().max().item() for k in weights[0]]
     lines = []
     for folder in (a, b):
-        rows = read_rows(folder / "run/metrics.jsonl")
-        lines.append(
-            [json.dumps({k: v for k, v in row.items() if k not in MEASURED}) for row in rows]
-            + [json.dumps(row) for row in read_rows(folder / "run/quarantine.jsonl")]
-        )
+        rows = read_rows(folder / "run/metrics.jsonl") + read_rows(folder / "run/quarantine.jsonl")
+        kept = [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
+        lines.append([json.dumps(row) for row in kept])
     lost = sum(line not in lines[1] for line in lines[0])
     more = len(lines[1]) - len(lines[0]) + lost
     return {"difference": max(differences), "lines": len(lines[0]), "lost": lost, "more": more}
 
 
-def measure(folder: Path, processes: int, kills: int, updates: int, seed: int) -> dict:
-    """Both runs and their comparison; AssertionError unless they are the same."""
-    alone = start(
-        pretrain,
-        [command(folder, f"alone{processes}", processes, updates)],
-        folder / f"alone{processes}.log",
-        processes,
-    )
-    for process in alone:
-        process.join()
-        assert process.exitcode == 0, (folder / f"alone{processes}.log").read_text()[-2000:]
-    hit = run_killed(folder, processes, kills, updates, random.Random(seed))
-    found = compare(folder / f"alone{processes}", folder / f"killed{processes}")
-    return {"processes": processes, "kills": kills, "updates": updates, **hit, **found}
-
-
-def preload() -> None:
-    """Has the server that the processes come from import everything once."""
-    FORKSERVER.set_forkserver_preload(["torch", "transformers", "train_pretrain"])
+def measure(folder: Path, processes: int, kills: int, steps: int, seed: int) -> dict:
+    """Both runs and their comparison."""
+    alone, log = f"alone{processes}", folder / f"alone{processes}.log"
+    finish(start(pretrain, training_flags(folder, alone, processes, steps), log, processes), log)
+    hit = run_killed(folder, processes, kills, steps, random.Random(seed))
+    found = compare(folder / alone, folder / f"killed{processes}")
+    return {"processes": processes, "kills": kills, "steps": steps, **hit, **found}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--updates", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    preload()
-    torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp())
     make_data(folder)
-    columns = ("processes", "kills", "updates", "starting", "training", "saving", "repeated")
-    columns += ("survivor_seconds", "difference", "lines", "lost", "more")
-    print("| " + " | ".join(columns) + " |\n|" + "--:|" * len(columns))
-    same = True
     for processes in args.processes:
-        row = measure(folder, processes, args.kills, args.updates, args.seed)
-        print("| " + " | ".join(f"{row[name]:.3g}" for name in columns) + " |", flush=True)
-        same &= row["difference"] == row["lost"] == row["more"] == 0
-    if not same:
-        raise SystemExit(f"the runs differ; they stand in {folder}")
-    shutil.rmtree(folder)
+        row = measure(folder, processes, args.kills, args.steps, args.seed)
+        print(", ".join(f"{name} {value:.3g}" for name, value in row.items()), flush=True)
+        if row["difference"] or row["lost"] or row["more"]:
+            raise SystemExit(f"the runs differ; they stand in {folder}")
 
 
 if __name__ == "__main__":
