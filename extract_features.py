@@ -50,7 +50,7 @@ class ExtractFlags(FrameFlags):
 
     data_path: list[str] = flag([], "jsonl files: all visuals that they name")
     videos: list[str] = flag([], "video and image files, or folders that are searched for them")
-    images_path: str = flag(".", "root that the paths of visuals are relative to")
+    images_path: str = flag("dataset/videos", "folder that the visuals' paths start from")
     vision_path: str = flag(VISION_PATH, "vision tower")
     features_path: str = flag("out/features", "folder of the feature store")
     features_dtype: Literal["float16", "int8"] = flag("float16", "int8: half the bytes")
