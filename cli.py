@@ -82,6 +82,9 @@ class ModelFlags(Flags):
     tokenizer_path: str | None = flag(
         None, f"folder of the tokenizer (default: the checkpoint's own, or {TOKENIZER_PATH})"
     )
+    accept_tokenizer: bool = flag(
+        False, "use the tokenizer even if the weights seem to be trained with another"
+    )
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps", scope="process")
 
 

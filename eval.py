@@ -51,7 +51,7 @@ def load(args: argparse.Namespace) -> ChatModel:
         )
     chat_model = ChatModel.load(
         *(checkpoint, args.vision_path, args.tokenizer_path, args.num_frames, args.device),
-        *(args.sampling, args.fps, args.dtype, args.quantize),
+        *(args.sampling, args.fps, args.dtype, args.quantize, args.accept_tokenizer),
     )
     has = chat_model.model.config.language_model
     for flag, asked, trained in (
@@ -286,6 +286,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--vision_path", help=f"vision tower (default: the checkpoint's own, or {VISION_PATH})")
     add("--tokenizer_path", help=f"tokenizer (default: the checkpoint's own, or {TOKENIZER_PATH})")
+    add("--accept_tokenizer", action="store_true", help="even if it seems to be another model's")
     add("--num_frames", type=int, help="frames taken from a video (default: as in training)")
     add("--sampling", choices=["uniform", "fps"], help="which of them (default: as in training)")
     add("--fps", type=float, help="frames a second with --sampling fps")

@@ -5,7 +5,6 @@ are trained, which settings are usual. Everything they share stands here once.
 """
 
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from cli import TOKENIZER_PATH, VISION_PATH, Flags, FrameFlags, flag, parse_flags
 from dataset.conversation import placeholder_ids
@@ -32,10 +31,11 @@ from dataset.video_dataset import (
     collate,
 )
 from device import choose_device
-from model.checkpoint import save_model
+from model.checkpoint import read_about, save_model
 from model.cinego import Cinego
 from model.config import SUMMARY_ALIASES, CinegoConfig, LanguageModelConfig
 from model.lora import add_adapters
+from model.tokenizer import check_tokenizer, open_tokenizer, tokenizer_fingerprint
 from model.vision_tower import VisionTower
 from trainer.config import TrainConfig, run_flag
 from trainer.distributed import World, setup
@@ -62,6 +62,9 @@ class DataFlags(FrameFlags):
     )
     vision_path: str = local_flag(VISION_PATH, "frozen vision tower, for reading videos")
     tokenizer_path: str = local_flag(TOKENIZER_PATH, "folder of the tokenizer")
+    accept_tokenizer: bool = run_flag(
+        False, "use the tokenizer even if the weights seem to be trained with another"
+    )
     max_seq_len: int = flag(1024, "longest row in tokens; visual tokens count", at_least=1)
     share_prefix: bool = flag(True, "all samples of one visual share a row, the visual comes once")
 
@@ -204,26 +207,13 @@ def train_stage(config: StageConfig, start: Path, load: Load, world: World) -> d
         "data": fingerprint(config.data_path),
         "start": "random" if config.from_scratch else fingerprint([start]),
         "vision_tower": visuals.tower_fingerprint,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
     }
     val_loader = loader(config.val_path, visuals.val, False)
     if config.dry_run:
         return dry_run(model, loader(config.data_path, visuals.train, False), config, world)
     train_loader = loader(config.data_path, visuals.train, True)
     return fit(model, train_loader, val_loader, config, world, save, lineage)
-
-
-def open_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder; ValueError where there is none."""
-    if not Path(path).is_dir():  # a name would be looked up on the net
-        raise ValueError(f"--tokenizer_path {path}: no such folder")
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"--tokenizer_path {path}: no tokenizer can be read there ({reason}); give a folder "
-            "with tokenizer.json and tokenizer_config.json, such as model/text_tokenizer"
-        ) from None
 
 
 def open_visuals(config: StageConfig) -> Visuals:
@@ -285,8 +275,10 @@ def build_model(
     if config.from_scratch:
         model, tower_before = Cinego(wanted, visuals.tower), None
     else:
-        model, tower_before = load(start, wanted, visuals.tower), tower_of(start)
-    language_model, given = model.config.language_model, wanted.language_model
+        model, about = load(start, wanted, visuals.tower), read_about(start)
+        check_tokenizer(model, tokenizer, about, config.accept_tokenizer)
+        tower_before = about.get("lineage", {}).get("vision_tower")
+    language_model = model.config.language_model
     shape = {
         "dim": language_model.hidden_size,
         "n_layers": language_model.num_hidden_layers,
@@ -296,7 +288,6 @@ def build_model(
     }
     pairs = {
         **{f"--{name}": (there, getattr(config, name) or there) for name, there in shape.items()},
-        "--tokenizer_path: vocabulary": (language_model.vocab_size, given.vocab_size),
         "--tokenizer_path: placeholder": (
             list(model.config.image_ids or ()),  # a list or a tuple, as its file has it
             list(wanted.image_ids),
@@ -367,14 +358,6 @@ def make_loader(
         persistent_workers=training and config.num_workers > 0,
         pin_memory=world.device.type == "cuda",
     )
-
-
-def tower_of(start: Path) -> str | None:
-    """Fingerprint of the tower that a checkpoint was trained with; None where it knew none."""
-    about = start.with_suffix(".json")
-    if not about.is_file():
-        return None
-    return json.loads(about.read_text(encoding="utf-8")).get("lineage", {}).get("vision_tower")
 
 
 def fingerprint(paths: list[str | Path]) -> str:

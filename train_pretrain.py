@@ -33,7 +33,7 @@ def load(path: Path, wanted: CinegoConfig, tower: VisionTower | None) -> Cinego:
     language_model = load_language_model(path)
     print(language_model.load_report)  # which generation it is, and what was assumed of it
     model = Cinego(replace(wanted, language_model=language_model.config), tower)
-    model.language_model = language_model
+    model.language_model, model.load_report = language_model, language_model.load_report
     return model
 
 

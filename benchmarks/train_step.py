@@ -42,13 +42,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoTokenizer
 
 from dataset.conversation import IGNORED
 from dataset.samples import Samples, read_samples
 from dataset.video_dataset import LengthGroupedBatchSampler, VideoDataset, collate
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
+from model.tokenizer import open_tokenizer
 from trainer.config import TrainConfig
 from trainer.dry_run import peak_memory
 from trainer.engine import compute_loss
@@ -246,7 +246,7 @@ def compare(args, dtype: str) -> list[dict]:
     model = make_model(args.dim, args.n_layers).to(device).train()
     config = TrainConfig(dtype=dtype)
     optimizers = Optimizers(model, config)
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "model/text_tokenizer")
+    tokenizer = open_tokenizer("model/text_tokenizer")
     source, samples = Source(args.num_frames), make_samples(args.samples, args.seed)
     make = partial(make_way, samples=samples, tokenizer=tokenizer, source=source)
     make = partial(make, tokens_per_batch=args.tokens_per_batch)
@@ -348,7 +348,7 @@ def one_size(args) -> None:
     model = make_model(args.dim, args.n_layers).to(device).train()
     config = TrainConfig(dtype=args.dtype[0])
     optimizers = Optimizers(model, config)
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "model/text_tokenizer")
+    tokenizer = open_tokenizer("model/text_tokenizer")
     samples = make_samples(args.samples, args.seed)
     for num_frames in FRAMES:
         source = Source(num_frames)

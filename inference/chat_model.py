@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from dataset.conversation import ConversationError, Encoded, encode
 from dataset.video import Frames, FrameTransform, VideoError, read_frames
@@ -22,6 +22,7 @@ from model.checkpoint import load_video_language_model, read_about
 from model.cinego import Cinego
 from model.generate import GREEDY, Sampling
 from model.inference import prepare
+from model.tokenizer import check_tokenizer, open_tokenizer
 
 CLIPS_AT_ONCE = 32  # in memory as pixels; their features stay, a hundredth of the size
 FRAMES_AT_ONCE = 64  # through the tower; bounds its memory
@@ -52,34 +53,24 @@ class ChatModel:
         fps: float | None = None,
         dtype: str = "auto",
         quantize: str = "none",
+        accept_tokenizer: bool = False,
     ) -> "ChatModel":
         """checkpoint: a .pth, or a directory that scripts/export_hf.py wrote, which brings its own
         tower and tokenizer along. vision_path, tokenizer_path: None for those that go with the
         checkpoint, see `find_parts`. num_frames, sampling and fps: None for what they were in
-        training. dtype, quantize: of the language model, see model/inference.py.
+        training. dtype, quantize: of the language model, see model/inference.py. accept_tokenizer:
+        use the tokenizer even if it seems to be another model's, see `check_tokenizer`.
         Raises ValueError, with the fix, where a part is missing or isn't the one that the
         checkpoint was trained with."""
         checkpoint = Path(checkpoint)
         if vision_path is None or tokenizer_path is None:
             own = find_parts(checkpoint)
             vision_path, tokenizer_path = vision_path or own[0], tokenizer_path or own[1]
-        if not Path(tokenizer_path, "tokenizer_config.json").is_file():
-            raise ValueError(
-                f"no tokenizer in {tokenizer_path}: name a directory with tokenizer.json and "
-                "tokenizer_config.json (--tokenizer_path)"
-            )
+        tokenizer = open_tokenizer(tokenizer_path)
         chosen = choose_device(device)
         model = load_video_language_model(checkpoint, vision_path).to(chosen)
-        # An exported directory brings code along, which AutoTokenizer would ask to run.
-        kind = PreTrainedTokenizerFast if tokenizer_path == checkpoint else AutoTokenizer
-        tokenizer = kind.from_pretrained(tokenizer_path, local_files_only=True)
-        known = model.config.language_model.vocab_size
-        if len(tokenizer) > known:
-            raise ValueError(
-                f"{tokenizer_path} has {len(tokenizer)} entries, {checkpoint} was trained with "
-                f"{known}: name its own tokenizer (--tokenizer_path)"
-            )
         trained = read_about(checkpoint)
+        check_tokenizer(model, tokenizer, trained, accept_tokenizer)
         # Another tower of the same shape gives features that mean nothing to this model.
         trained_with = trained.get("lineage", {}).get("vision_tower")
         if trained_with not in (None, model.vision_tower.fingerprint()):

@@ -30,7 +30,7 @@ class LimitFlags(Flags):
             value = getattr(self, field.name)
             # A limit of less than one second makes sense, and of less than a whole MiB.
             low = 1e-3 if isinstance(value, float) else 1
-            unchecked = field.metadata["at_least"] is None and isinstance(value, int | float)
+            unchecked = field.metadata["at_least"] is None and type(value) in (int, float)
             if unchecked and not low <= value < math.inf:
                 found.append(f"--{field.name} is {value}: give {low} or more")
         return found
@@ -55,7 +55,7 @@ class SharedFlags(LimitFlags, PrecisionFlags, TrainedFrameFlags, ModelFlags):
         return ChatModel.load(
             *(checkpoint or self.load_from, self.vision_path, self.tokenizer_path),
             *(self.num_frames, self.device, self.sampling, self.fps),
-            *(self.dtype, self.quantize),
+            *(self.dtype, self.quantize, self.accept_tokenizer),
         )
 
 

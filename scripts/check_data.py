@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from cli import TOKENIZER_PATH, FrameFlags, flag, launch, parse_flags
 from dataset.conversation import IGNORED, ConversationError, encode, truncate
@@ -32,6 +31,7 @@ from dataset.jsonl import parse_json, read_lines
 from dataset.parallel import in_any_order
 from dataset.samples import parse_sample, resolve_under
 from dataset.video import VideoError, ending_workers, read_frames
+from model.tokenizer import open_tokenizer
 
 LISTED = 20  # problems on the terminal
 FOUND_PROBLEMS = 3  # exit code
@@ -81,7 +81,7 @@ class Checked:
 
 def main(argv: list[str] | None = None) -> None:
     flags = parse_flags(CheckFlags, __doc__, argv)
-    tokenizer = AutoTokenizer.from_pretrained(flags.tokenizer_path)
+    tokenizer = open_tokenizer(flags.tokenizer_path)
     paths, samples = flags.data_path + flags.val_path, []
     for path in paths:
         lines = tqdm(read_lines(path), unit=" lines", desc=Path(path).name, smoothing=0.1)

@@ -27,7 +27,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import (
-    AutoTokenizer,
     CLIPImageProcessorPil,
     GenerationConfig,
     LlamaConfig,
@@ -43,6 +42,7 @@ from model.checkpoint import load_model, read_about, save_model
 from model.cinego import Cinego
 from model.config import LanguageModelConfig
 from model.minimind import MiniMind
+from model.tokenizer import check_tokenizer, open_tokenizer, tokenizer_fingerprint
 from model.vision_tower import VisionTower
 from scripts.transformers_code.configuration_cinego import CinegoHubConfig
 from scripts.transformers_code.modeling_cinego import CinegoForCausalLM
@@ -63,6 +63,9 @@ class ExportFlags(Flags):
     target: str | None = flag(None, "a new directory, or a file name.pth")
     vision_path: str = flag(VISION_PATH, "vision tower that the model was trained with")
     tokenizer_path: str = flag(TOKENIZER_PATH, "tokenizer that the model was trained with")
+    accept_tokenizer: bool = flag(
+        False, "use the tokenizer even if the weights seem to be trained with another"
+    )
     num_frames: int | None = flag(
         None, "frames taken from a video (default: as in training, or 8)", at_least=1
     )
@@ -82,14 +85,14 @@ def export_video_language_model(
     model: Cinego,
     about: dict,
     directory: Path,
-    tokenizer_path: str,
+    tokenizer: PreTrainedTokenizerBase,
     vision_path: str,
     num_frames: int | None,
 ) -> None:
     """Writes everything that answering about a video takes into `directory`.
 
     model: with the tower of `vision_path`. about: what training wrote beside it, if it is ours.
-    Raises ValueError for a tower or tokenizer that isn't the model's, for frames that
+    Raises ValueError for a tower that isn't the model's, for frames that
     transformers' image processor can't make, and where `directory` has something in it.
     """
     trained_with = about.get("lineage", {}).get("vision_tower")
@@ -116,7 +119,6 @@ def export_video_language_model(
     exported.cinego.load_state_dict(model.state_dict(), strict=True, assign=True)
     config.dtype = torch.float32
 
-    tokenizer = load_tokenizer(tokenizer_path, model.config.language_model.vocab_size)
     exported.generation_config = generation_config(tokenizer)
     processor = CinegoProcessor(
         image_processor(transform),
@@ -140,13 +142,14 @@ def export_video_language_model(
     write_directory(directory, write)
 
 
-def export_language_model(model: MiniMind, about: dict, directory: Path, tokenizer_path: str):
+def export_language_model(
+    model: MiniMind, about: dict, directory: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Writes `model` in the layout that transformers, and what reads its models, knows.
 
-    Raises ValueError for experts that no family of transformers computes, for a tokenizer that
-    isn't the model's, and where `directory` has something in it.
+    Raises ValueError for experts that no family of transformers computes, and where `directory` has
+    something in it.
     """
-    tokenizer = load_tokenizer(tokenizer_path, model.config.vocab_size)
     config = usual_config(model.config)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
@@ -228,18 +231,6 @@ def export_pth(source: str, path: Path, tower_to: str | None) -> None:
 # ---- parts
 
 
-def load_tokenizer(path: str, vocab_size: int) -> PreTrainedTokenizerBase:
-    if not Path(path, "tokenizer_config.json").is_file():
-        raise ValueError(f"no tokenizer in {path}: name the one of training (--tokenizer_path)")
-    tokenizer = AutoTokenizer.from_pretrained(path)  # it is there: nothing is fetched
-    if len(tokenizer) > vocab_size:
-        raise ValueError(
-            f"{path} has {len(tokenizer)} entries, the model {vocab_size}: name the tokenizer of "
-            "training (--tokenizer_path)"
-        )
-    return tokenizer
-
-
 def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -309,14 +300,16 @@ def main(argv: list[str] | None = None) -> None:
     else:
         model = load_model(flags.source, None if flags.llm_only else flags.vision_path)
         print(model.load_report)
-        about = read_about(flags.source)
+        about, tokenizer = read_about(flags.source), open_tokenizer(flags.tokenizer_path)
+        check_tokenizer(model, tokenizer, about, flags.accept_tokenizer)
+        about.setdefault("lineage", {})["tokenizer"] = tokenizer_fingerprint(tokenizer)
         if isinstance(model, Cinego) and not flags.llm_only:
             export_video_language_model(
-                model, about, target, flags.tokenizer_path, flags.vision_path, flags.num_frames
+                model, about, target, tokenizer, flags.vision_path, flags.num_frames
             )
         else:
             language_model = getattr(model, "language_model", model)
-            export_language_model(language_model, about, target, flags.tokenizer_path)
+            export_language_model(language_model, about, target, tokenizer)
     print(f"wrote {target}")
 
 

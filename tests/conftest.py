@@ -10,6 +10,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from model.checkpoint import save_model
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
+from model.tokenizer import OURS
 
 
 @pytest.fixture(scope="session")
@@ -53,5 +54,5 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
     )
     path = tmp_path_factory.mktemp("model") / "sft.pth"
     model = Cinego(CinegoConfig(language_model, vision_hidden_size=32))
-    save_model(path, model, {"training": {"num_frames": 4}})
+    save_model(path, model, {"training": {"num_frames": 4}, "lineage": {"tokenizer": OURS}})
     return path

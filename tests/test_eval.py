@@ -17,6 +17,7 @@ from model.checkpoint import save_model
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
 from model.generate import Sampling
+from model.tokenizer import OURS
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "model/text_tokenizer"
 
@@ -32,7 +33,7 @@ def checkpoint(tmp_path_factory) -> Path:
     language_model.initializer_range, language_model.embedding_std = 0.3, 0.4
     model = Cinego(CinegoConfig(language_model, vision_hidden_size=32))
     path = tmp_path_factory.mktemp("model") / "sft.pth"
-    save_model(path, model, {"training": {"num_frames": 4}})
+    save_model(path, model, {"training": {"num_frames": 4}, "lineage": {"tokenizer": OURS}})
     return path
 
 
@@ -197,7 +198,7 @@ def test_a_chat_goes_on_with_what_was_said_before(
         (["--dim", "512"], "--dim 32, not 512"),
         (["--n_layers", "8"], "--n_layers 2, not 8"),
         (["--vision_path", "nowhere"], "nowhere"),
-        (["--tokenizer_path", "nowhere"], "no tokenizer in nowhere"),
+        (["--tokenizer_path", "nowhere"], "--tokenizer_path nowhere: no such folder"),
         (["--video", "nowhere.mp4"], "none of the files can be read"),
         (["--eval_dir", "nowhere"], "no video or image in nowhere"),
     ],
@@ -215,7 +216,7 @@ def test_another_tower_of_the_same_shape_is_refused(tmp_path, checkpoint, tiny_t
     weights = torch.load(checkpoint, weights_only=True)
     torch.save(weights, tmp_path / "sft.pth")
     about = json.loads(checkpoint.with_suffix(".json").read_text()) | {
-        "lineage": {"vision_tower": "0" * 16}
+        "lineage": {"vision_tower": "0" * 16, "tokenizer": OURS}
     }
     (tmp_path / "sft.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match="isn't the vision tower"):

@@ -16,14 +16,16 @@ import train_pretrain
 import train_sft
 from dataset.feature_store import FeatureStore
 from dataset.video import FrameTransform
-from model.checkpoint import load_video_language_model, save_model
+from model.checkpoint import load_language_model, load_video_language_model, save_model
 from model.cinego import Cinego
 from model.config import LanguageModelConfig
 from model.minimind import MiniMind
+from model.tokenizer import OURS, open_tokenizer, tokenizer_fingerprint
 from model.vision_tower import VisionTower
 from tests.model.ancestors import old_state, with_experts
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "model/text_tokenizer"
+TOKENIZERS = Path(__file__).parent / "data/tokenizers"
 SIZE = "--dim 32 --n_layers 2 --n_heads 2 --n_kv_heads 1"
 FRAMES, TOKENS, WIDTH = 4, 50, 16
 
@@ -67,13 +69,13 @@ def command(script, flags="", size=SIZE):
     return script.main(f"{common} {place} {size} {flags}".split())
 
 
-def write_language_model():
+def write_language_model(tokenizer=OURS):
     """out/lm_32.pth, the language model that pretraining starts from."""
     torch.manual_seed(1)
     config = LanguageModelConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
     )
-    save_model("out/lm_32.pth", MiniMind(config), {})
+    save_model("out/lm_32.pth", MiniMind(config), {"lineage": {"tokenizer": tokenizer}})
 
 
 def tiny_tower(folder):
@@ -131,29 +133,48 @@ def test_experts_go_through_both_stages_under_their_own_names():
         command(train_sft, "--use_moe --load_from out/dense.pth")
 
 
-@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
-@pytest.mark.parametrize("generation", ["2024", "Feb 2025", "Apr 2025", "2026"])
-def test_the_shape_of_a_language_model_comes_from_its_weights(generation, moe, capsys):
-    """Heads, layers and experts aren't given, and both checkpoints are named after the width."""
-    heads, kv_heads = (16, 8) if generation == "2024" else (8, 2)
-    if generation in ("2024", "Feb 2025"):
+def write_minimind(path, generation, moe=False):
+    """A language model as that generation saved it: one 512 wide, with two layers."""
+    if generation in ("MiniMind, Oct 2024", "MiniMind2, Feb 2025"):
+        heads, kv_heads = (16, 8) if "2024" in generation else (8, 2)
         state = old_state(width=512, heads=heads, kv_heads=kv_heads, vocab=6400)
         state = with_experts(state) if moe else state
     else:
-        experts = {"num_experts": 4 * moe, "qk_norm": generation == "2026"}
+        experts = {"num_experts": 4 * moe, "qk_norm": generation == "MiniMind-3"}
         state = MiniMind(LanguageModelConfig(num_hidden_layers=2, **experts)).state_dict()
+    Path(path).parent.mkdir(exist_ok=True)
+    torch.save(state, path)
+
+
+TOKENIZER_OF = {
+    "MiniMind, Oct 2024": "minimind_v1",
+    "MiniMind2, Feb 2025": "minimind_v1",
+    "MiniMind2, Apr 2025": "minimind_v1",  # the ids of its own are the same
+    "MiniMind-3": "minimind_3",
+}
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+@pytest.mark.parametrize("generation", TOKENIZER_OF)
+def test_every_minimind_brings_its_shape_and_is_trained_with_its_tokenizer(generation, moe, capsys):
+    """Heads, layers and experts aren't given, and both checkpoints are named after the width."""
     name = "512" + "_moe" * moe
-    Path("out").mkdir()
-    torch.save(state, f"out/lm_{name}.pth")
-    size = "--dim 512" + " --use_moe" * moe
-    command(train_pretrain, "--max_steps 1", size)
-    command(train_sft, "--max_steps 1", size)
-    assert generation in capsys.readouterr().out.replace("MiniMind-3", "2026")
+    write_minimind(f"out/lm_{name}.pth", generation, moe)
+    own = TOKENIZERS / TOKENIZER_OF[generation]
+    size = "--dim 512 --max_steps 1" + " --use_moe" * moe
+    command(train_pretrain, f"--tokenizer_path {own}", size)
+    assert generation in capsys.readouterr().out
+    command(train_sft, f"--tokenizer_path {own}", size)
     about = json.loads(Path(f"out/sft_videolm_{name}.json").read_text())
     config, training = about["model_config"]["language_model"], about["training"]
-    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (heads, kv_heads)
+    heads = [16, 8] if "2024" in generation else [8, 2]
+    assert [config["num_attention_heads"], config["num_key_value_heads"]] == heads
     shape = [training[key] for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe")]
-    assert shape == [512, 2, heads, kv_heads, moe]
+    assert shape == [512, 2, *heads, moe]
+    assert about["lineage"]["tokenizer"] == tokenizer_fingerprint(open_tokenizer(own))
+    # What has learnt by one tokenizer isn't trained on by another.
+    with pytest.raises(ValueError, match="isn't the tokenizer that .*pretrain.* was trained with"):
+        command(train_sft, "--run_name other", size)
 
 
 def test_random_start_and_shared_rows():
@@ -255,6 +276,36 @@ def test_flags_that_contradict_each_other():
             command(train_pretrain, f"--from_scratch --freeze_llm 0 {flags}")
     with pytest.raises(ValueError, match="no such language model.*--from_scratch --freeze_llm 0"):
         command(train_pretrain)
+
+
+@pytest.mark.parametrize("generation", TOKENIZER_OF)
+def test_a_minimind_with_a_foreign_tokenizer_is_refused(generation):
+    """Ours has as many entries, and 260 that mean the same. Nothing is written."""
+    write_minimind("lm.pth", generation)
+    own = TOKENIZER_OF[generation]
+    (other,) = set(TOKENIZER_OF.values()) - {own}
+    for foreign in (TOKENIZER, TOKENIZERS / other):
+        with pytest.raises(ValueError, match="lm.pth was trained with.*") as refusal:
+            command(train_pretrain, f"--load_from lm.pth --tokenizer_path {foreign}", "")
+        assert "curl" in str(refusal.value) and "jingyaogong/minimind/" in str(refusal.value)
+    assert not Path("out").exists()
+    # Who trained that architecture with a tokenizer of his own says so.
+    command(train_pretrain, "--load_from lm.pth --accept_tokenizer --max_steps 1", "")
+
+
+def test_weights_that_nobody_vouches_for_are_measured():
+    write_language_model(tokenizer=None)
+    with pytest.raises(ValueError, match=r"worse than by chance .*\(loss 8.77, chance is 8.76\)"):
+        command(train_pretrain)
+    command(train_pretrain, "--accept_tokenizer")
+    language_model = load_language_model("out/lm_32.pth")
+    text = TOKENIZER.parents[1].joinpath("scripts/tokenizer_text.txt").read_text()
+    usual = torch.zeros(6400, dtype=torch.bool)
+    usual[open_tokenizer(TOKENIZER).encode(text)] = True  # it has learnt which tokens there are
+    with torch.no_grad():
+        language_model.model.embed_tokens.weight[:] = torch.where(usual, 0.02, -0.02)[:, None]
+    save_model("out/lm_32.pth", language_model, {})
+    command(train_pretrain, "--run_name learnt")
 
 
 def test_new_data_is_not_taken_for_a_finished_run():

@@ -20,6 +20,7 @@ import eval as evaluation
 from model.checkpoint import save_model
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
+from model.tokenizer import OURS
 from scripts.export_hf import main as convert
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +36,8 @@ def folder(tmp_path_factory, tiny_tower) -> Path:
         *(6400, 32, 2, 2, 1), initializer_range=0.3, embedding_std=0.4
     )
     model = Cinego(CinegoConfig(language_model, vision_hidden_size=32))
-    save_model(folder / "sft.pth", model, {"training": {"num_frames": 4}})
+    meta = {"training": {"num_frames": 4}, "lineage": {"tokenizer": OURS}}
+    save_model(folder / "sft.pth", model, meta)
     paths = ["--vision_path", str(tiny_tower), "--tokenizer_path", str(TOKENIZER)]
     convert([str(folder / "sft.pth"), str(folder / "hf"), *paths])
     random = np.random.default_rng(0)

@@ -23,6 +23,7 @@ from inference.page.view import TEXTS, language_of
 from inference.page.visual import escaped
 from model.checkpoint import load_video_language_model, save_model
 from model.generate import GREEDY, Sampling
+from model.tokenizer import OURS
 from scripts.export_hf import main as convert
 from tests.clips import make_clip
 from tests.inference.browser import MISSING, WATCH, Browser, Page
@@ -264,6 +265,7 @@ def models(tmp_path_factory, tiny_checkpoint, tiny_tower) -> Path:
     out = tmp_path_factory.mktemp("out")
     model = load_video_language_model(tiny_checkpoint)
     about = {"training": {"num_frames": 4, "vision_path": str(tiny_tower)}}
+    about |= {"lineage": {"tokenizer": OURS}}
     for name in ("pretrain", "sft"):
         save_model(out / f"run/{name}.pth", model, about)
     save_model(out / "lm_32.pth", model.language_model, {})

@@ -18,6 +18,7 @@ from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
 from model.generate import generate
 from model.minimind import MiniMind
+from model.tokenizer import OURS
 from model.vision_tower import VisionTower
 from scripts.export_hf import image_processor, main
 from tests.clips import make_clip
@@ -129,6 +130,9 @@ def in_a_fresh_process(root, script, *arguments, stdin=""):
     return json.loads(run.stdout)
 
 
+OF_OURS = {"lineage": {"tokenizer": OURS}}  # what an untrained model is taken to be
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tiny_tower):
     """A small model, its export, and what a fresh process made of that."""
@@ -143,7 +147,8 @@ def world(tmp_path_factory, tiny_tower):
     config = CinegoConfig(
         language_model, vision_hidden_size=32, image_ids=placeholder_ids(tokenizer)
     )
-    meta = {"training": {"num_frames": 4}, "lineage": {"vision_tower": tower.fingerprint()}}
+    lineage = {"vision_tower": tower.fingerprint(), "tokenizer": OURS}
+    meta = {"training": {"num_frames": 4}, "lineage": lineage}
     save_model(root / "vlm.pth", Cinego(config), meta)
     clips = [make_clip(root / f"{shade}.mp4", shade) for shade in (40, 200)]
     main([str(root / "vlm.pth"), str(root / "hub-v1.0"), "--vision_path", str(tiny_tower)])
@@ -253,7 +258,7 @@ def test_a_language_model_alone_is_of_a_family_of_transformers(tmp_path, family,
     torch.manual_seed(0)
     config = LanguageModelConfig(6400, 48, 2, 4, 2, embedding_std=0.3, **settings)
     model = MiniMind(config).eval()
-    save_model(tmp_path / "lm.pth", model, {"step": 7})
+    save_model(tmp_path / "lm.pth", model, {"step": 7, **OF_OURS})
     main([str(tmp_path / "lm.pth"), str(tmp_path / "lm")])
 
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "lm")
@@ -280,7 +285,7 @@ def test_a_language_model_alone_is_of_a_family_of_transformers(tmp_path, family,
 )
 def test_experts_without_a_family_say_so(tmp_path, settings, reason):
     config = LanguageModelConfig(6400, 16, 1, 2, 2, num_experts=2, **settings)
-    save_model(tmp_path / "lm.pth", MiniMind(config), {})
+    save_model(tmp_path / "lm.pth", MiniMind(config), OF_OURS)
     with pytest.raises(ValueError, match=f"This model {reason}: convert it to a .pth"):
         main([str(tmp_path / "lm.pth"), str(tmp_path / "lm")])
 
@@ -331,7 +336,7 @@ def test_ancestors_and_other_towers_leave_as_whole_models(tmp_path):
     for name, (state, tower) in models.items():
         torch.save(state, tmp_path / f"{name}.pth")
         paths = [str(tmp_path / f"{name}.pth"), str(tmp_path / name)]
-        main([*paths, "--vision_path", str(tower), "--num_frames", "4"])
+        main([*paths, "--vision_path", str(tower), "--num_frames", "4", "--accept_tokenizer"])
 
     found = in_a_fresh_process(tmp_path, ANSWER, clip, *(tmp_path / name for name in models))
     for (name, (_, tower)), theirs in zip(models.items(), found, strict=True):
@@ -357,6 +362,6 @@ def test_what_cannot_be_written_says_why(world, tiny_tower, tmp_path):
         main([vlm, str(root / "hub-v1.0"), "--vision_path", str(tiny_tower)])
     with pytest.raises(ValueError, match="no vision tower in"):
         main([vlm, str(tmp_path / "x"), "--vision_path", str(tmp_path)])
-    with pytest.raises(ValueError, match="no tokenizer in"):
+    with pytest.raises(ValueError, match="--tokenizer_path y: no such folder"):
         main([vlm, str(tmp_path / "x"), "--vision_path", str(tiny_tower), "--tokenizer_path", "y"])
     assert not os.listdir(tmp_path)

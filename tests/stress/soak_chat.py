@@ -27,6 +27,7 @@ from PIL import Image
 from model.checkpoint import save_model
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
+from model.tokenizer import OURS
 
 TOWER = "demo/tower"
 QUESTIONS = ("What moves?", "它往哪个方向移动?", "And how many are there?", "它是什么颜色的?")
@@ -38,7 +39,8 @@ def make_files(folder: Path) -> None:
     )
     torch.manual_seed(0)
     model = Cinego(CinegoConfig(language_model, vision_hidden_size=128))
-    save_model(folder / "random.pth", model, {"training": {"num_frames": 8}})
+    meta = {"training": {"num_frames": 8}, "lineage": {"tokenizer": OURS}}
+    save_model(folder / "random.pth", model, meta)
     random = np.random.default_rng(0)
     pictures = [Image.fromarray(random.integers(0, 255, (112, 112, 3), np.uint8)) for _ in range(8)]
     pictures[0].save(folder / "a.png")
