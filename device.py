@@ -4,11 +4,17 @@ import torch
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """`auto` is CUDA where there is one. ValueError for a CUDA that this torch doesn't see."""
+    """`auto` is CUDA where there is one. ValueError for a CUDA that this torch doesn't see.
+
+    On CUDA attention no longer goes to cuDNN from then on: it builds a plan for each new shape of a
+    batch, and here nearly every batch has another.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: this torch sees no CUDA device; use --device cpu")
+    if name.startswith("cuda"):
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device(name)
 
 

@@ -18,7 +18,7 @@ class _Config:
     """What both configs share: a check of all values at once, and the way to JSON and back."""
 
     def problems(self) -> list[str]:
-        """Everything that keeps this config from being built, in words."""
+        """Everything that keeps this config from being built, in words; each class has its own."""
         raise NotImplementedError
 
     def validate(self) -> Self:
@@ -28,6 +28,7 @@ class _Config:
         return self
 
     def to_dict(self) -> dict:
+        """Plain values, nested as the dataclasses are."""
         return asdict(self)
 
     @classmethod
@@ -74,6 +75,7 @@ class LanguageModelConfig(_Config):
 
     @property
     def head_dim(self) -> int:
+        """Channels of a head."""
         return self.hidden_size // self.num_attention_heads
 
     def problems(self) -> list[str]:

@@ -158,9 +158,7 @@ class Attention(nn.Module):
             self.q_norm = self.k_norm = nn.Identity()
         self.qkv_proj: nn.Module | None = None  # the first three in one, for answering only
 
-    def forward(
-        self, x_BLC: Tensor, tables, mask: BlockMask | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x_BLC, tables, mask: BlockMask | None, cache: KVCache | None) -> Tensor:
         """(B, L, C) → (B, L, C). tables: of `rotary_tables`; the cache, if any, is extended."""
         if self.qkv_proj is None:
             projected = self.q_proj(x_BLC), self.k_proj(x_BLC), self.v_proj(x_BLC)

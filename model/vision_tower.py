@@ -139,10 +139,12 @@ class VisionTower:
         return tiles.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
     def to(self, device: torch.device | str) -> "VisionTower":
+        """Itself, moved."""
         self.model.to(device)
         return self
 
     def num_parameters(self) -> int:
+        """All of them: none learns."""
         return sum(p.numel() for p in self.model.parameters())
 
     def fingerprint(self) -> str:

@@ -232,6 +232,7 @@ def export_pth(source: str, path: Path, tower_to: str | None) -> None:
 
 
 def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """What transformers' generate() does unless it is asked for something else."""
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -275,7 +276,10 @@ def write_code(folder: Path) -> None:
 
 
 def write_directory(directory: Path, write: Callable[[Path], None]) -> None:
-    """Writes beside `directory` and renames: never half of a model, nor two mixed."""
+    """Writes beside `directory` and renames: never half of a model, nor two mixed.
+
+    ValueError where `directory` has something in it.
+    """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} is there already: remove it, or name another")
     directory.parent.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,9 @@
-"""MiniMind: the published numbers, the loss, the cache and rows that share a prefix."""
-
-from pathlib import Path
+"""MiniMind: its own code's logits, and the same ones from the cache, padding and shared rows."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from model.checkpoint import load_language_model
 from model.config import CinegoConfig, LanguageModelConfig
 from model.kv_cache import KVCache
 from model.minimind import MiniMind, attend, attend_repeated, make_block_mask
@@ -28,57 +25,30 @@ def model():
     return MiniMind(SMALL).eval()
 
 
-def test_minimind3_gives_the_logits_of_its_own_code(tmp_path):
-    golden = Path(__file__).resolve().parents[1] / "data/golden/minimind3_lm.safetensors"
-    from safetensors.torch import load_file
-
-    tensors = load_file(golden)
-    state = {k.removeprefix("sd."): v for k, v in tensors.items() if k.startswith("sd.")}
-    torch.save(state, tmp_path / "minimind3.pth")
-
-    lm = load_language_model(tmp_path / "minimind3.pth")
-
-    assert lm.config.qk_norm and lm.config.num_key_value_heads == 4
-    logits = lm(tensors["io.input_ids"]).logits
-    torch.testing.assert_close(logits, tensors["io.logits"], atol=1e-4, rtol=0)
+def plain_loss(logits, labels):
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
 
 
-def test_the_loss_is_the_sum_over_supervised_tokens(model):
-    ids = torch.randint(0, 97, (3, 20))
-    labels = torch.where(torch.rand(3, 20) < 0.3, ids, -100)
+def test_loss_and_gradient_are_those_of_plain_cross_entropy(model):
+    """Only supervised tokens pass the last MLP and the head, in parts: nothing may be lost."""
+    ids = torch.randint(0, 97, (4, 400))  # some 800 are supervised: more than one part
+    labels = torch.where(torch.rand(ids.shape) < 0.5, ids, -100)
     output = model(ids, labels=labels)
-    logits = model(ids).logits
-    expected = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
-    )
+    output.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    expected = plain_loss(model(ids).logits, labels)
+    expected.backward()
     torch.testing.assert_close(output.loss, expected)
     assert output.logits is None
-
-
-def test_the_gradient_is_that_of_the_plain_loss(model):
-    """Only supervised tokens pass the last MLP and the head: nothing may be lost on the way."""
-    ids = torch.randint(0, 97, (2, 30))
-    labels = torch.where(torch.rand(2, 30) < 0.3, ids, -100)
-    model(ids, labels=labels).loss.backward()
-    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    logits = model(ids).logits[:, :-1].flatten(0, 1)
-    F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum").backward()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(ours[name], parameter.grad, atol=1e-4, rtol=1e-4, msg=name)
+        torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-3, rtol=1e-3, msg=name)
 
 
 def test_a_batch_without_supervised_tokens_has_no_loss(model):
     loss = model(torch.zeros(1, 5, dtype=torch.long), labels=torch.full((1, 5), -100)).loss
     loss.backward()
     assert loss == 0
-
-
-def test_many_supervised_tokens_go_through_the_head_in_parts(model, monkeypatch):
-    ids = torch.randint(0, 97, (2, 25))
-    whole = model(ids, labels=ids).loss
-    monkeypatch.setattr("model.minimind.LOSS_CHUNK", 7)
-    torch.testing.assert_close(model(ids, labels=ids).loss, whole)
 
 
 def test_a_later_token_changes_no_earlier_logits(model):
@@ -92,28 +62,19 @@ def test_a_later_token_changes_no_earlier_logits(model):
 
 @pytest.mark.parametrize("pieces", [[12], [5, 7], [5, 1, 1, 5], [1] * 12])
 def test_the_cache_gives_what_one_pass_gives(model, pieces):
-    ids = torch.randint(0, 97, (2, 12))
-    cache = KVCache()
-    logits = torch.cat(
-        [model(piece, past_key_values=cache).logits for piece in ids.split(pieces, dim=1)], dim=1
-    )
-    torch.testing.assert_close(logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+    ids, cache = torch.randint(0, 97, (2, 12)), KVCache()
+    logits = [model(piece, past_key_values=cache).logits for piece in ids.split(pieces, dim=1)]
+    torch.testing.assert_close(torch.cat(logits, 1), model(ids).logits, atol=1e-5, rtol=1e-5)
     assert len(cache) == 12
 
 
 def test_left_padding_changes_nothing(model):
-    ids = torch.randint(0, 97, (1, 9))
-    padded = F.pad(ids, (4, 0), value=3)
-    mask = torch.arange(13)[None] >= 4
-    logits = model(padded, attention_mask=mask).logits[:, 4:]
-    torch.testing.assert_close(logits, model(ids).logits, atol=1e-5, rtol=1e-5)
-
-
-def test_even_padding_has_a_key_to_look_at():
-    """A softmax over nothing is NaN on some devices, and NaN spreads."""
-    padding = torch.arange(13)[None] >= 4
-    mask = make_block_mask(0, 13, segment_ids=None, attention_mask=padding, device="cpu")
-    assert mask.mask_B1LT.any(-1).all()
+    ids, mask = torch.randint(0, 97, (1, 9)), torch.arange(13)[None] >= 4
+    padded = model(F.pad(ids, (4, 0), value=3), attention_mask=mask).logits
+    assert padded.isfinite().all()  # a softmax over nothing is NaN on some devices, and spreads
+    torch.testing.assert_close(padded[:, 4:], model(ids).logits, atol=1e-5, rtol=1e-5)
+    allowed = make_block_mask(0, 13, None, mask, "cpu").mask_B1LT
+    assert allowed.any(-1).all()  # so even padding has a key
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -127,18 +88,15 @@ def test_a_gpu_s_way_to_attend_gives_what_a_cpu_s_gives(masked):
 
 
 def shared_prefix_row(prefix, rests, length):
-    """One row as the data path builds it: the prefix once, then each conversation's rest."""
+    """ids, segments, positions of a row as the data path builds it: the prefix once, then each
+    conversation's rest, then padding."""
     ids = torch.cat([prefix, *rests])
     segments = torch.cat([torch.full((len(r),), k) for k, r in enumerate([prefix, *rests])])
     positions = torch.cat(
         [torch.arange(len(prefix))] + [len(prefix) + torch.arange(len(rest)) for rest in rests]
     )
-    pad = length - len(ids)
-    return (
-        F.pad(ids, (0, pad)),
-        F.pad(segments, (0, pad), value=-1),
-        F.pad(positions, (0, pad)),
-    )
+    parts = ((ids, 0), (segments, -1), (positions, 0))
+    return [F.pad(part, (0, length - len(ids)), value=value) for part, value in parts]
 
 
 def test_conversations_in_one_row_equal_the_conversations_alone(model):
@@ -156,6 +114,26 @@ def test_conversations_in_one_row_equal_the_conversations_alone(model):
             alone = model(torch.cat([prefix, rest])[None]).logits[0]
             places = (segments[row] == 0) | (segments[row] == k)
             torch.testing.assert_close(logits[row, places], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_layers_are_compiled_once_for_rows_of_any_length(model):
+    from torch._dynamo.utils import counters
+
+    compiled = MiniMind(SMALL).eval()
+    compiled.load_state_dict(model.state_dict())
+    compiled.compile_layers()
+    graphs = []
+    for length in (70, 100, 300, 640, 90, 500, 1000, 33, 1024, 800, 200):
+        ids = torch.randint(0, 97, (2, length))
+        half = length // 2
+        segments = (torch.arange(length) >= half).long().expand(2, -1)
+        inputs = {"segment_ids": segments, "position_ids": torch.arange(length).expand(2, -1)}
+        torch.testing.assert_close(
+            compiled(ids, labels=ids, **inputs).loss, model(ids, labels=ids, **inputs).loss
+        )
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[2] == graphs[-1]
 
 
 def test_bfloat16_autocast_stays_close(model):
