@@ -70,14 +70,9 @@ def test_a_mixed_batch_equals_each_sample_alone(summary):
 
 def test_each_visual_stands_in_its_own_place():
     """The rows at the second placeholder are the second visual's, and text rows stay text."""
-    model, seen = make(), {}
-    language_model_forward = model.language_model.forward
-    model.language_model.forward = lambda **inputs: (
-        seen.update(inputs) or language_model_forward(**inputs)
-    )
+    model = make()
     one = sample(model, 2, [4], 3, [1], 1)
-    model(**batch(one))
-    embeds = seen["inputs_embeds"][0]
+    embeds = model.embed(**batch(one))[0]
     visuals = model.vision_proj(model.video_summary(one["visual_features"], [4, 1]))
     torch.testing.assert_close(embeds[2 : 2 + P], visuals[0])
     torch.testing.assert_close(embeds[5 + P : 5 + 2 * P], visuals[1])
@@ -120,28 +115,28 @@ def test_one_repeated_id_as_placeholder_gives_whole_runs_only():
     assert not find_placeholders(ids[:, :2], [34, 34, 34]).any()
 
 
-def test_a_misfit_names_the_row_and_both_numbers():
+places = torch.arange(12).expand(2, -1)
+SHORT = (places > 1) & (places < torch.tensor([[8], [7]]))  # placeholders of 6 and of 5 tokens
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"visual_mask": SHORT}, r"row 1 .* has 5 placeholders.*\[6\] tokens"),
+        ({"frames_per_visual": [2, 1, 1]}, r"row 1 has 12 placeholders.*3 visuals have 18 tokens"),
+        ({"frames_per_visual": [3, 2]}, r"frames_per_visual \[3, 2\].*4 frames"),
+        ({"frames_per_visual": [4, 0]}, r"frames_per_visual \[4, 0\].*4 frames"),
+        ({"visual_features": None}, "row 0 of the batch has 6 placeholders but no visual"),
+        ({"visual_features": torch.ones(4, P, 8)}, r"\(6, 8\) a frame, .* model takes \(6, 16\)"),
+        ({"visual_mask": None}, "without visual_mask, and the config has no image_ids"),
+        ({"pixel_values": torch.ones(4, 3, 8, 8)}, "need a vision tower"),
+    ],
+)
+def test_a_misfit_names_the_row_and_both_numbers(change, reason):
     model = make()
-    good = batch(sample(model, 2, [3], 4), sample(model, 1, [1], 4))
-
-    short = good | {"visual_mask": good["visual_mask"].clone()}
-    short["visual_mask"][1, 1] = False
-    with pytest.raises(ValueError, match=r"row 1 .* has 5 placeholders.*\[6\] tokens"):
-        model(**short)
-
-    one_too_many = good | {"frames_per_visual": [2, 1, 1]}
-    with pytest.raises(ValueError, match=r"row 1 has 12 placeholders.*3 visuals have 18 tokens"):
-        model(**one_too_many)
-
-    with pytest.raises(ValueError, match=r"frames_per_visual \[3, 2\].*4 frames"):
-        model(**good | {"frames_per_visual": [3, 2]})
-
-    without = {name: good[name] for name in ("input_ids", "visual_mask")}
-    with pytest.raises(ValueError, match="row 0 of the batch has 6 placeholders but no visual"):
-        model(**without)
-
-    with pytest.raises(ValueError, match=r"\(6, 8\) a frame, but the model takes \(6, 16\)"):
-        model(**good | {"visual_features": good["visual_features"][..., :8]})
+    inputs = batch(sample(model, 2, [3], 4), sample(model, 1, [1], 4))
+    with pytest.raises(ValueError, match=reason):
+        model(**inputs | change)
 
 
 def test_freezing_the_language_model_leaves_summary_and_projector():

@@ -22,7 +22,7 @@ def make(**moe):
 
 
 @pytest.mark.parametrize("settings", [MINIMIND3, MINIMIND2, FRESH, {"num_experts": 1}])
-def test_each_token_gets_its_likeliest_experts(settings):
+def test_each_token_gets_its_most_probable_experts(settings):
     config = LanguageModelConfig(**SMALL, **settings)
     layer, x = MixtureOfExperts(config, MLP), torch.randn(3, 11, 32)
     rows = []
@@ -122,9 +122,8 @@ def test_it_learns_and_the_balance_loss_spreads_the_tokens(settings):
             optimizer.step()
             losses.append(output.loss.item())
         assert losses[-1] < 0.6 * losses[0]
-        model.eval()
         shares = []
-        for block in model.model.layers:
+        for block in model.eval().model.layers:
             block.mlp.register_forward_hook(lambda *call: shares.append(busiest_share(*call)))
         model(ids)
         return max(shares)
@@ -133,7 +132,7 @@ def test_it_learns_and_the_balance_loss_spreads_the_tokens(settings):
     assert with_balance < 0.35 and without > 0.45  # of two experts a token, none has above 0.5
 
 
-def test_a_frozen_router_does_not_bend_what_it_reads():
+def test_a_frozen_router_leaves_its_inputs_alone():
     """Under --freeze_llm 2 the balance loss could only push the visuals about."""
     model = make(**FRESH).train().requires_grad_(False)
     embeds, labels = torch.randn(1, 9, 32, requires_grad=True), torch.randint(0, 64, (1, 9))
@@ -160,8 +159,13 @@ def test_muon_leaves_the_router_to_adamw():
     assert not any(name.endswith("mlp.gate.weight") for name in hidden)
 
 
-def test_a_config_that_cannot_route_is_refused():
-    with pytest.raises(ValueError, match=r"num_experts_per_tok must be in 1\.\.4"):
-        LanguageModelConfig(num_experts=4, num_experts_per_tok=5).validate()
-    with pytest.raises(ValueError, match="num_shared_experts must not be negative"):
-        LanguageModelConfig(num_shared_experts=-1).validate()
+@pytest.mark.parametrize(
+    "settings, reason",
+    [
+        ({"num_experts": 4, "num_experts_per_tok": 5}, r"num_experts_per_tok must be in 1\.\.4"),
+        ({"num_shared_experts": -1}, "num_shared_experts must not be negative"),
+    ],
+)
+def test_a_config_that_cannot_route_is_refused(settings, reason):
+    with pytest.raises(ValueError, match=reason):
+        LanguageModelConfig(**settings).validate()
