@@ -1,5 +1,6 @@
 """A line as a sample: the forms that it may have, and what is wrong with the others."""
 
+import hashlib
 import json
 import os
 
@@ -28,6 +29,15 @@ def test_the_forms_of_a_sample(tmp_path):
     assert one.messages[1] == {"role": "assistant", "content": "A cat."}
     assert two.visuals == three.visuals == ["a.jpg", "b.png"]
     assert (text.visuals, text.reverse, text.scoring, text.id) == ([], False, None, "data-5")
+
+
+def test_the_fingerprint_is_that_of_the_contents(tmp_path):
+    digests = b""
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(line(name))
+        digests += hashlib.sha256(line(name).encode()).digest()
+    expected = hashlib.sha256(digests).hexdigest()[:16]  # as checkpoints have recorded it
+    assert read_samples(tmp_path / "a", tmp_path / "b").fingerprint == expected
 
 
 @pytest.mark.parametrize(
