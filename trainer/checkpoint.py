@@ -9,32 +9,14 @@ import hashlib
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 NAME = re.compile(r"state-(\d{8})-([0-9a-f]{16})\.pt")
-
-
-class _HashingFile:
-    """A file that hashes what is written to it, and remembers why a write failed: torch.save tells
-    of a full disk by a RuntimeError about positions."""
-
-    def __init__(self, file):
-        self.file, self.digest, self.error = file, hashlib.sha256(), None
-
-    def write(self, data) -> int:
-        try:
-            self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-        self.digest.update(data)
-        return len(data)
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 def save_state(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
@@ -45,15 +27,11 @@ def save_state(folder: Path, step: int, state: dict[str, Any], keep: int) -> Pat
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / "state.tmp"  # one name: a kill in mid-write leaves one such file, not many
     try:
-        with open(temporary, "wb") as file:
-            hashing = _HashingFile(file)
-            try:
-                torch.save(state, hashing)
-            except RuntimeError:
-                raise hashing.error or OSError(f"{temporary}: can't be written") from None
+        with explain_failed_write(temporary), open(temporary, "wb") as file:
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        path = folder / f"state-{step:08d}-{hashing.digest.hexdigest()[:16]}.pt"
+        path = folder / f"state-{step:08d}-{checksum(temporary)}.pt"
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -69,6 +47,22 @@ def save_state(folder: Path, step: int, state: dict[str, Any], keep: int) -> Pat
     for other in list_states(folder)[keep:]:
         other.unlink()
     return path
+
+
+@contextmanager
+def explain_failed_write(path: Path) -> Iterator[None]:
+    """OSError for what torch.save makes of a full disk: a RuntimeError about positions in a file,
+    with the reason behind it."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"{path} can't be written: {reason}") from error
+
+
+def checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def remove_leftovers(folder: Path, weights_path: Path, step: int) -> None:
@@ -95,10 +89,7 @@ def step_of(path: Path) -> int:
 def is_whole(path: Path) -> bool:
     """Whether the contents are those that the name vouches for; True where it has no checksum."""
     named = NAME.fullmatch(path.name)
-    if not named:
-        return True
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest().startswith(named[2])
+    return named is None or checksum(path) == named[2]
 
 
 def find_state(folder: Path, resume: str, identity: dict[str, Any]) -> dict[str, Any] | None:

@@ -18,7 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from device import choose_dtype
-from trainer.checkpoint import find_state, list_states, remove_leftovers, save_state
+from trainer.checkpoint import (
+    explain_failed_write,
+    find_state,
+    list_states,
+    remove_leftovers,
+    save_state,
+)
 from trainer.config import TrainConfig
 from trainer.distributed import ProcessLost, World, code_fingerprint, is_restarted
 from trainer.interrupt import StopRequest
@@ -233,10 +239,8 @@ def fit(
         logger.flush_to_disk()
         if not config.patience or progress.best_step in (0, progress.step):  # else the best stay
             meta = {"step": progress.step, "metrics": progress.metrics, "lineage": lineage}
-            try:
+            with explain_failed_write(weights_path):
                 save_weights(weights_path, meta)
-            except RuntimeError as error:  # so torch.save tells of a full disk
-                raise OSError(f"{weights_path} can't be written: {error}") from error
         state = {"identity": identity, "processes": processes, "progress": asdict(progress)}
         state |= {"finished": finished}
         if not finished:  # a finished run needs no more than the mark that it is finished
