@@ -12,26 +12,23 @@ from dataset.scoring import (
 
 
 @pytest.mark.parametrize(
-    "prediction, answer",
+    "prediction, answer, same",
     [
-        ("Left.", "left"),
-        ("  it moves   left ", "It moves left."),
-        ("向左移动。", "向左移动"),
-        ("３个", "3个"),  # full-width digits
-        ("向 左", "向左"),
-        ("先向左,再向上", "先向左,再向上。"),
+        ("Left.", "left", True),
+        ("  it moves   left ", "It moves left.", True),
+        ("向左移动。", "向左移动", True),
+        ("３个", "3个", True),  # full-width digits
+        ("向 左", "向左", True),
+        ("先向左,再向上", "先向左,再向上。", True),
+        ("a star", "the star", False),
+        ("left", "right", False),
+        ("3.5", "35", False),
+        ("", "left", False),
+        ("two red", "twored", False),
     ],
 )
-def test_case_space_and_punctuation_do_not_count(prediction, answer):
-    assert exact_match(prediction, answer)
-
-
-@pytest.mark.parametrize(
-    "prediction, answer",
-    [("a star", "the star"), ("left", "right"), ("3.5", "35"), ("", "left"), ("two red", "twored")],
-)
-def test_words_and_numbers_count(prediction, answer):
-    assert not exact_match(prediction, answer)
+def test_words_and_numbers_count_case_space_and_punctuation_do_not(prediction, answer, same):
+    assert exact_match(prediction, answer) is same
 
 
 def test_normalising_twice_changes_nothing_more():
@@ -41,9 +38,8 @@ def test_normalising_twice_changes_nothing_more():
 
 def test_facts_are_whole_words_and_the_longest_of_overlapping_ones():
     vocabulary = ["ring", "left", "moves left", "red", "红色", "红色圆环", "向左"]
-    assert find_facts("A spring, a RED ring moves left.", vocabulary) == [
-        *("red", "ring", "moves left")
-    ]
+    found = find_facts("A spring, a RED ring moves left.", vocabulary)
+    assert found == ["red", "ring", "moves left"]
     assert find_facts("红色圆环向左移动", vocabulary) == ["红色圆环", "向左"]
     assert find_facts("nothing of it", vocabulary) == []
     assert find_facts("anything", []) == []
