@@ -1,214 +1,246 @@
 """Answers questions about videos and images: in the terminal, or a test set with its score.
 
-    python eval.py                                        # a chat; /help says what it knows
+    python eval.py                                        # a chat; /help lists its commands
     python eval.py --video a.mp4 --image b.png c.png      # a chat that starts with these
-    python eval.py --image a.png b.png --question "What is it?"              # asked about each file
-    python eval.py --image a.png b.png --together --question "The same?"     # about all at once
+    python eval.py --image a.png b.png --question "What is it?"           # asked about each file
+    python eval.py --image a.png b.png --joint --question "The same?"     # about all at once
     python eval.py --data_path test.jsonl --images_path DIR --controls --output out/eval.json
 
 A test set is a jsonl like that of training; `scoring` may give each answer a type (see
 dataset/scoring.py). The controls ask the same questions with the order of the frames changed or the
-picture taken away: a score that stays up there was never read from the video.
+picture taken away: a score that stays up there never came from the video.
 """
 
-import argparse
 import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cli import ModelFlags, PrecisionFlags, TrainedFrameFlags, flag, launch, parse_flags
 from dataset.conversation import ConversationError
 from dataset.samples import Sample, read_samples
-from dataset.scoring import fact_vocabulary, format_table, score_turn, summarise
+from dataset.scoring import format_table, prompt_messages, score_answers, summarise, true_answers
 from dataset.video import MEDIA_SUFFIXES, VideoError
-from inference import TOKENIZER_PATH, VISION_PATH, ChatModel, Visual, find_models
+from inference import DEMO_MODEL, ROOT, ChatModel, Visual, find_models
 from inference.terminal import Terminal
+from model.checkpoint import read_about
 from model.generate import Sampling
-from model.inference import DTYPES, QUANTIZATIONS
 
 STAGES = {0: "pretrain", 1: "sft"}
 DEFAULT_QUESTION = "What happens in this video?"
+EVAL_VIDEOS, EXAMPLES = Path("dataset/eval_videos"), ROOT / "demo/examples"
 
 
-def load(args: argparse.Namespace) -> ChatModel:
-    stage, dim = STAGES[args.model_mode], args.dim or 512
-    checkpoint = Path(args.load_from or f"out/{stage}_videolm_{dim}.pth")
-    if not checkpoint.exists():
-        size = "768_16" if dim == 768 else "512_8"
-        found = find_models("out")
-        hint = f"{found[0]} is there" if found else "bash scripts/quickstart.sh trains a small one"
-        raise ValueError(
-            f"no checkpoint {checkpoint}: train it (bash scripts/train/train_{stage}_{size}.sh) "
-            f"or name another (--load_from PATH); {hint}"
-        )
-    chat_model = ChatModel.load(
-        *(checkpoint, args.vision_path, args.tokenizer_path, args.num_frames, args.device),
-        *(args.sampling, args.fps, args.dtype, args.quantize, args.accept_tokenizer),
+@dataclass
+class EvalFlags(PrecisionFlags, TrainedFrameFlags, ModelFlags):
+    """Answers"""
+
+    load_from: str | None = flag(
+        None,
+        "checkpoint or directory (default: out/{pretrain,sft}_videolm_<dim>.pth, else demo/model)",
     )
-    has = chat_model.model.config.language_model
-    for flag, asked, trained in (
-        ("--dim", args.dim, has.hidden_size),
-        ("--n_layers", args.n_layers, has.num_hidden_layers),
-    ):
-        if asked not in (None, trained):
-            raise ValueError(f"{checkpoint} was trained with {flag} {trained}, not {asked}")
+    model_mode: Literal[0, 1] = flag(1, "0: the pretrained model, 1: the fine-tuned one")
+    dim: int | None = flag(None, "width of the language model; names the default checkpoint")
+    n_layers: int | None = flag(None, "layers that the checkpoint must have")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag(
+        "float32", "of the language model; in float32 no answer depends on those beside it"
+    )
+    max_new_tokens: int = flag(64, "longest answer", at_least=1)
+    seed: int = flag(0, "of the shuffled control and of sampled answers")
+    # a chat
+    video: list[str] | None = flag(None, "videos to talk about")
+    image: list[str] | None = flag(None, "images to talk about")
+    eval_dir: Path | None = flag(
+        None, f"folder asked about where no file is named (default: {EVAL_VIDEOS}, else examples)"
+    )
+    question: str | None = flag(None, "asked once a file; without it, a chat in a terminal")
+    joint: bool = flag(False, "ask the question once about all files", "--together")
+    chat: bool = flag(False, "a chat also where the input is no terminal")
+    temperature: float = flag(0.0, "0: the most probable answer; above: sampled")
+    top_k: int = flag(0, "sample from so many of the most probable tokens; 0: all")
+    top_p: float = flag(1.0, "sample from the most probable tokens of this total probability")
+    min_p: float = flag(0.0, "sample from tokens of at least this fraction of the top probability")
+    repetition_penalty: float = flag(1.0, "above 1: fewer words that were there before")
+    stop: list[str] | None = flag(None, "texts before which an answer ends")
+    # a test set
+    data_path: list[str] | None = flag(None, "jsonl files of questions with true answers")
+    images_path: str = flag("dataset/videos", "folder that the paths of --data_path start from")
+    controls: bool = flag(False, "score again with the frames changed, or grey")
+    batch_size: int = flag(64, "questions answered at a time", at_least=1)
+    limit: int = flag(0, "score only so many samples; 0: all", at_least=0)
+    output: Path | None = flag(None, "JSON file for all figures and answers")
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.data_path and (self.video or self.image or self.question or self.chat):
+            found.append(
+                "--data_path scores a test set; --video, --image, --question are for a chat"
+            )
+        if self.chat and (self.question or self.joint):
+            found.append("--question and --joint ask once, --chat reads questions: choose one")
+        return found
+
+
+def main() -> None:
+    flags = parse_flags(EvalFlags, __doc__)
+    if not flags.data_path:
+        return talk(flags)
+    result = score_test_set(flags)
+    if flags.output:
+        flags.output.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(result, indent=1, ensure_ascii=False)
+        flags.output.write_text(text, encoding="utf-8")
+
+
+def find_checkpoint(flags: EvalFlags) -> Path:
+    """The one that is named; else the usual one, and where nothing was trained and no size asked
+    for, the small one that ships. Raises ValueError with the command that trains it."""
+    stage, dim = STAGES[flags.model_mode], flags.dim or 512
+    usual = Path(f"out/{stage}_videolm_{dim}.pth")
+    checkpoint = Path(flags.load_from or usual)
+    if checkpoint.exists():
+        return checkpoint
+    if (flags.load_from, flags.dim, flags.model_mode) == (None, None, 1):
+        return DEMO_MODEL
+    size = "768_16" if dim == 768 else "512_8"
+    trained = find_models("out")
+    hint = f"{trained[0]} is there" if trained else "bash scripts/quickstart.sh trains a small one"
+    raise ValueError(
+        f"no checkpoint {checkpoint}: train it (bash scripts/train/train_{stage}_{size}.sh) "
+        f"or name another (--load_from PATH); {hint}"
+    )
+
+
+def load_chat_model(flags: EvalFlags) -> ChatModel:
+    checkpoint = find_checkpoint(flags)
+    chat_model = ChatModel.load(
+        *(checkpoint, flags.vision_path, flags.tokenizer_path, flags.num_frames, flags.device),
+        *(flags.sampling, flags.fps, flags.dtype, flags.quantize, flags.accept_tokenizer),
+    )
+    if note := read_about(checkpoint).get("known_frames", {}).get("note"):
+        print(f"{checkpoint.relative_to(ROOT) if checkpoint == DEMO_MODEL else checkpoint}: {note}")
+    shape = chat_model.model.config.language_model
+    for name, trained in (("dim", shape.hidden_size), ("n_layers", shape.num_hidden_layers)):
+        if (asked := getattr(flags, name)) not in (None, trained):
+            raise ValueError(f"{checkpoint} was trained with --{name} {trained}, not {asked}")
     return chat_model
 
 
-# ---- a test set ----------------------------------------------------------------------------------
+# ---- the terminal
 
 
-def controls(chat_model: ChatModel, seed: int) -> dict[str, Callable[[Tensor], Tensor]]:
-    """What is done to a visual's features (F, P, D). The tower sees frames one by one, so this
-    equals changing the frames themselves, and no clip is read twice."""
-    size = chat_model.transform.image_size
-    grey = np.full((1, size, size, 3), 127, np.uint8)
-    grey = chat_model.encode_frames(chat_model.transform(grey))
-    dice = torch.Generator().manual_seed(seed)
-    return {
-        "normal": lambda frames: frames,
-        "reversed": lambda frames: frames.flip(0),
-        "shuffled": lambda frames: frames[shuffled_order(len(frames), dice)],
-        "first frame": lambda frames: frames[:1].expand_as(frames),
-        "no video": lambda frames: grey.expand_as(frames),
-    }
+def talk(flags: EvalFlags) -> None:
+    """A chat, or one question about each file or all of them; a file that can't be read is named
+    and skipped."""
+    sampling = Sampling(
+        *(flags.max_new_tokens, flags.temperature, flags.top_k, flags.top_p, flags.min_p),
+        *(flags.repetition_penalty, flags.seed),
+    )
+    is_chat = flags.chat or (sys.stdin.isatty() and not flags.question)
+    files = [Path(file) for file in chain(flags.video or [], flags.image or [])]
+    if not files and not is_chat:
+        files = media_in(flags.eval_dir or (EVAL_VIDEOS if EVAL_VIDEOS.is_dir() else EXAMPLES))
+    terminal = Terminal(load_chat_model(flags), sampling, tuple(flags.stop or ()))
+    attached = 0
+    for file in files:
+        try:
+            terminal.attach(file)
+            attached += 1
+        except VideoError as error:
+            print(error)
+            continue
+        if not is_chat and not flags.joint:
+            ask_once(terminal, flags.question)
+    if files and not attached:
+        raise ValueError("none of the files can be read")
+    if is_chat:
+        if not files:
+            print(f"Attach a video first: /video {EXAMPLES.relative_to(ROOT)}/order.mp4")
+        terminal.run()
+    elif flags.joint:
+        ask_once(terminal, flags.question)
 
 
-def changed(visual: Visual, reverse: bool, change: Callable, made: dict[tuple, Visual]) -> Visual:
-    """The visual under a control; the same one for all questions about it, so that what they share
-    is read once."""
-    key = (visual, reverse)
-    if key not in made:
-        frames = visual.features.flip(0) if reverse else visual.features
-        made[key] = replace(visual, features=change(frames))
-    return made[key]
+def media_in(folder: Path) -> list[Path]:
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = [file for file in files if file.suffix.lower() in MEDIA_SUFFIXES]
+    if not files:
+        raise ValueError(f"no video or image in {folder}: put one there or name one (--video FILE)")
+    return files
 
 
-def shuffled_order(num_frames: int, dice: torch.Generator) -> list[int]:
+def ask_once(terminal: Terminal, question: str | None) -> None:
+    print(f"Q: {question or DEFAULT_QUESTION}")
+    terminal.answer(question or DEFAULT_QUESTION)
+    terminal.command("/reset")
+
+
+# ---- a test set
+
+# What each control does to a clip's features (F, P, D), given a grey frame's and a generator. The
+# tower sees frames one by one, so this equals changing the frames, and no clip is decoded twice.
+CONTROLS: dict[str, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {
+    "normal": lambda frames, grey, generator: frames,
+    "reversed": lambda frames, grey, generator: frames.flip(0),
+    "shuffled": lambda frames, grey, generator: frames[shuffled_order(len(frames), generator)],
+    "first frame": lambda frames, grey, generator: frames[:1].expand_as(frames),
+    "no video": lambda frames, grey, generator: grey.expand_as(frames),
+}
+
+
+def shuffled_order(num_frames: int, generator: torch.Generator) -> list[int]:
     """A permutation that is neither the order nor its reverse; fewer than three frames have none
     and stay as they are. One for all clips would keep some order, the same for each of them."""
     order = shuffled = list(range(num_frames))
     while num_frames > 2 and shuffled in (order, order[::-1]):
-        shuffled = torch.randperm(num_frames, generator=dice).tolist()
+        shuffled = torch.randperm(num_frames, generator=generator).tolist()
     return shuffled
 
 
-def true_answers(sample: Sample) -> list[str]:
-    return [turn["content"] for turn in sample.messages if turn["role"] == "assistant"]
-
-
-def asked(sample: Sample, answers: list[str]) -> list[dict]:
-    """The conversation up to the question that follows the model's own `answers`."""
-    messages, given = [], iter(answers)
-    for message in sample.messages:
-        if message["role"] == "assistant":
-            answer = next(given, None)
-            if answer is None:
-                break
-            message = {"role": "assistant", "content": answer or "-"}  # templates want some text
-        messages.append(message)
-    return messages
-
-
-def answer_all(
-    chat_model: ChatModel,
-    samples: list[Sample],
-    visuals: list[list[Visual]],
-    args: argparse.Namespace,
-    label: str,
-) -> list[list[str]]:
-    """Greedy answers to every turn of every sample. A later turn is asked with the model's own
-    earlier answers before it, as in use; the true ones would help."""
-    turns, sampling = [true_answers(sample) for sample in samples], Sampling(args.max_new_tokens)
-    answers: list[list[str]] = [[] for _ in samples]
-    clips: dict[tuple, int] = {}
-    with tqdm(total=sum(map(len, turns)), desc=label, unit="answer") as bar:
-        for turn in range(max(map(len, turns))):
-            rows = [row for row in range(len(samples)) if turn < len(turns[row])]
-            requests = {}
-            for row in rows:
-                messages = asked(samples[row], answers[row])
-                try:
-                    requests[row] = chat_model.make_request(messages, visuals[row], sampling)
-                except ConversationError as error:
-                    raise ValueError(f"{samples[row].where}: {error}") from None
-            # Questions about one clip come together: the batch reads what they share once.
-            rows.sort(key=lambda row: clips.setdefault(tuple(visuals[row]), len(clips)))
-            for start in range(0, len(rows), args.batch_size):
-                batch = rows[start : start + args.batch_size]
-                texts = chat_model.generate([requests[row] for row in batch])
-                for row, text in zip(batch, texts, strict=True):
-                    answers[row].append(text)
-                bar.update(len(batch))
-    return answers
-
-
-def score(samples: list[Sample], answers: list[list[str]]) -> list[dict]:
-    """One record a turn, for `summarise` and for the report."""
-    entries = [sample.scoring or [{}] * len(true_answers(sample)) for sample in samples]
-    languages = [sample.language or "-" for sample in samples]
-    vocabulary = fact_vocabulary(
-        (language, entry) for language, row in zip(languages, entries, strict=True) for entry in row
-    )
-    records = []
-    for sample, language, row, given in zip(samples, languages, entries, answers, strict=True):
-        turns = zip(row, given, true_answers(sample), strict=True)
-        for turn, (entry, prediction, true) in enumerate(turns):
-            question = asked(sample, given[:turn])[-1]["content"]
-            question = question.replace("<video>", "").replace("<image>", "").strip()
-            about = {"id": sample.id, "visuals": sample.visuals, "turn": turn, "question": question}
-            records.append(about | score_turn(entry, language, prediction, true, vocabulary))
-    return records
-
-
-def evaluate(args: argparse.Namespace) -> dict:
+def score_test_set(flags: EvalFlags) -> dict:
     """Scores the test set under each control, prints the table, returns what --output writes."""
     start, cpu_start = time.perf_counter(), time.process_time()
-    samples = [sample for path in args.data_path for sample in read_samples(path)]
-    samples = samples[: args.limit or None]
-    paths = [sample.files(args.images_path) for sample in samples]
-    chat_model = load(args)
-    seen, failures = chat_model.encode_videos(list(dict.fromkeys(chain(*paths))))
+    samples = list(read_samples(*flags.data_path))[: flags.limit or None]
+    files = {sample.where: sample.files(flags.images_path) for sample in samples}
+    chat_model = load_chat_model(flags)
+    encoded, failures = chat_model.encode_videos(list(dict.fromkeys(chain(*files.values()))))
     for reason in failures.values():
         print(f"left out: {reason}", file=sys.stderr)
-    read = [row for row, files in enumerate(paths) if not failures.keys() & set(files)]
-    if not read:
-        raise ValueError(f"{', '.join(args.data_path)}: no sample is left to ask")
-    left_out = len(samples) - len(read)
-    samples, paths = [samples[row] for row in read], [paths[row] for row in read]
+    readable = [s for s in samples if not failures.keys() & set(files[s.where])]
+    if not readable:
+        raise ValueError(f"{', '.join(flags.data_path)}: no sample is left to ask")
 
+    size = chat_model.transform.image_size
+    grey = chat_model.transform(np.full((1, size, size, 3), 127, np.uint8))
+    grey, generator = chat_model.encode_frames(grey), torch.Generator().manual_seed(flags.seed)
     records = {}
-    for name, change in controls(chat_model, args.seed).items():
-        if name != "normal" and not args.controls:
+    for name in CONTROLS:
+        if name != "normal" and not flags.controls:
             continue
-        made: dict[tuple, Visual] = {}
-        visuals = [
-            [
-                changed(seen[path], sample.reverse, change, {} if name == "shuffled" else made)
-                for path in files
-            ]
-            for sample, files in zip(samples, paths, strict=True)
-        ]
-        records[name] = score(samples, answer_all(chat_model, samples, visuals, args, name))
+        visuals = apply_control(name, readable, files, encoded, grey, generator)
+        answers = answer_all(chat_model, readable, visuals, flags, name)
+        records[name] = score_answers(readable, answers)
 
     summaries = {name: summarise(rows) for name, rows in records.items()}
     print(f"\n{format_table(summaries)}")
-    if left_out:
+    if left_out := len(samples) - len(readable):
         print(f"{left_out} samples were left out: {len(failures)} files can't be read")
     return {
         "checkpoint": str(chat_model.checkpoint),
-        "data_path": args.data_path,
-        "images_path": args.images_path,
-        "samples": len(samples),
-        "clips": len(seen),
+        "data_path": flags.data_path,
+        "images_path": flags.images_path,
+        "samples": len(readable),
+        "clips": len(encoded),
         "left_out": {str(path): reason for path, reason in failures.items()},
         "num_frames": chat_model.num_frames,
         "parameters": chat_model.parameters,
@@ -220,129 +252,61 @@ def evaluate(args: argparse.Namespace) -> dict:
     }
 
 
-# ---- the terminal --------------------------------------------------------------------------------
+def apply_control(
+    name: str,
+    samples: list[Sample],
+    files: dict[str, list[Path]],
+    encoded: dict[Path, Visual],
+    grey: Tensor,
+    generator: torch.Generator,
+) -> list[list[Visual]]:
+    """Each sample's visuals under a control. The questions about a clip share one object, so that
+    what they begin with is computed once; but each is shuffled for itself."""
+
+    @cache
+    def visual_of(file: Path, reverse: bool, alone: int | None) -> Visual:
+        frames = encoded[file].features
+        frames = CONTROLS[name](frames.flip(0) if reverse else frames, grey, generator)
+        return replace(encoded[file], features=frames)
+
+    return [
+        [visual_of(file, s.reverse, i if name == "shuffled" else None) for file in files[s.where]]
+        for i, s in enumerate(samples)
+    ]
 
 
-def named_files(args: argparse.Namespace) -> list[Path]:
-    return [Path(file) for file in [*(args.video or []), *(args.image or [])]]
-
-
-def files_of(folder: Path) -> list[Path]:
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    files = [file for file in files if file.suffix.lower() in MEDIA_SUFFIXES]
-    if not files:
-        raise ValueError(f"no video or image in {folder}: put one there or name one (--video FILE)")
-    return files
-
-
-def talk(args: argparse.Namespace) -> None:
-    """A chat, or one question about each file or all of them; a file that can't be read is named
-    and passed over."""
-    sampling = Sampling(
-        *(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p),
-        *(args.repetition_penalty, args.seed),
-    )
-    is_chat = args.chat or (sys.stdin.isatty() and not args.question)
-    files = named_files(args) or ([] if is_chat else files_of(Path(args.eval_dir)))
-    terminal = Terminal(load(args), sampling, tuple(args.stop))
-    question = args.question or DEFAULT_QUESTION
-    shown = 0
-    for file in files:
-        try:
-            terminal.attach(file)
-            shown += 1
-        except VideoError as error:
-            print(error)
-            continue
-        if not is_chat and not args.together:
-            ask(terminal, question)
-    if files and not shown:
-        raise ValueError("none of the files can be read")
-    if is_chat:
-        terminal.run()
-    elif args.together:
-        ask(terminal, question)
-
-
-def ask(terminal: Terminal, question: str) -> None:
-    print(f"Q: {question}")
-    terminal.answer(question)
-    terminal.command("/reset")
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--model_mode", type=int, choices=STAGES, default=1, help="0: pretrained, 1: fine-tuned")
-    add("--dim", type=int, help="width of the language model; names the default checkpoint too")
-    add("--n_layers", type=int, help="its layers; the checkpoint knows, this checks")
-    add(
-        "--load_from",
-        help=".pth or transformers directory (default: out/{pretrain,sft}_videolm_<dim>.pth)",
-    )
-    add("--vision_path", help=f"vision tower (default: the checkpoint's own, or {VISION_PATH})")
-    add("--tokenizer_path", help=f"tokenizer (default: the checkpoint's own, or {TOKENIZER_PATH})")
-    add("--accept_tokenizer", action="store_true", help="even if it seems to be another model's")
-    add("--num_frames", type=int, help="frames taken from a video (default: as in training)")
-    add("--sampling", choices=["uniform", "fps"], help="which of them (default: as in training)")
-    add("--fps", type=float, help="frames a second with --sampling fps")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 where the device has it")
-    add("--quantize", choices=QUANTIZATIONS, default="none", help="int8: fastest on a CPU")
-    add("--max_new_tokens", type=int, default=64, help="longest answer")
-    add("--seed", type=int, default=0, help="of the shuffled control and of sampled answers")
-    add = parser.add_argument_group("chat").add_argument
-    add("--video", nargs="+", metavar="FILE", help="videos to talk about")
-    add("--image", nargs="+", metavar="FILE", help="images to talk about")
-    add("--eval_dir", default="dataset/eval_videos", help="folder asked about if none is named")
-    add("--question", help="asked once a file; without it, a chat if there is a terminal")
-    add("--together", action="store_true", help="ask once about all files instead")
-    add("--chat", action="store_true", help="a chat also where the input is no terminal")
-    add("--temperature", type=float, default=0.0, help="0: the most likely answer; above: sampled")
-    add("--top_k", type=int, default=0, help="sample from so many of the likeliest tokens; 0: all")
-    add("--top_p", type=float, default=1.0, help="sample from the likeliest tokens of this sum")
-    add("--min_p", type=float, default=0.0, help="or at least so likely, compared with the first")
-    add(
-        "--repetition_penalty", type=float, default=1.0, help="above 1: say other words than before"
-    )
-    add("--stop", nargs="+", default=[], metavar="TEXT", help="end an answer before such a text")
-    add = parser.add_argument_group("test set").add_argument
-    add("--data_path", nargs="+", metavar="JSONL", help="files of questions with true answers")
-    add("--images_path", default="dataset/videos", help="folder that their paths start from")
-    add("--controls", action="store_true", help="ask again with the frames changed, or grey")
-    add("--batch_size", type=int, default=64, help="questions answered at a time")
-    add("--limit", type=int, default=0, help="only so many samples; 0: all")
-    add("--output", help="JSON file for all figures and answers")
-    args = parser.parse_args(argv)
-    for name in ("num_frames", "max_new_tokens", "batch_size"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            parser.error(f"--{name} is {value}: give 1 or more")
-    if args.data_path and (args.video or args.image or args.question or args.chat):
-        parser.error("--data_path scores a test set; --video, --image, --question are for a chat")
-    if args.chat and (args.question or args.together):
-        parser.error("--question and --together ask once, --chat reads questions: choose one")
-    return args
-
-
-def main() -> None:
-    args = parse_arguments()
-    try:
-        if not args.data_path:
-            return talk(args)
-        result = evaluate(args)
-        if args.output:
-            output = Path(args.output)
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"eval.py: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+def answer_all(
+    chat_model: ChatModel,
+    samples: list[Sample],
+    visuals: list[list[Visual]],
+    flags: EvalFlags,
+    label: str,
+) -> list[list[str]]:
+    """Greedy answers to every turn of every sample. A later turn is asked with the model's own
+    earlier answers before it, as in use; the true ones would help."""
+    turns, sampling = [true_answers(sample) for sample in samples], Sampling(flags.max_new_tokens)
+    answers: list[list[str]] = [[] for _ in samples]
+    clips: dict[tuple, int] = {}
+    with tqdm(total=sum(map(len, turns)), desc=label, unit="answer") as bar:
+        for turn in range(max(map(len, turns))):
+            rows = [row for row in range(len(samples)) if turn < len(turns[row])]
+            # Questions about one clip side by side: the batch computes what they share once.
+            rows.sort(key=lambda row: clips.setdefault(tuple(visuals[row]), len(clips)))
+            requests = {}
+            for row in rows:
+                messages = prompt_messages(samples[row], answers[row])
+                try:
+                    requests[row] = chat_model.make_request(messages, visuals[row], sampling)
+                except ConversationError as error:
+                    raise ValueError(f"{samples[row].where}: {error}") from None
+            for start in range(0, len(rows), flags.batch_size):
+                batch = rows[start : start + flags.batch_size]
+                texts = chat_model.generate([requests.pop(row) for row in batch])
+                for row, text in zip(batch, texts, strict=True):
+                    answers[row].append(text)
+                bar.update(len(batch))
+    return answers
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -9,6 +9,8 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
+from dataset.samples import Sample
+
 _CJK = r"[\u3400-\u9fff\uf900-\ufaff]"
 
 
@@ -69,20 +71,55 @@ def score_turn(
     entry: dict, language: str, prediction: str, answer: str, vocabulary: dict[str, set[str]]
 ) -> dict:
     """One record for `summarise`. `entry` is the turn's `scoring` object of the jsonl."""
-    kind = entry.get("type", "answer")
-    if kind == "caption":
+    answer_type = entry.get("type", "answer")
+    if answer_type == "caption":
         facts = entry.get("facts") or []
         score = caption_facts(prediction, facts, vocabulary.get(language, set()))
     else:
         score = float(exact_match(prediction, answer))
     return {
-        "type": kind,
+        "type": answer_type,
         "language": language,
         "pair": entry.get("pair"),
         "answer": answer,
         "prediction": prediction,
         "score": score,
     }
+
+
+def true_answers(sample: Sample) -> list[str]:
+    return [turn["content"] for turn in sample.messages if turn["role"] == "assistant"]
+
+
+def prompt_messages(sample: Sample, answers: list[str]) -> list[dict]:
+    """The conversation up to the question that follows the model's own `answers`."""
+    messages, own = [], iter(answers)
+    for message in sample.messages:
+        if message["role"] == "assistant":
+            answer = next(own, None)
+            if answer is None:
+                break
+            message = {"role": "assistant", "content": answer or "-"}  # templates want some text
+        messages.append(message)
+    return messages
+
+
+def score_answers(samples: list[Sample], answers: list[list[str]]) -> list[dict]:
+    """One record a turn, for `summarise` and for a report. answers: the model's own, by turn."""
+    entries = [sample.scoring or [{}] * len(true_answers(sample)) for sample in samples]
+    languages = [sample.language or "-" for sample in samples]
+    vocabulary = fact_vocabulary(
+        (language, entry) for language, row in zip(languages, entries, strict=True) for entry in row
+    )
+    records = []
+    for sample, language, row, own in zip(samples, languages, entries, answers, strict=True):
+        turns = zip(row, own, true_answers(sample), strict=True)
+        for turn, (entry, prediction, true) in enumerate(turns):
+            question = prompt_messages(sample, own[:turn])[-1]["content"]
+            question = question.replace("<video>", "").replace("<image>", "").strip()
+            about = {"id": sample.id, "visuals": sample.visuals, "turn": turn, "question": question}
+            records.append(about | score_turn(entry, language, prediction, true, vocabulary))
+    return records
 
 
 def _mean_score(records: Iterable[dict]) -> float | None:
@@ -103,12 +140,12 @@ def _asked_alike(record: dict) -> tuple[str, str]:
 
 
 def _guesses(records: Iterable[dict]) -> list[dict]:
-    """Scores of always giving the most common answer to each kind of question in each language: the
+    """Scores of always giving the most common answer to each type of question in each language: the
     bar that a model has to clear before it has seen anything."""
     answers = defaultdict(Counter)
     for record in records:
         answers[_asked_alike(record)][normalise(record["answer"])] += 1
-    guess = {kind: counts.most_common(1)[0][0] for kind, counts in answers.items()}
+    guess = {name: counts.most_common(1)[0][0] for name, counts in answers.items()}
     return [
         {
             "type": record["type"],
@@ -132,10 +169,10 @@ def summarise(records: Sequence[dict]) -> dict:
     pairs = [{"score": min(r["score"] for r in same)} for same in paired.values() if len(same) > 1]
     # "three" apart from "four", spin from stay: for the types that have a closed set of answers.
     by_answer = {
-        kind: _grouped(group, lambda record: normalise(record["answer"]))
-        for kind, group in by_type.items()
+        name: _grouped(group, lambda record: normalise(record["answer"]))
+        for name, group in by_type.items()
     }
-    by_answer = {kind: groups for kind, groups in by_answer.items() if len(groups) <= 24}
+    by_answer = {name: groups for name, groups in by_answer.items() if len(groups) <= 24}
     guesses = _guesses(questions)
 
     def means(groups: dict[str, list[dict]]) -> dict[str, float | None]:
@@ -147,7 +184,7 @@ def summarise(records: Sequence[dict]) -> dict:
         "captions": _mean_score(captions),
         "by_type": means(by_type),
         "by_language": means(by_language),
-        "by_answer": {kind: means(groups) for kind, groups in by_answer.items()},
+        "by_answer": {name: means(groups) for name, groups in by_answer.items()},
         "majority": {
             "all": _mean_score(guesses),
             "by_type": means(_grouped(guesses, lambda guess: guess["type"])),
@@ -156,7 +193,7 @@ def summarise(records: Sequence[dict]) -> dict:
             "questions": len(questions),
             "pairs": len(pairs),
             "captions": len(captions),
-            "by_type": {kind: len(group) for kind, group in by_type.items()},
+            "by_type": {name: len(group) for name, group in by_type.items()},
         },
     }
 
@@ -179,9 +216,9 @@ def format_table(summaries: dict[str, dict]) -> str:
             "all questions", counts["questions"], percent(majority["all"]), (s["all"] for s in runs)
         ),
     ]
-    for kind, count in counts["by_type"].items():
-        bar = percent(majority["by_type"][kind])
-        lines.append(row(f"  {kind}", count, bar, (s["by_type"][kind] for s in runs)))
+    for name, count in counts["by_type"].items():
+        bar = percent(majority["by_type"][name])
+        lines.append(row(f"  {name}", count, bar, (s["by_type"][name] for s in runs)))
     for language in first["by_language"]:
         lines.append(row(f"  in {language}", "", "", (s["by_language"][language] for s in runs)))
     lines.append(row("reversed pairs", counts["pairs"], "", (s["reversed"] for s in runs)))

@@ -13,8 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cli import Flags, flag, launch, parse_flags
 from dataset.video import read_frames
-from demo.known_world import DEMO_MODEL
-from inference import ChatModel
+from inference import DEMO_MODEL, ChatModel
 
 EXAMPLES = DEMO_MODEL.parent.parent / "examples"
 QUESTION = "Which one is the first to move?"

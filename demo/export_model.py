@@ -18,8 +18,9 @@ from torch import Tensor
 
 from cli import Flags, flag, launch, parse_flags
 from dataset.feature_store import FeatureStore
-from demo.known_world import DEMO_MODEL, distance, fit_known_frames, save_known_frames
+from demo.known_world import distance, fit_known_frames, save_known_frames
 from demo.world import make_clip
+from inference import DEMO_MODEL
 from model.checkpoint import load_video_language_model, read_about, save_model
 
 NOTE = (

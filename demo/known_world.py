@@ -15,8 +15,6 @@ from torch import Tensor
 
 from model.checkpoint import read_about
 
-DEMO_MODEL = Path(__file__).resolve().parent / "model/sft_videolm_128.pth"
-
 
 def fit_known_frames(clips: Iterable[Tensor]) -> dict[str, Tensor]:
     """clips: features (F, P, D) of training clips → mean (D,) and whitening (D, D), float16."""

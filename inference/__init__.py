@@ -21,10 +21,12 @@ share one, which a `Scheduler` runs in its thread. Imports go one way: request â
 from inference.chat import Chat
 from inference.chat_model import ChatModel
 from inference.engine import Engine
-from inference.parts import TOKENIZER_PATH, VISION_PATH, find_models, find_parts
+from inference.parts import DEMO_MODEL, ROOT, TOKENIZER_PATH, VISION_PATH, find_models, find_parts
 from inference.request import PrefixCache, Request, Sequence, Visual
 
 __all__ = [
+    "DEMO_MODEL",
+    "ROOT",
     "TOKENIZER_PATH",
     "VISION_PATH",
     "Chat",

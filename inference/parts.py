@@ -10,6 +10,7 @@ from model.vision_tower import VisionTower
 ROOT = Path(__file__).resolve().parents[1]  # what ships is found from any folder
 VISION_PATH = ROOT / "model/vision_model/clip-vit-base-patch32"
 DEMO_TOWER = ROOT / "demo/tower"
+DEMO_MODEL = ROOT / "demo/model/sft_videolm_128.pth"
 TOKENIZER_PATH = ROOT / "model/text_tokenizer"
 
 

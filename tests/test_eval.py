@@ -11,48 +11,43 @@ import torch
 from PIL import Image
 
 import eval as evaluation
+from cli import launch
 from dataset.samples import read_samples
-from inference import ChatModel
-from model.checkpoint import save_model
-from model.cinego import Cinego
-from model.config import CinegoConfig, LanguageModelConfig
+from dataset.scoring import prompt_messages
+from inference import ROOT, ChatModel
 from model.generate import Sampling
-from model.tokenizer import OURS
-
-TOKENIZER = Path(__file__).resolve().parents[1] / "model/text_tokenizer"
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    """An untrained model: it answers nonsense, but always the same nonsense to the same input."""
-    torch.manual_seed(1)
-    language_model = LanguageModelConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
-    )
-    # Large weights, or every input would get the same answer.
-    language_model.initializer_range, language_model.embedding_std = 0.3, 0.4
-    model = Cinego(CinegoConfig(language_model, vision_hidden_size=32))
-    path = tmp_path_factory.mktemp("model") / "sft.pth"
-    save_model(path, model, {"training": {"num_frames": 4}, "lineage": {"tokenizer": OURS}})
-    return path
-
-
-@pytest.fixture(scope="module")
-def chat_model(checkpoint, tiny_tower) -> ChatModel:
-    return ChatModel.load(checkpoint, tiny_tower, TOKENIZER, device="cpu")
+def chat_model(tiny_checkpoint, tiny_tower) -> ChatModel:
+    return ChatModel.load(tiny_checkpoint, tiny_tower, device="cpu", dtype="float32")
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Three pictures (clips of one frame), a short animation, and a file that isn't a picture."""
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for name in "abc":
-        noise = random.integers(0, 255, (112, 112, 3), np.uint8)
+        noise = rng.integers(0, 255, (112, 112, 3), np.uint8)
         Image.fromarray(noise).save(tmp_path / f"{name}.png")
     frames = [Image.new("RGB", (112, 112), (60 * i, 0, 255 - 60 * i)) for i in range(4)]
     frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:], duration=100)
     (tmp_path / "broken.mp4").write_text("not a video")
     return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch, tiny_checkpoint, tiny_tower):
+    """Runs eval.py with flags; the first of a flag that is given twice doesn't count."""
+
+    def run(*flags, is_terminal: bool = False) -> None:
+        given = ["--load_from", tiny_checkpoint, "--vision_path", tiny_tower, "--device", "cpu"]
+        given += ["--max_new_tokens", 6, *flags]
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, given)])
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: is_terminal, raising=False)
+        launch(evaluation.main)
+
+    return run
 
 
 def write_lines(folder: Path, *lines: dict) -> Path:
@@ -64,127 +59,133 @@ def write_lines(folder: Path, *lines: dict) -> Path:
 def line(visual, *turns: str, **more) -> dict:
     """Turns: question, answer, question, answer, …"""
     roles = ("user", "assistant") * (len(turns) // 2)
-    conversations = [
-        {"role": role, "content": turn} for role, turn in zip(roles, turns, strict=True)
-    ]
-    return {"video": visual, "conversations": conversations, **more}
-
-
-def run(monkeypatch, checkpoint, tower, *flags) -> None:
-    flags = ["--load_from", checkpoint, "--vision_path", tower, "--max_new_tokens", 6, *flags]
-    flags += ["--tokenizer_path", TOKENIZER, "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags)])
-    evaluation.main()
+    turns = [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=True)]
+    return {"video": visual, "conversations": turns, **more}
 
 
 # ---- controls
 
 
-def dice(seed: int) -> torch.Generator:
+def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("num_frames", [3, 4, 8, 16])
+@pytest.mark.parametrize("num_frames", [1, 2, 3, 4, 8, 16])
 def test_shuffled_is_neither_the_order_nor_its_reverse(num_frames):
     order = list(range(num_frames))
     for seed in range(20):
-        shuffled = evaluation.shuffled_order(num_frames, dice(seed))
+        shuffled = evaluation.shuffled_order(num_frames, generator(seed))
         assert sorted(shuffled) == order
-        assert shuffled not in (order, order[::-1])
-        assert shuffled == evaluation.shuffled_order(num_frames, dice(seed))
-
-
-@pytest.mark.parametrize("num_frames", [1, 2])
-def test_too_few_frames_to_shuffle_stay(num_frames):
-    assert evaluation.shuffled_order(num_frames, dice(0)) == list(range(num_frames))
+        assert shuffled == evaluation.shuffled_order(num_frames, generator(seed))
+        # Fewer than three frames have no other order.
+        assert (shuffled in (order, order[::-1])) is (num_frames < 3)
 
 
 def test_controls_equal_changing_the_frames_themselves(chat_model):
-    torch.manual_seed(0)
-    pixels = torch.randn(4, 3, 112, 112)
-    features = chat_model.encode_frames(pixels)
-    change = evaluation.controls(chat_model, seed=0)
-    order = evaluation.shuffled_order(4, dice(0))
+    pixels = torch.randn(4, 3, 112, 112, generator=generator(0))
+    order = evaluation.shuffled_order(4, generator(7))
+    frames, grey = chat_model.encode_frames(pixels), chat_model.encode_frames(pixels[:1] * 0)
     for name, changed in {
         "normal": pixels,
         "reversed": pixels.flip(0),
         "shuffled": pixels[order],
         "first frame": pixels[[0, 0, 0, 0]],
+        "no video": pixels * 0,
     }.items():
-        torch.testing.assert_close(
-            change[name](features), chat_model.encode_frames(changed), msg=name
-        )
-    blank = change["no video"](features)
-    assert blank.shape == features.shape
-    torch.testing.assert_close(blank, change["no video"](torch.zeros_like(features)))
+        features = evaluation.CONTROLS[name](frames, grey, generator(7))
+        torch.testing.assert_close(features, chat_model.encode_frames(changed), msg=name)
+
+
+# ---- a test set
 
 
 def test_later_turns_are_asked_after_the_models_own_answers(folder):
-    write_lines(folder, line("a.png", "one?", "true 1", "two?", "true 2", "three?", "true 3"))
-    (sample,) = read_samples(folder / "test.jsonl")
-    contents = [m["content"] for m in evaluation.asked(sample, ["own 1", "own 2"])]
+    lines = line("a.png", "one?", "true 1", "two?", "true 2", "three?", "true 3")
+    (sample,) = read_samples(write_lines(folder, lines))
+    contents = [m["content"] for m in prompt_messages(sample, ["own 1", "own 2"])]
     assert contents == ["one?", "own 1", "two?", "own 2", "three?"]
-    assert [m["content"] for m in evaluation.asked(sample, [])] == ["one?"]
+    assert [m["content"] for m in prompt_messages(sample, [])] == ["one?"]
 
 
 def test_evaluation_scores_each_turn_and_leaves_out_what_can_not_be_read(
-    monkeypatch, checkpoint, tiny_tower, folder, chat_model, capsys
+    run, folder, chat_model, capsys
 ):
     clip = chat_model.encode_video(folder / "clip.gif")
     reverse = replace(clip, features=clip.features.flip(0))
     question = [{"role": "user", "content": "What moves?"}]
-    said, backwards = chat_model.generate(
-        [chat_model.make_request(question, [visual], Sampling(6)) for visual in (clip, reverse)]
-    )
-    assert said != backwards
+    requests = [chat_model.make_request(question, [v], Sampling(6)) for v in (clip, reverse)]
+    forward, backward = chat_model.generate(requests)
+    assert forward != backward
 
-    scoring = [{"type": "object"}]
+    about = {"scoring": [{"type": "object"}], "language": "en"}
     data = write_lines(
         folder,
-        line("clip.gif", "What moves?", said, scoring=scoring, language="en"),
-        line("clip.gif", "What moves?", backwards, scoring=scoring, language="en", reverse=True),
+        line("clip.gif", "What moves?", forward, **about),
+        line("clip.gif", "What moves?", backward, **about, reverse=True),
         line("a.png", "What is it?", "never said", "And now?", "nor this"),
         line("broken.mp4", "What is it?", "lost", id="lost"),
     )
     output = folder / "out/eval.json"
-    run(
-        *(monkeypatch, checkpoint, tiny_tower, "--data_path", data, "--images_path", folder),
-        *("--controls", "--output", output, "--batch_size", 2),
-    )
+    files = ("--data_path", data, "--images_path", folder, "--output", output)
+    run(*files, "--controls", "--batch_size", 2)
     result = json.loads(output.read_text())
     assert result["accuracy"]["by_type"] == {"answer": 0, "object": 1}
     assert result["controls"]["reversed"]["by_type"]["object"] == 0
-    assert result["samples"] == 3 and result["clips"] == 2 and result["num_frames"] == 4
-    assert [a["question"] for a in result["answers"] if a["type"] == "answer"] == [
-        *("What is it?", "And now?")
-    ]
+    assert result["samples"] == 3 and result["num_frames"] == 4
+    questions = [a["question"] for a in result["answers"] if a["type"] == "answer"]
+    assert questions == ["What is it?", "And now?"]
     assert list(result["left_out"]) == [str(folder / "broken.mp4")]
-    said = capsys.readouterr()
-    assert "1 samples were left out" in said.out and "broken.mp4" in said.err
-    assert re.search(r"all questions +4 ", said.out)
+    printed = capsys.readouterr()
+    assert "1 samples were left out" in printed.out and "broken.mp4" in printed.err
+    assert re.search(r"all questions +4 ", printed.out)
 
 
 # ---- the terminal
 
 
-def test_without_a_terminal_each_file_of_the_folder_is_asked_about(
-    monkeypatch, checkpoint, tiny_tower, folder, capsys
-):
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
-    run(monkeypatch, checkpoint, tiny_tower, "--eval_dir", folder)
-    said = capsys.readouterr().out
-    assert said.count(f"Q: {evaluation.DEFAULT_QUESTION}\nA: ") == 4
-    assert f"{folder / 'broken.mp4'}: unreadable" in said
+def test_without_a_terminal_each_file_of_the_folder_is_asked_about(run, folder, capsys):
+    run("--eval_dir", folder)
+    printed = capsys.readouterr().out
+    assert printed.count(f"Q: {evaluation.DEFAULT_QUESTION}\nA: ") == 4
+    assert f"{folder / 'broken.mp4'}: unreadable" in printed
 
 
-def test_a_chat_goes_on_with_what_was_said_before(
-    monkeypatch, checkpoint, tiny_tower, folder, capsys
-):
+def test_one_question_about_all_files_by_the_flags_old_name(run, folder, capsys):
+    files = [folder / "a.png", folder / "b.png"]
+    run("--image", *files, "--together", "--question", "The same?")
+    assert capsys.readouterr().out.count("Q: The same?\nA: ") == 1
+
+
+def test_a_chat_continues_with_earlier_turns(run, folder, monkeypatch, capsys):
     typed = iter(["What is it?", "", "Which colour?", "/quit"])
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(builtins, "input", lambda prompt: next(typed))
-    run(monkeypatch, checkpoint, tiny_tower, "--image", folder / "a.png")
+    run("--image", folder / "a.png", is_terminal=True)
     assert capsys.readouterr().out.count("A: ") == 2
+
+
+def test_in_a_fresh_clone_the_small_model_answers_about_the_examples(monkeypatch, capsys, tmp_path):
+    """And says that it knows nothing else, and when it is shown something else."""
+    monkeypatch.chdir(tmp_path)
+    Image.effect_noise((112, 112), 90).convert("RGB").save("noise.png")
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--device", "cpu"])
+    launch(evaluation.main)
+    printed = capsys.readouterr().out
+    assert "This small model knows only the demo world" in printed
+    assert "A: Four red squares move left.\n" in printed
+    assert "look nothing like" not in printed
+    flags = ["--image", "noise.png", "--question", "What is it?", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["eval.py", *flags])
+    launch(evaluation.main)
+    assert "look nothing like" in capsys.readouterr().out
+
+
+def test_the_small_model_answers_the_examples_questions_by_their_order(run, tmp_path):
+    examples, output = ROOT / "demo/examples", tmp_path / "eval.json"
+    files = ("--data_path", examples / "questions.jsonl", "--images_path", examples)
+    model = ("--load_from", ROOT / "demo/model/sft_videolm_128.pth", "--vision_path")
+    run(*model, ROOT / "demo/tower", *files, "--max_new_tokens", 64, "--output", output)
+    accuracy = json.loads(output.read_text())["accuracy"]
+    assert accuracy["all"] > 0.9 and accuracy["reversed"] > 0.7
 
 
 # ---- what a user can get wrong
@@ -201,26 +202,27 @@ def test_a_chat_goes_on_with_what_was_said_before(
         (["--tokenizer_path", "nowhere"], "--tokenizer_path nowhere: no such folder"),
         (["--video", "nowhere.mp4"], "none of the files can be read"),
         (["--eval_dir", "nowhere"], "no video or image in nowhere"),
+        (["--data_path", "x.jsonl", "--video", "a.mp4"], "--data_path scores"),
+        (["--chat", "--joint"], "choose one"),
+        (["--batch_size", "0"], "give 1 or more"),
     ],
 )
-def test_an_error_says_what_is_wrong(flags, words, monkeypatch, checkpoint, tiny_tower, folder):
-    files = [] if "--video" in flags or "--eval_dir" in flags else ["--image", folder / "a.png"]
-    given = ["--load_from", checkpoint, "--vision_path", tiny_tower, *files, *flags]
-    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, given)])
+def test_an_error_says_what_is_wrong(flags, words, run, folder):
+    named = {"--video", "--eval_dir", "--data_path"} & set(flags)
+    files = [] if named else ["--image", folder / "a.png"]
     with pytest.raises(SystemExit, match=re.escape(words)):
-        evaluation.main()
+        run(*files, *flags)
 
 
-def test_another_tower_of_the_same_shape_is_refused(tmp_path, checkpoint, tiny_tower):
+def test_another_tower_of_the_same_shape_is_refused(tmp_path, tiny_checkpoint, tiny_tower):
     """Its features would fit and mean nothing."""
-    weights = torch.load(checkpoint, weights_only=True)
+    weights = torch.load(tiny_checkpoint, weights_only=True)
     torch.save(weights, tmp_path / "sft.pth")
-    about = json.loads(checkpoint.with_suffix(".json").read_text()) | {
-        "lineage": {"vision_tower": "0" * 16, "tokenizer": OURS}
-    }
+    about = json.loads(tiny_checkpoint.with_suffix(".json").read_text())
+    about["lineage"]["vision_tower"] = "0" * 16
     (tmp_path / "sft.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match="isn't the vision tower"):
-        ChatModel.load(tmp_path / "sft.pth", tiny_tower, TOKENIZER)
+        ChatModel.load(tmp_path / "sft.pth", tiny_tower)
 
 
 @pytest.mark.parametrize(
@@ -232,17 +234,8 @@ def test_another_tower_of_the_same_shape_is_refused(tmp_path, checkpoint, tiny_t
         (json.dumps(line("../a.png", "What is it?", "a cup")), "'..'"),
     ],
 )
-def test_a_bad_line_is_named_by_file_and_number(
-    text, reason, monkeypatch, checkpoint, tiny_tower, folder
-):
+def test_a_bad_line_is_named_by_file_and_number(text, reason, run, folder):
     data = write_lines(folder, line("a.png", "What is it?", "a cup"))
     data.write_text(data.read_text() + text + "\n")
     with pytest.raises(SystemExit, match=r"test\.jsonl:2: .*" + re.escape(reason)):
-        run(monkeypatch, checkpoint, tiny_tower, "--data_path", data, "--images_path", folder)
-
-
-def test_scoring_and_chatting_at_once_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--data_path", "x.jsonl", "--video", "a.mp4"])
-    with pytest.raises(SystemExit):
-        evaluation.main()
-    assert "--data_path scores" in capsys.readouterr().err
+        run("--data_path", data, "--images_path", folder)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from demo.export_model import export_model, make_examples
-from demo.known_world import DEMO_MODEL, warn_unlike_training
+from demo.known_world import warn_unlike_training
+from inference import DEMO_MODEL
 from model.checkpoint import load_video_language_model, read_about
 
 
