@@ -166,6 +166,10 @@ def check_visuals(flags: CheckFlags, visuals: list[str]) -> dict[str, tuple[str,
     if flags.use_feature:
         store = FeatureStore(flags.features_path)
         store.check(how)
+        if flags.resize != "tower":
+            store.check(
+                {"transform": store.manifest.get("transform", {}) | {"resize": flags.resize}}
+            )
     else:
         how |= {"backend": flags.video_backend, "timeout": flags.decode_seconds}
     check = find_features if flags.use_feature else decode

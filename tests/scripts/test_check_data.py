@@ -115,8 +115,12 @@ def test_features_in_place_of_media(data):
     found = problems()
     assert set(found) == set(BAD)
     assert (found[5]["reason"], found[6]["reason"]) == ("no_features", "corrupt")
-    with pytest.raises(ValueError, match="num_frames is 8, 4 is needed"):
-        check("--use_feature", "--features_path", "features", "--num_frames", "4", code=None)
+    for flag, value, reason in (
+        ("--num_frames", "4", "num_frames is 8, 4 is needed"),
+        ("--resize", "pad", "transform is .*pad"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            check("--use_feature", "--features_path", "features", flag, value, code=None)
 
 
 def test_what_can_not_be_checked(data):
