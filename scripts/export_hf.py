@@ -264,9 +264,9 @@ def write_code(folder: Path) -> None:
     while waiting:
         path, name = waiting.popitem()
         text = path.read_text(encoding="utf-8")
-        for _, room, module in _OWN_IMPORT.findall(text):
-            if (found := ROOT / room / f"{module}.py") not in written:
-                waiting[found] = f"{room}_{module}.py"
+        for _, package, module in _OWN_IMPORT.findall(text):
+            if (found := ROOT / package / f"{module}.py") not in written:
+                waiting[found] = f"{package}_{module}.py"
         text = _OWN_IMPORT.sub(r"\1from .\2_\3 import", text)
         assert not re.search(r"^\s*(from|import) (model|dataset)\b", text, re.MULTILINE), path
         origin = path.relative_to(ROOT).as_posix()

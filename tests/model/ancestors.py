@@ -41,10 +41,10 @@ def old_rotate(x, theta):
 
 
 def old_feed_forward(layer, y, top_k=2):
-    """(L, C): SwiGLU, or for each token that of its likeliest experts and of the shared one."""
+    """(L, C): SwiGLU, or for each token that of its most probable experts and of the shared one."""
 
-    def swiglu(y, room="feed_forward"):
-        w1, w2, w3 = (layer[f"{room}.w{i}.weight"] for i in (1, 2, 3))
+    def swiglu(y, module="feed_forward"):
+        w1, w2, w3 = (layer[f"{module}.w{i}.weight"] for i in (1, 2, 3))
         return (F.silu(y @ w1.T) * (y @ w3.T)) @ w2.T
 
     if "feed_forward.gate.weight" not in layer:
@@ -84,12 +84,12 @@ def old_forward(state, x, heads, kv_heads, theta, eps=1e-5):
 def with_experts(state, routed=4):
     """Each layer's feed_forward becomes a router, `routed` experts and a shared one."""
     for i in range(2):
-        room = f"layers.{i}.feed_forward"
-        weights = {f"w{k}": state.pop(f"{room}.w{k}.weight") for k in (1, 2, 3)}
+        module = f"layers.{i}.feed_forward"
+        weights = {f"w{k}": state.pop(f"{module}.w{k}.weight") for k in (1, 2, 3)}
         for expert in (*(f"experts.{e}" for e in range(routed)), "shared_experts"):
             for name, weight in weights.items():
-                state[f"{room}.{expert}.{name}.weight"] = 0.2 * torch.randn(weight.shape)
-        state[f"{room}.gate.weight"] = torch.randn(routed, weights["w1"].shape[1])
+                state[f"{module}.{expert}.{name}.weight"] = 0.2 * torch.randn(weight.shape)
+        state[f"{module}.gate.weight"] = torch.randn(routed, weights["w1"].shape[1])
     return state
 
 
