@@ -305,6 +305,8 @@ def _decode_in_order(request: Request) -> Frames:
     seconds = np.array(times, np.float64)  # what has no time is NaN
     if not (np.isfinite(seconds).all() and (np.diff(seconds) > 0).all()):
         seconds = np.arange(len(times)) / rate
+    if request.on_damage == "error":  # what was broken is the end of a file that was cut
+        damaged = []
     damaged = sorted({max(0.0, round(time - seconds[0], 3)) for time in damaged})
     seconds -= seconds[0]
     request.check_length(seconds[-1])
