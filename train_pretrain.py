@@ -12,41 +12,72 @@ weights instead and trains it along, as the quickstart does.
 Writes out/pretrain_videolm_512.pth and .json, logs to out/pretrain_videolm_512/.
 """
 
-from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
-import stage
-from cli import launch
+from build import (
+    StageConfig,
+    build_loader,
+    build_model,
+    check_start,
+    describe_lineage,
+    open_visuals,
+    save_checkpoint,
+    set_up_training,
+    start_path,
+)
+from cli import launch, parse_flags
 from model.checkpoint import load_language_model
-from model.cinego import Cinego
-from model.config import CinegoConfig
-from model.vision_tower import VisionTower
-
-
-def load(path: Path, wanted: CinegoConfig, tower: VisionTower | None) -> Cinego:
-    """A language model that sees for the first time."""
-    if not path.exists():
-        raise ValueError(
-            f"{path}: no such language model; put MiniMind's weights there, name another with "
-            "--load_from, or start from random weights with --from_scratch --freeze_llm 0"
-        )
-    language_model = load_language_model(path)
-    print(language_model.load_report)  # which generation it is, and what was assumed of it
-    model = Cinego(replace(wanted, language_model=language_model.config), tower)
-    model.language_model, model.load_report = language_model, language_model.load_report
-    return model
+from model.tokenizer import open_tokenizer
+from trainer.distributed import setup
+from trainer.dry_run import dry_run
+from trainer.engine import fit
 
 
 def main(argv: list[str] | None = None) -> dict:
-    return stage.run(
+    """The stage from its command line to its checkpoint; returns the last line of metrics.
+
+    Raises ValueError for what doesn't fit together, before anything is written, and what `fit`
+    raises.
+    """
+    config = parse_flags(
+        StageConfig,
         __doc__,
+        argv,
         run_name="pretrain_videolm_{dim}",
-        start_weights="lm_{dim}.pth",
-        load=load,
-        argv=argv,
         freeze_llm=2,
         learning_rate=1e-3,  # few parameters, and random ones: they bear a high rate
     )
+    start = start_path(config, "lm_{dim}.pth")
+    with setup(config.device, config.timeout) as world:
+        tokenizer = open_tokenizer(config.tokenizer_path)
+        visuals = open_visuals(config)
+
+        # A language model that has seen no picture, under a random summary and projector
+        if config.from_scratch:
+            model = build_model(config, tokenizer, visuals)
+        elif not start.exists():
+            raise ValueError(
+                f"{start}: no such language model; put MiniMind's weights there, name another with "
+                "--load_from, or start from random weights with --from_scratch --freeze_llm 0"
+            )
+        else:
+            language_model = load_language_model(start)
+            world.print_rank0(str(language_model.load_report))  # its generation, what was assumed
+            model = build_model(config, tokenizer, visuals, language_model)
+            check_start(model, start, config, tokenizer, visuals)
+        set_up_training(model, config)  # --freeze_llm 2: summary and projector alone
+        counts = ", ".join(f"{name} {n:,}" for name, n in model.parameter_counts().items())
+        world.print_rank0(f"parameters: {counts}")
+
+        loader = partial(build_loader, config=config, tokenizer=tokenizer, model=model, world=world)
+        val_loader = loader(config.val_path, visuals.val) if config.val_path else None
+        if config.dry_run:
+            return dry_run(model, loader(config.data_path, visuals.train), config, world)
+        train_loader = loader(config.data_path, visuals.train, shuffle=True)
+
+        save = partial(save_checkpoint, model, config)
+        lineage = describe_lineage(config, start, tokenizer, visuals)
+        return fit(model, train_loader, val_loader, config, world, save, lineage)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ import torch
 
 import train_pretrain
 import train_sft
+from build import StageConfig, open_visuals
 from cli import parse_flags
 from model.checkpoint import load_video_language_model
 from model.config import LanguageModelConfig
 from model.lora import add_adapters, merged_state
 from model.minimind import Block, MiniMind
-from stage import StageConfig, open_visuals
 from tests.test_train_stages import SIZE, command, tiny_tower, workplace  # noqa: F401
 from trainer.config import TrainConfig
 from trainer.optim import Optimizers

@@ -1,14 +1,13 @@
-"""Joins the three rooms (model, dataset, trainer) for both training stages.
+"""What both training stages build from their flags: visuals, model, loaders, lineage.
 
-`train_pretrain.py` and `train_sft.py` say what their stage is: which weights it starts from, which
-are trained, which settings are usual. Everything they share stands here once.
+`train_pretrain.py` and `train_sft.py` call these functions one after another. model/, dataset/ and
+trainer/ don't know of each other; here they meet.
 """
 
 import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from cli import TOKENIZER_PATH, VISION_PATH, Flags, FrameFlags, flag, parse_flags
+from cli import TOKENIZER_PATH, VISION_PATH, Flags, FrameFlags, flag
 from dataset.conversation import placeholder_ids
 from dataset.feature_store import FeatureStore
 from dataset.samples import read_samples
@@ -35,12 +34,11 @@ from model.checkpoint import read_about, save_model
 from model.cinego import Cinego
 from model.config import SUMMARY_ALIASES, CinegoConfig, LanguageModelConfig
 from model.lora import add_adapters
-from model.tokenizer import check_tokenizer, open_tokenizer, tokenizer_fingerprint
+from model.minimind import MiniMind
+from model.tokenizer import check_tokenizer, tokenizer_fingerprint
 from model.vision_tower import VisionTower
 from trainer.config import TrainConfig, run_flag
-from trainer.distributed import World, setup
-from trainer.dry_run import dry_run
-from trainer.engine import fit
+from trainer.distributed import World
 from trainer.interrupt import ignore_signals_in_worker
 
 local_flag = partial(flag, scope="process")  # each machine may have its own folders
@@ -164,60 +162,11 @@ class Visuals:
     tower_fingerprint: str
 
 
-# (where to start, what the flags describe, the tower or None) → the model
-Load = Callable[[Path, CinegoConfig, VisionTower | None], Cinego]
-
-
-def run(
-    description: str,
-    run_name: str,
-    start_weights: str,
-    load: Load,
-    argv: list[str] | None = None,
-    **defaults: Any,
-) -> dict[str, Any]:
-    """One stage, from the command line to the checkpoint; returns the last line of metrics.
-
-    `run_name` and `start_weights` are the stage's published names. Their `{dim}` becomes 512, or
-    512_moe as MiniMind names it: the flags' in `start_weights`, the model's in `run_name`. `load`
-    makes the model from the start weights; `defaults` replace those of StageConfig.
-    """
-    config = parse_flags(StageConfig, description, argv, run_name=run_name, **defaults)
-    size = f"{config.dim or 512}" + "_moe" * config.use_moe
-    start = Path(config.load_from or Path(config.out_dir, start_weights.format(dim=size)))
-    with setup(config.device, config.timeout) as world:
-        return train_stage(config, start, load, world)
-
-
-def train_stage(config: StageConfig, start: Path, load: Load, world: World) -> dict[str, Any]:
-    """What a process of the stage does once it has met the others."""
-    tokenizer = open_tokenizer(config.tokenizer_path)
-    visuals = open_visuals(config)
-    model = build_model(config, tokenizer, visuals, start, load)
-    counts = ", ".join(f"{name} {n:,}" for name, n in model.parameter_counts().items())
-    world.print_rank0(f"parameters: {counts}")
-
-    def loader(paths: list[str] | None, source, training: bool) -> DataLoader | None:
-        return paths and make_loader(config, paths, source, tokenizer, model, world, training)
-
-    def save(path: Path, meta: dict[str, Any]) -> None:
-        save_model(path, model, {**meta, "training": asdict(config), "commit": commit()})
-
-    lineage = {
-        "data": fingerprint(config.data_path),
-        "start": "random" if config.from_scratch else fingerprint([start]),
-        "vision_tower": visuals.tower_fingerprint,
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-    }
-    val_loader = loader(config.val_path, visuals.val, False)
-    if config.dry_run:
-        return dry_run(model, loader(config.data_path, visuals.train, False), config, world)
-    train_loader = loader(config.data_path, visuals.train, True)
-    return fit(model, train_loader, val_loader, config, world, save, lineage)
-
-
 def open_visuals(config: StageConfig) -> Visuals:
-    """The feature store(s), refused if they don't fit the flags, or the videos and the tower."""
+    """The feature store(s), or the videos and the tower; `config` gets their resize rule.
+
+    Raises ValueError where there is none, or where the features were made with other settings.
+    """
     if config.use_feature:
         store = FeatureStore(config.features_path)
         store.check({name: getattr(config, name) for name in ("num_frames", "sampling", "fps")})
@@ -225,7 +174,7 @@ def open_visuals(config: StageConfig) -> Visuals:
         made = store.manifest
         if config.resize != "tower":
             store.check({"transform": {**made["transform"], "resize": config.resize}})
-        config.resize = made["transform"].get("resize", "tower")  # told to who asks the model
+        config.resize = made["transform"].get("resize", "tower")  # eval.py resizes alike
         alike = ("tower", "tokens_per_frame", "hidden_size", "transform", "num_frames", "sampling")
         alike += ("fps",)
         val.check({key: made.get(key) for key in alike})
@@ -246,70 +195,105 @@ def open_visuals(config: StageConfig) -> Visuals:
     return Visuals(source, source, *size, tower, tower.fingerprint())
 
 
+def start_path(config: StageConfig, name: str) -> Path:
+    """The weights to start from: --load_from, or OUT_DIR/NAME with its `{dim}` filled in, as
+    MiniMind names them: 512, or 512_moe with experts."""
+    size = f"{config.dim or 512}" + "_moe" * config.use_moe
+    return Path(config.load_from or Path(config.out_dir, name.format(dim=size)))
+
+
 def build_model(
     config: StageConfig,
     tokenizer: PreTrainedTokenizerBase,
     visuals: Visuals,
-    start: Path,
-    load: Load,
+    language_model: MiniMind | None = None,
 ) -> Cinego:
-    """The model as the flags describe it; ValueError where the start weights are of another one."""
-    wanted = CinegoConfig(
-        language_model=LanguageModelConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=config.dim or 512,
-            num_hidden_layers=config.n_layers or 8,
-            num_attention_heads=config.n_heads or 8,
-            num_key_value_heads=config.n_kv_heads or 2,
-            embedding_std=config.embedding_std,
-            num_experts=4 if config.use_moe else 0,
-            # Unlike MiniMind-3's, so that a router that starts here learns from the answers too.
-            norm_topk_prob=not config.use_moe,
-        ),
+    """A model with a random summary and projector, on `language_model` or a random one.
+
+    Raises ValueError for a shape that can't be built.
+    """
+    shape = LanguageModelConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.dim or 512,
+        num_hidden_layers=config.n_layers or 8,
+        num_attention_heads=config.n_heads or 8,
+        num_key_value_heads=config.n_kv_heads or 2,
+        embedding_std=config.embedding_std,
+        num_experts=4 if config.use_moe else 0,
+        # Unlike MiniMind-3's, so that a router that starts here learns from the answers too.
+        norm_topk_prob=not config.use_moe,
+    )
+    torch.manual_seed(config.seed)
+    model_config = CinegoConfig(
+        language_model=language_model.config if language_model else shape,
         summary=config.summary,
         vision_hidden_size=visuals.hidden_size,
         tokens_per_frame=visuals.tokens_per_frame,
         image_ids=placeholder_ids(tokenizer, visuals.tokens_per_frame),
-    ).validate()
-    torch.manual_seed(config.seed)
-    if config.from_scratch:
-        model, tower_before = Cinego(wanted, visuals.tower), None
-    else:
-        model, about = load(start, wanted, visuals.tower), read_about(start)
-        check_tokenizer(model, tokenizer, about, config.accept_tokenizer)
-        tower_before = about.get("lineage", {}).get("vision_tower")
-    language_model = model.config.language_model
-    shape = {
-        "dim": language_model.hidden_size,
-        "n_layers": language_model.num_hidden_layers,
-        "n_heads": language_model.num_attention_heads,
-        "n_kv_heads": language_model.num_key_value_heads,
-        "use_moe": language_model.num_experts > 0,
-    }
+    )
+    model = Cinego(model_config.validate(), visuals.tower)
+    if language_model:
+        model.language_model, model.load_report = language_model, language_model.load_report
+    return model
+
+
+def check_start(
+    model: Cinego,
+    start: Path,
+    config: StageConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    visuals: Visuals,
+) -> None:
+    """Raises ValueError where the weights in `start` don't go with the flags, the tokenizer or the
+    visuals; it names all that differs."""
+    about = read_about(start)
+    check_tokenizer(model, tokenizer, about, config.accept_tokenizer)
+    tower = visuals.tower_fingerprint
+    given = {name: getattr(config, name) for name in _shape_of(model)}
     pairs = {
-        **{f"--{name}": (there, getattr(config, name) or there) for name, there in shape.items()},
+        # Flags of the shape are for random weights; where they are given, they must be right.
+        **{f"--{name}": (has, given[name] or has) for name, has in _shape_of(model).items()},
         "--tokenizer_path: placeholder": (
             list(model.config.image_ids or ()),  # a list or a tuple, as its file has it
-            list(wanted.image_ids),
+            placeholder_ids(tokenizer, visuals.tokens_per_frame),
         ),
-        "--summary": (model.config.summary, wanted.summary),
-        "tower: weights": (tower_before or visuals.tower_fingerprint, visuals.tower_fingerprint),
-        "tower: tokens a frame": (model.config.tokens_per_frame, wanted.tokens_per_frame),
-        "tower: width": (model.config.vision_hidden_size, wanted.vision_hidden_size),
+        "--summary": (model.config.summary, config.summary),
+        "tower: weights": (about.get("lineage", {}).get("vision_tower") or tower, tower),
+        "tower: tokens a frame": (model.config.tokens_per_frame, visuals.tokens_per_frame),
+        "tower: width": (model.config.vision_hidden_size, visuals.hidden_size),
     }
     misfits = [f"  {key}: {a} in the file, {b} given" for key, (a, b) in pairs.items() if a != b]
     if misfits:
         raise ValueError(f"{start} doesn't fit the settings:\n" + "\n".join(misfits))
-    for name, value in shape.items():  # for the run's record
+
+
+def _shape_of(model: Cinego) -> dict[str, int | bool]:
+    """The language model's, by the names of the flags."""
+    config = model.config.language_model
+    return {
+        "dim": config.hidden_size,
+        "n_layers": config.num_hidden_layers,
+        "n_heads": config.num_attention_heads,
+        "n_kv_heads": config.num_key_value_heads,
+        "use_moe": config.num_experts > 0,
+    }
+
+
+def set_up_training(model: Cinego, config: StageConfig) -> None:
+    """What is trained of the model and how, in place; `config` takes the model's shape and name.
+
+    Raises ValueError for --compile without a compiler.
+    """
+    for name, value in _shape_of(model).items():
         setattr(config, name, value)
     size = f"{config.dim}" + "_moe" * config.use_moe
     config.run_name = config.run_name.replace("{dim}", size)
     model.set_trainable(config.freeze_llm)
+    language_model = model.language_model
     if config.lora_rank:
-        add_adapters(
-            model.language_model, config.lora_rank, config.lora_alpha or 2 * config.lora_rank
-        )
-    model.language_model.gradient_checkpointing = config.gradient_checkpointing
+        torch.manual_seed(config.seed)
+        add_adapters(language_model, config.lora_rank, config.lora_alpha or 2 * config.lora_rank)
+    language_model.gradient_checkpointing = config.gradient_checkpointing
     if config.compile:
         compiler = os.environ.get("CXX", "g++")
         if choose_device(config.device).type == "cpu" and not shutil.which(compiler):
@@ -317,20 +301,22 @@ def build_model(
                 f"--compile makes code for this CPU with {compiler}, which isn't here: install g++ "
                 "(or name a compiler in CXX), or leave --compile out"
             )
-        model.language_model.compile_layers()  # in place: the weights keep their names
-    return model
+        language_model.compile_layers()  # in place: the weights keep their names
 
 
-def make_loader(
-    config: StageConfig,
+def build_loader(
     paths: list[str],
     source: FeatureSource | VideoSource,
+    config: StageConfig,
     tokenizer: PreTrainedTokenizerBase,
     model: Cinego,
     world: World,
-    training: bool,
+    shuffle: bool = False,
 ) -> DataLoader:
-    """Batches of rows of like length; each process gets its own share of them."""
+    """Batches of rows of like length; each process gets its own share of them.
+
+    Raises ValueError for a file of samples that can't be read, and names the line.
+    """
     dataset = VideoDataset(
         read_samples(*paths),
         tokenizer,
@@ -345,7 +331,7 @@ def make_loader(
         config.seed,
         world.rank,
         world.size,
-        shuffle=training,
+        shuffle=shuffle,
         tokens_per_batch=config.tokens_per_batch,
     )
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -355,13 +341,33 @@ def make_loader(
         collate_fn=partial(collate, pad_id=pad_id),
         num_workers=config.num_workers,
         worker_init_fn=ignore_signals_in_worker,
-        persistent_workers=training and config.num_workers > 0,
+        persistent_workers=shuffle and config.num_workers > 0,
         pin_memory=world.device.type == "cuda",
     )
 
 
+def describe_lineage(
+    config: StageConfig, start: Path, tokenizer: PreTrainedTokenizerBase, visuals: Visuals
+) -> dict[str, str]:
+    """Fingerprints of all that a run is made of; a resumed run must share them."""
+    return {
+        "data": fingerprint(config.data_path),
+        "start": "random" if config.from_scratch else fingerprint([start]),
+        "vision_tower": visuals.tower_fingerprint,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+    }
+
+
+def save_checkpoint(model: Cinego, config: StageConfig, path: Path, meta: dict[str, Any]) -> None:
+    """Weights, and beside them how they came to be. Raises OSError where it can't be written."""
+    save_model(path, model, {**meta, "training": asdict(config), "commit": commit()})
+
+
 def fingerprint(paths: list[str | Path]) -> str:
-    """16 hex digits of the files' contents: a moved file is the same, a changed one another."""
+    """16 hex digits of the files' contents: a moved file is the same, a changed one another.
+
+    Raises ValueError for a path that isn't there.
+    """
     digest = hashlib.sha256()
     for path in map(Path, paths):
         if not path.exists():
