@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -22,6 +21,7 @@ from dataset.feature_store import FeatureStore
 from dataset.video import FrameTransform, read_frames
 from device import choose_dtype
 from model.vision_tower import VisionTower
+from tests.clips import make_numbered_clip
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
@@ -31,16 +31,9 @@ FAST = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 def data(tmp_path):
     """Three clips of 12, 5 and 30 frames, an image, and a file that is no video."""
     (tmp_path / "clips").mkdir()
-    rng = np.random.default_rng(0)
     for name, total, size in (("a.mp4", 12, 32), ("b.mp4", 5, 48), ("c.mkv", 30, 64)):
-        with av.open(str(tmp_path / "clips" / name), "w") as container:
-            stream = container.add_stream("libx264", rate=10)
-            stream.width, stream.height, stream.pix_fmt = size * 2, size, "yuv420p"
-            for _ in range(total):
-                picture = rng.integers(0, 256, (size, size * 2, 3), np.uint8)
-                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode())
+        path = tmp_path / "clips" / name
+        make_numbered_clip(path, total, size=(size, 2 * size), noise=150)
     Image.new("RGB", (40, 40), "red").save(tmp_path / "clips" / "d.png")
     (tmp_path / "clips" / "e.mp4").write_bytes(b"not a video")
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
@@ -107,18 +100,11 @@ def test_features_manifest_and_resuming(data, tiny_tower, extract):
 
     # Again: only what failed is tried. A file that was lost and a clip that changed are redone.
     def state():
-        files = (data / "features").rglob("*")
-        return {
-            path: (path.stat().st_mtime_ns, path.stat().st_ino)
-            for path in files
-            if path.suffix == ".npy"
-        }
+        return {path: path.stat().st_mtime_ns for path in (data / "features").rglob("*.npy")}
 
-    before = state()
-    text = (data / "features" / "manifest.json").read_text()
+    before, stored = state(), contents(data / "features")
     assert "6 visuals, 2 to do" in extract(*EXACT)
-    assert state() == before
-    assert (data / "features" / "manifest.json").read_text() == text
+    assert state() == before and contents(data / "features") == stored
 
     (data / "features" / "clips" / "a.mp4.npy").unlink()
     (data / "clips" / "b.mp4").write_bytes((data / "clips" / "a.mp4").read_bytes())
@@ -204,14 +190,14 @@ def test_five_kills_leave_the_bytes_of_an_undisturbed_run(data, tiny_tower, extr
         torch.set_num_threads(1)
         extract_features.main(flags(tiny_tower, *command))
 
-    dice, made = random.Random(), []
+    made = []
     for _ in range(5):
         process = multiprocessing.get_context("fork").Process(target=run)
         process.start()
         before = len(list((data / "features").rglob("*.npy")))
         while process.is_alive() and len(list((data / "features").rglob("*.npy"))) < before + 3:
             time.sleep(0.001)
-        time.sleep(dice.uniform(0, 0.03))
+        time.sleep(random.uniform(0, 0.03))
         process.kill()
         process.join()
         made.append(len(list((data / "features").rglob("*.npy"))))
