@@ -116,7 +116,7 @@ def decode(request: Request) -> Frames:
         raise ValueError(f"--video_backend {request.backend}: {error}; use pyav") from error
     except Exception as error:
         # On random bytes, libraries fail in ways that they don't document (struct.error, KeyError,
-        # RecursionError, …). The reason is told, and no frame is made up.
+        # RecursionError, …). The reason is reported, and no frame is made up.
         reason = f"decoding failed: {type(error).__name__}: {error}"
         raise VideoError(path, "corrupt", reason) from error
 

@@ -85,9 +85,9 @@ def test_features_manifest_and_resuming(data, tiny_tower, extract):
     command = script + flags(tiny_tower, *EXACT, "--batch_size", 7)
     done = subprocess.run(command, cwd=data, env=FAST, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    said = done.stdout
-    assert "6 visuals, 6 to do" in said and "2 failed" in said
-    assert "clips/e.mp4: unreadable" in said and "clips/gone.mp4: missing" in said
+    output = done.stdout
+    assert "6 visuals, 6 to do" in output and "2 failed" in output
+    assert "clips/e.mp4: unreadable" in output and "clips/gone.mp4: missing" in output
     assert relative_errors(data, tiny_tower).max() < torch.finfo(torch.float16).eps
 
     manifest = FeatureStore(data / "features").manifest
@@ -148,9 +148,9 @@ def contents(folder) -> dict[str, bytes]:
 
 
 def test_shards_in_any_order_make_the_store_that_one_process_makes(data, extract):
-    said = extract(*DATA, "--shard", "2/3", "--num_workers", 1)
-    assert "6 visuals, 2 to do in shard 2/3" in said
-    assert "4 visuals aren't done, of shards 0/3, 1/3" in said
+    output = extract(*DATA, "--shard", "2/3", "--num_workers", 1)
+    assert "6 visuals, 2 to do in shard 2/3" in output
+    assert "4 visuals aren't done, of shards 0/3, 1/3" in output
     with pytest.raises(ValueError, match=r"2 of 6 visuals are done.*\n  python extract_f.*--num_w"):
         FeatureStore(data / "features").check({"num_frames": 8})
     with pytest.raises(ValueError, match="features of another kind: num_frames is 8, 4 is needed"):
@@ -230,16 +230,18 @@ def test_a_clip_with_another_date_is_not_decoded_again(data, extract):
     extract(*DATA, "--num_workers", 0)
     before = (data / "features" / "clips" / "a.mp4.npy").stat().st_mtime_ns
     os.utime(data / "clips" / "a.mp4")
-    said = extract(*DATA, "--num_workers", 0)
-    assert "6 visuals, 3 to do" in said and "1 visuals, 0 frames" in said
+    output = extract(*DATA, "--num_workers", 0)
+    assert "6 visuals, 3 to do" in output and "1 visuals, 0 frames" in output
     assert (data / "features" / "clips" / "a.mp4.npy").stat().st_mtime_ns == before
     assert "6 visuals, 2 to do" in extract(*DATA, "--num_workers", 0)
 
 
 def test_int8_is_half_the_bytes_and_says_what_it_loses(data, extract):
     extract(*DATA, "--num_workers", 0, "--features_path", "whole")
-    said = extract(*DATA, "--num_workers", 0, "--features_path", "half", "--features_dtype", "int8")
-    error = float(re.search(r"int8: relative error (\d+\.\d+) %", said)[1])
+    output = extract(
+        *DATA, "--num_workers", 0, "--features_path", "half", "--features_dtype", "int8"
+    )
+    error = float(re.search(r"int8: relative error (\d+\.\d+) %", output)[1])
     whole, half = FeatureStore(data / "whole"), FeatureStore(data / "half")
     assert half.manifest["dtype"] == "int8"
     name = "clips/c.mkv"
