@@ -33,10 +33,10 @@ from pathlib import Path, PurePosixPath
 
 from cli import Flags, flag, launch, parse_flags
 from dataset.samples import parse_sample
+from dataset.video import VIDEO_SUFFIXES
 from scripts.convert.media import Media, whole_file
 
 MAX_REPORTED = 10  # bad records in one message
-SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 LETTERS = "ABCDEFGHIJ"
 CAPTION = {"en": "Describe this video in one sentence.", "zh": "用一句话描述这个视频。"}
 WHICH_CAPTION = "Which caption fits the video?"
@@ -85,7 +85,7 @@ def judge(file: str, kind: str, record: dict) -> dict:
 
 def stems(name: str) -> list[str]:
     """Files of this name with any suffix of a video."""
-    return [name + suffix for suffix in SUFFIXES]
+    return [name + suffix for suffix in VIDEO_SUFFIXES]
 
 
 # ------------------------------------------------------------------------------- the benchmarks

@@ -472,6 +472,18 @@ def test_what_is_no_file_is_never_opened(tmp_path):
 # ------------------------------------------------------------------- the process that decodes
 
 
+@pytest.mark.parametrize("timeout", [60, None])
+def test_frames_are_resized_where_they_are_decoded(tmp_path, timeout):
+    make_numbered_clip(tmp_path / "clip.mp4", 5)
+    Image.fromarray(draw_number(77, 90, 64)).save(tmp_path / "image.png")
+    transform = FrameTransform(48, (0.5, 0.5, 0.5), (0.3, 0.3, 0.3), resize="pad")
+    for name in ("clip.mp4", "image.png"):
+        whole = read_frames(tmp_path / name)
+        clip = read_frames(tmp_path / name, timeout=timeout, transform=transform)
+        np.testing.assert_array_equal(clip.frames, transform.resize_frames(whole.frames))
+        assert (clip.info, clip.num_frames_total) == (whole.info, whole.num_frames_total)
+
+
 @pytest.fixture
 def hanging(tmp_path_factory) -> Path:
     """decord 0.6 never comes back from this valid file, and holds Python's lock meanwhile."""
@@ -575,86 +587,3 @@ def is_running(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # none may be left to reap it
     except psutil.NoSuchProcess:
         return False
-
-
-# -------------------------------------------------------------------------------- transform
-
-MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
-
-
-@pytest.mark.parametrize("shape", [(90, 160), (160, 90), (61, 61), (33, 200), (48, 48)])
-def test_crop_equals_the_clip_processor_of_transformers(shape):
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    noise = np.random.default_rng(0).integers(0, 256, (3, *shape, 3), np.uint8)
-    processor = CLIPImageProcessorPil(
-        size={"shortest_edge": 48}, crop_size=48, image_mean=MEAN, image_std=STD
-    )
-    expected = processor(list(noise), return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(FrameTransform(48, MEAN, STD)(noise), expected, atol=1e-5, rtol=0)
-
-
-def test_frames_of_the_towers_size_pass_untouched():
-    noise = np.random.default_rng(0).integers(0, 256, (2, 48, 48, 3), np.uint8)
-    transform = FrameTransform(48, (0, 0, 0), (1, 1, 1))
-    assert transform.resize_frames(noise) is noise
-    expected = torch.from_numpy(noise).permute(0, 3, 1, 2) / 255
-    torch.testing.assert_close(transform(noise), expected)
-
-
-@pytest.mark.parametrize("timeout", [60, None])
-def test_frames_are_resized_where_they_are_decoded(tmp_path, timeout):
-    make_numbered_clip(tmp_path / "clip.mp4", 5)
-    Image.fromarray(draw_number(77, 90, 64)).save(tmp_path / "image.png")
-    transform = FrameTransform(48, MEAN, STD, resize="pad")
-    for name in ("clip.mp4", "image.png"):
-        whole = read_frames(tmp_path / name)
-        clip = read_frames(tmp_path / name, timeout=timeout, transform=transform)
-        np.testing.assert_array_equal(clip.frames, transform.resize_frames(whole.frames))
-        assert (clip.info, clip.num_frames_total) == (whole.info, whole.num_frames_total)
-
-
-def test_squash_and_pad_keep_the_whole_picture():
-    halves = np.zeros((5, 40, 80, 3), np.uint8)
-    halves[:, :, 40:] = 255
-    squashed = FrameTransform(20, MEAN, STD, resize="squash").resize_frames(halves)
-    assert squashed.shape == (5, 20, 20, 3)
-    assert squashed[0, :, :7].max() == 0 and squashed[0, :, 13:].min() == 255
-
-    padded = FrameTransform(20, MEAN, STD, resize="pad").resize_frames(halves)
-    assert padded.shape == (5, 20, 20, 3)
-    bars = np.concatenate([padded[:, :5], padded[:, 15:]], axis=1)
-    assert (bars == np.round(np.array(MEAN) * 255)).all()  # near 0 for the tower
-    picture = padded[:, 5:15]
-    assert picture[:, :, :9].max() == 0 and picture[:, :, 11:].min() == 255
-    upright = FrameTransform(20, MEAN, STD, resize="pad").resize_frames(halves.swapaxes(1, 2))
-    np.testing.assert_array_equal(upright, padded.swapaxes(1, 2))
-
-
-@pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
-def test_a_line_one_pixel_wide_has_a_size(resize):
-    for shape in ((1, 1), (1, 300), (300, 1)):
-        transform = FrameTransform(16, MEAN, STD, resize=resize)
-        assert transform(np.zeros((2, *shape, 3), np.uint8)).shape == (2, 3, 16, 16)
-
-
-def test_transform_reads_the_towers_own_configuration(tmp_path):
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size=48).save_pretrained(tmp_path)
-    transform = FrameTransform.from_pretrained(tmp_path)
-    assert (transform.image_size, transform.resize, transform.resample) == (48, "crop", 3)
-    assert transform.describe()["mean"] == pytest.approx([0.48145466, 0.4578275, 0.40821073])
-
-    file = tmp_path / "preprocessor_config.json"
-    file.write_text(
-        '{"size": {"height": 64, "width": 64}, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}'
-    )
-    assert FrameTransform.from_pretrained(tmp_path).resize == "squash"
-    assert FrameTransform.from_pretrained(tmp_path, resize="pad").resize == "pad"
-    for content in ("{", '{"size": 64}', "[]"):
-        file.write_text(content)
-        with pytest.raises(ValueError, match=r"preprocessor_config\.json"):
-            FrameTransform.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="missing"):
-        FrameTransform.from_pretrained(tmp_path / "elsewhere")
