@@ -7,42 +7,44 @@
     python eval.py --data_path test.jsonl --images_path DIR --controls --output out/eval.json
 
 A test set is a jsonl like that of training; `scoring` may give each answer a type (see
-dataset/scoring.py). The controls ask the same questions with the order of the frames changed or the
-picture taken away: a score that stays up there never came from the video.
+dataset/scoring.py), and says how a published benchmark is scored (docs/benchmarks.md): options by
+their likelihood, with the floors beside them. The controls ask the same questions with the order of
+the frames changed or the picture taken away: a score that stays up there never came from the video.
 """
 
 import json
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
 from cli import ModelFlags, PrecisionFlags, TrainedFrameFlags, flag, launch, parse_flags
-from dataset.conversation import ConversationError
-from dataset.samples import Sample, read_samples
-from dataset.scoring import format_table, prompt_messages, score_answers, summarise, true_answers
+from dataset.samples import read_samples
 from dataset.video import MEDIA_SUFFIXES, VideoError
-from inference import DEMO_MODEL, ROOT, ChatModel, Visual, find_models
+from inference import DEMO_MODEL, ROOT, ChatModel, find_models
+from inference.summary import (
+    compare_answers,
+    format_comparison,
+    format_summary,
+    summarise_answers,
+    write_submissions,
+)
 from inference.terminal import Terminal
+from inference.test_set import TestSetFlags, answers_path, ask_test_set
 from model.checkpoint import read_about
 from model.generate import Sampling
 
 STAGES = {0: "pretrain", 1: "sft"}
 DEFAULT_QUESTION = "What happens in this video?"
+MAX_REPORTED = 10  # files that can't be read, by name
 EVAL_VIDEOS, EXAMPLES = Path("dataset/eval_videos"), ROOT / "demo/examples"
 
 
 @dataclass
-class EvalFlags(PrecisionFlags, TrainedFrameFlags, ModelFlags):
+class EvalFlags(TestSetFlags, PrecisionFlags, TrainedFrameFlags, ModelFlags):
     """Answers"""
 
     load_from: str | None = flag(
@@ -72,13 +74,6 @@ class EvalFlags(PrecisionFlags, TrainedFrameFlags, ModelFlags):
     min_p: float = flag(0.0, "sample from tokens of at least this fraction of the top probability")
     repetition_penalty: float = flag(1.0, "above 1: fewer words that were there before")
     stop: list[str] | None = flag(None, "texts before which an answer ends")
-    # a test set
-    data_path: list[str] | None = flag(None, "jsonl files of questions with true answers")
-    images_path: str = flag("dataset/videos", "folder that the paths of --data_path start from")
-    controls: bool = flag(False, "score again with the frames changed, or grey")
-    batch_size: int = flag(64, "questions answered at a time", at_least=1)
-    limit: int = flag(0, "score only so many samples; 0: all", at_least=0)
-    output: Path | None = flag(None, "JSON file for all figures and answers")
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -187,125 +182,36 @@ def ask_once(terminal: Terminal, question: str | None) -> None:
 
 # ---- a test set
 
-# What each control does to a clip's features (F, P, D), given a grey frame's and a generator. The
-# tower sees frames one by one, so this equals changing the frames, and no clip is decoded twice.
-CONTROLS: dict[str, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {
-    "normal": lambda frames, grey, generator: frames,
-    "reversed": lambda frames, grey, generator: frames.flip(0),
-    "shuffled": lambda frames, grey, generator: frames[shuffled_order(len(frames), generator)],
-    "first frame": lambda frames, grey, generator: frames[:1].expand_as(frames),
-    "no video": lambda frames, grey, generator: grey.expand_as(frames),
-}
-
-
-def shuffled_order(num_frames: int, generator: torch.Generator) -> list[int]:
-    """A permutation that is neither the order nor its reverse; fewer than three frames have none
-    and stay as they are. One for all clips would keep some order, the same for each of them."""
-    order = shuffled = list(range(num_frames))
-    while num_frames > 2 and shuffled in (order, order[::-1]):
-        shuffled = torch.randperm(num_frames, generator=generator).tolist()
-    return shuffled
-
 
 def score_test_set(flags: EvalFlags) -> dict:
-    """Scores the test set under each control, prints the table, returns what --output writes."""
+    """Asks the test set, prints its tables, returns what --output writes. The answers are kept
+    beside that as they come: the same command continues a run that was killed."""
     start, cpu_start = time.perf_counter(), time.process_time()
-    samples = list(read_samples(*flags.data_path))[: flags.limit or None]
-    files = {sample.where: sample.files(flags.images_path) for sample in samples}
-    chat_model = load_chat_model(flags)
-    encoded, failures = chat_model.encode_videos(list(dict.fromkeys(chain(*files.values()))))
-    for reason in failures.values():
-        print(f"left out: {reason}", file=sys.stderr)
-    readable = [s for s in samples if not failures.keys() & set(files[s.where])]
-    if not readable:
-        raise ValueError(f"{', '.join(flags.data_path)}: no sample is left to ask")
-
-    size = chat_model.transform.image_size
-    grey = chat_model.transform(np.full((1, size, size, 3), 127, np.uint8))
-    grey, generator = chat_model.encode_frames(grey), torch.Generator().manual_seed(flags.seed)
-    records = {}
-    for name in CONTROLS:
-        if name != "normal" and not flags.controls:
-            continue
-        visuals = apply_control(name, readable, files, encoded, grey, generator)
-        answers = answer_all(chat_model, readable, visuals, flags, name)
-        records[name] = score_answers(readable, answers)
-
-    summaries = {name: summarise(rows) for name, rows in records.items()}
-    print(f"\n{format_table(summaries)}")
-    if left_out := len(samples) - len(readable):
-        print(f"{left_out} samples were left out: {len(failures)} files can't be read")
+    samples, chat_model = read_samples(*flags.data_path), load_chat_model(flags)
+    with tempfile.TemporaryDirectory() as folder:
+        answers = answers_path(flags.output or Path(folder, "eval.json"))
+        ask_test_set(chat_model, samples, flags, answers)
+        summary = summarise_answers(answers)
+        for reason in list(summary["left_out"].values())[:MAX_REPORTED]:
+            print(f"left out: {reason}", file=sys.stderr)
+        if not summary["samples"]:
+            raise ValueError(f"{', '.join(flags.data_path)}: no sample is left to ask")
+        print(f"\n{format_summary(summary)}")
+        if flags.against:
+            summary["against"] = compare_answers(answers, answers_path(flags.against))
+            print(format_comparison(summary["against"]))
+        if flags.output:
+            write_submissions(answers, flags.output.parent)
     return {
         "checkpoint": str(chat_model.checkpoint),
         "data_path": flags.data_path,
         "images_path": flags.images_path,
-        "samples": len(readable),
-        "clips": len(encoded),
-        "left_out": {str(path): reason for path, reason in failures.items()},
         "num_frames": chat_model.num_frames,
         "parameters": chat_model.parameters,
         "seconds": round(time.perf_counter() - start, 1),
         "cpu_seconds": round(time.process_time() - cpu_start, 1),
-        "accuracy": summaries["normal"],
-        "controls": summaries,
-        "answers": records["normal"],
+        **summary,
     }
-
-
-def apply_control(
-    name: str,
-    samples: list[Sample],
-    files: dict[str, list[Path]],
-    encoded: dict[Path, Visual],
-    grey: Tensor,
-    generator: torch.Generator,
-) -> list[list[Visual]]:
-    """Each sample's visuals under a control. The questions about a clip share one object, so that
-    what they begin with is computed once; but each is shuffled for itself."""
-
-    @cache
-    def visual_of(file: Path, reverse: bool, alone: int | None) -> Visual:
-        frames = encoded[file].features
-        frames = CONTROLS[name](frames.flip(0) if reverse else frames, grey, generator)
-        return replace(encoded[file], features=frames)
-
-    return [
-        [visual_of(file, s.reverse, i if name == "shuffled" else None) for file in files[s.where]]
-        for i, s in enumerate(samples)
-    ]
-
-
-def answer_all(
-    chat_model: ChatModel,
-    samples: list[Sample],
-    visuals: list[list[Visual]],
-    flags: EvalFlags,
-    label: str,
-) -> list[list[str]]:
-    """Greedy answers to every turn of every sample. A later turn is asked with the model's own
-    earlier answers before it, as in use; the true ones would help."""
-    turns, sampling = [true_answers(sample) for sample in samples], Sampling(flags.max_new_tokens)
-    answers: list[list[str]] = [[] for _ in samples]
-    clips: dict[tuple, int] = {}
-    with tqdm(total=sum(map(len, turns)), desc=label, unit="answer") as bar:
-        for turn in range(max(map(len, turns))):
-            rows = [row for row in range(len(samples)) if turn < len(turns[row])]
-            # Questions about one clip side by side: the batch computes what they share once.
-            rows.sort(key=lambda row: clips.setdefault(tuple(visuals[row]), len(clips)))
-            requests = {}
-            for row in rows:
-                messages = prompt_messages(samples[row], answers[row])
-                try:
-                    requests[row] = chat_model.make_request(messages, visuals[row], sampling)
-                except ConversationError as error:
-                    raise ValueError(f"{samples[row].where}: {error}") from None
-            for start in range(0, len(rows), flags.batch_size):
-                batch = rows[start : start + flags.batch_size]
-                texts = chat_model.generate([requests.pop(row) for row in batch])
-                for row, text in zip(batch, texts, strict=True):
-                    answers[row].append(text)
-                bar.update(len(batch))
-    return answers
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def decode(request: Request) -> Frames:
         raise ValueError(f"--video_backend {request.backend}: {error}; use pyav") from error
     except Exception as error:
         # On random bytes, libraries fail in ways that they don't document (struct.error, KeyError,
-        # RecursionError, …). The reason is reported, and no frame is made up.
+        # RecursionError, …). The reason is told, and no frame is made up.
         reason = f"decoding failed: {type(error).__name__}: {error}"
         raise VideoError(path, "corrupt", reason) from error
 
@@ -138,8 +138,10 @@ def _decode_pyav(request: Request) -> Frames:
 def _open(request: Request, errors: str = ERRORS):
     """Open the container and its best moving picture: (container, stream)."""
     # max_pixels holds for the probing decoder too, which would swallow a bomb before our check.
-    path, limits = request.path, {"max_pixels": str(request.max_pixels)}
-    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file", **limits}
+    max_pixels = str(request.max_pixels)
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+    options["max_pixels"] = max_pixels
+    path = request.path
     try:
         container = av.open(path, options=options, metadata_errors="replace")
     except (av.FFmpegError, OSError, ValueError) as error:
@@ -160,7 +162,7 @@ def _open(request: Request, errors: str = ERRORS):
     # One thread: workers run side by side anyway, and starting threads costs more than decoding a
     # short clip.
     context.thread_count, context.thread_type = 1, "SLICE"
-    context.options = {"err_detect": errors, **limits}
+    context.options = {"err_detect": errors, "max_pixels": max_pixels}
     return container, stream
 
 
@@ -187,8 +189,8 @@ def _demux(container, stream) -> Iterator[av.Packet]:
                 yield previous
             if previous is not None or packet.is_keyframe:
                 previous = packet
-    is_open_ended = container.format.name in OPEN_ENDED
-    if previous is not None and not previous.is_corrupt and not is_open_ended:
+    is_whole = container.format.name not in OPEN_ENDED and not (previous and previous.is_corrupt)
+    if previous is not None and is_whole:
         yield previous
 
 
@@ -276,14 +278,14 @@ def _decode_by_index(request: Request) -> Frames:
         request.check_length(seconds[-1])
         indices = request.choose(seconds)
         request.check_output(len(indices), stream.width, stream.height)
+        images = []
         chosen = (visible[index] for index in indices)
-        images = [
-            _to_rgb(request, len(indices), frame)
-            for first, wanted in groupby(chosen, packets.keyframe_before)
-            for frame in packets.decode(first, set(wanted))
-        ]
-        frames, info = _stack(request, images), _info(container, stream)
-        return Frames(frames, seconds[indices], len(visible), info)
+        for first, wanted in groupby(chosen, packets.keyframe_before):
+            for frame in packets.decode(first, set(wanted)):
+                images.append(_to_rgb(request, len(indices), frame))
+        return Frames(
+            _stack(request, images), seconds[indices], len(visible), _info(container, stream)
+        )
 
 
 def _decode_in_order(request: Request) -> Frames:

@@ -104,24 +104,6 @@ def prompt_messages(sample: Sample, answers: list[str]) -> list[dict]:
     return messages
 
 
-def score_answers(samples: list[Sample], answers: list[list[str]]) -> list[dict]:
-    """One record a turn, for `summarise` and for a report. answers: the model's own, by turn."""
-    entries = [sample.scoring or [{}] * len(true_answers(sample)) for sample in samples]
-    languages = [sample.language or "-" for sample in samples]
-    vocabulary = fact_vocabulary(
-        (language, entry) for language, row in zip(languages, entries, strict=True) for entry in row
-    )
-    records = []
-    for sample, language, row, own in zip(samples, languages, entries, answers, strict=True):
-        turns = zip(row, own, true_answers(sample), strict=True)
-        for turn, (entry, prediction, true) in enumerate(turns):
-            question = prompt_messages(sample, own[:turn])[-1]["content"]
-            question = question.replace("<video>", "").replace("<image>", "").strip()
-            about = {"id": sample.id, "visuals": sample.visuals, "turn": turn, "question": question}
-            records.append(about | score_turn(entry, language, prediction, true, vocabulary))
-    return records
-
-
 def _mean_score(records: Iterable[dict]) -> float | None:
     scores = [record["score"] for record in records]
     return sum(scores) / len(scores) if scores else None

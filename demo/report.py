@@ -2,8 +2,9 @@
 
     python -m demo.report --dir out/quickstart
 
-Reads eval.json (eval.py), stages/*.json (quickstart.sh) and */metrics.jsonl (training) in --dir,
-and the test clips. Computes nothing again, so the report can't differ from what was measured.
+Reads eval.json and eval.answers.jsonl (eval.py), stages/*.json (quickstart.sh) and */metrics.jsonl
+(training) in --dir, and the test clips. Computes nothing again, so the report can't differ from
+what was measured.
 """
 
 import json
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from cli import Flags, flag, launch, parse_flags
 from dataset.scoring import format_table
 from dataset.video import read_frames
+from inference.summary import read_questions
 from trainer.logger import draw_curves, read_rows
 
 CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Zen Hei", "PingFang SC", "SimHei")
@@ -122,7 +124,8 @@ def main() -> None:
         draw_curves(curves, folder / "loss_curves.png")
     root = Path(evaluation["images_path"])
     frames = folder / "test_frames.png"
-    draw_answers(evaluation["answers"], root, evaluation["num_frames"], frames)
+    answers = read_questions(folder / "eval.answers.jsonl")[1]["normal"]
+    draw_answers(answers, root, evaluation["num_frames"], frames)
     (folder / "report.md").write_text(as_markdown(evaluation, stages), encoding="utf-8")
     print(f"{folder}/report.md: {len(stages)} stages, {evaluation['clips']} clips")
 

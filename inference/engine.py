@@ -38,7 +38,7 @@ class Engine:
     def add(self, sequences: list[Sequence]) -> None:
         """Reads their prompts and samples the first token of each."""
         if fresh := [each for each in sequences if each.request.prefix_cache is None]:
-            self._append_tokens(fresh, self._prefill(fresh))
+            self._append_tokens(fresh, self.prefill(fresh))
         for sequence in sequences:
             if sequence.request.prefix_cache is not None:
                 self._append_tokens([sequence], self._prefill_rest(sequence))
@@ -94,7 +94,7 @@ class Engine:
         self.batch.keep_rows(keep)
         self.sequences = [self.sequences[row] for row in keep]
 
-    def _prefill(self, sequences: list[Sequence]) -> Tensor:
+    def prefill(self, sequences: list[Sequence]) -> Tensor:
         """Reads prompts of any lengths in one batch; what several start with, up to the end of the
         last visual, once. Returns (B, V)."""
         prompts = [each.request.prompt for each in sequences]

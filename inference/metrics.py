@@ -10,6 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 
 import numpy as np
 
@@ -32,6 +33,17 @@ def parse_letter(text: str, num_options: int) -> int | None:
     match = re.match(rf"\s*{SAYS_ANSWER}\(?([a-z])(?:[).:]|\s*$)", text, re.IGNORECASE)
     place = LETTERS.find(match[1].upper()) if match else -1
     return place if 0 <= place < num_options else None
+
+
+def closest_option(text: str, options: Sequence[str]) -> int | None:
+    """The option that a free answer says: the one whose words, in their order, it shares most of.
+
+    None where two are as close, or where it shares less than half with each.
+    """
+    words = _words(normalise(text))
+    close = [SequenceMatcher(None, words, _words(normalise(o))).ratio() for o in options]
+    best = max(close)
+    return close.index(best) if best >= 0.5 and close.count(best) == 1 else None
 
 
 def token_f1(prediction: str, answer: str) -> float:

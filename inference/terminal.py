@@ -11,6 +11,7 @@ from glob import glob
 from itertools import chain
 from pathlib import Path
 
+from demo.known_world import warn_unlike_training
 from inference.chat import Chat
 from inference.chat_model import ChatModel
 from model.generate import Sampling
@@ -45,7 +46,8 @@ class Terminal:
             self.chat.attach(visual)
             times = ", ".join(f"{time:.1f}" for time in visual.timestamps[:32])
             print(f"{file}: {len(visual.features)} frames, at {times} s")
-            for warning in visual.warnings:
+            unlike = warn_unlike_training(self.chat_model.checkpoint, visual.features)
+            for warning in filter(None, (visual.warning, unlike)):
                 print(f"  {warning}")
 
     def run(self) -> None:

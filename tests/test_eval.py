@@ -15,6 +15,7 @@ from cli import launch
 from dataset.samples import read_samples
 from dataset.scoring import prompt_messages
 from inference import ROOT, ChatModel
+from inference.test_set import CONTROLS, shuffled_order
 from model.generate import Sampling
 
 
@@ -74,16 +75,16 @@ def generator(seed: int) -> torch.Generator:
 def test_shuffled_is_neither_the_order_nor_its_reverse(num_frames):
     order = list(range(num_frames))
     for seed in range(20):
-        shuffled = evaluation.shuffled_order(num_frames, generator(seed))
+        shuffled = shuffled_order(num_frames, generator(seed))
         assert sorted(shuffled) == order
-        assert shuffled == evaluation.shuffled_order(num_frames, generator(seed))
+        assert shuffled == shuffled_order(num_frames, generator(seed))
         # Fewer than three frames have no other order.
         assert (shuffled in (order, order[::-1])) is (num_frames < 3)
 
 
 def test_controls_equal_changing_the_frames_themselves(chat_model):
     pixels = torch.randn(4, 3, 112, 112, generator=generator(0))
-    order = evaluation.shuffled_order(4, generator(7))
+    order = shuffled_order(4, generator(7))
     frames, grey = chat_model.encode_frames(pixels), chat_model.encode_frames(pixels[:1] * 0)
     for name, changed in {
         "normal": pixels,
@@ -92,7 +93,7 @@ def test_controls_equal_changing_the_frames_themselves(chat_model):
         "first frame": pixels[[0, 0, 0, 0]],
         "no video": pixels * 0,
     }.items():
-        features = evaluation.CONTROLS[name](frames, grey, generator(7))
+        features = CONTROLS[name](frames, grey, generator(7))
         torch.testing.assert_close(features, chat_model.encode_frames(changed), msg=name)
 
 
@@ -132,9 +133,14 @@ def test_evaluation_scores_each_turn_and_leaves_out_what_can_not_be_read(
     assert result["accuracy"]["by_type"] == {"answer": 0, "object": 1}
     assert result["controls"]["reversed"]["by_type"]["object"] == 0
     assert result["samples"] == 3 and result["num_frames"] == 4
-    questions = [a["question"] for a in result["answers"] if a["type"] == "answer"]
-    assert questions == ["What is it?", "And now?"]
-    assert list(result["left_out"]) == [str(folder / "broken.mp4")]
+    lines = (folder / "out/eval.answers.jsonl").read_text().splitlines()[1:]
+    questions = [[turn["question"] for turn in json.loads(line)["turns"]] for line in lines]
+    assert sorted(questions) == [
+        ["What is it?"],
+        ["What is it?", "And now?"],
+        *[["What moves?"]] * 2,
+    ]
+    assert list(result["left_out"]) == ["broken.mp4"] and 0 < result["interval"]["low"] < 0.5
     printed = capsys.readouterr()
     assert "1 samples were left out" in printed.out and "broken.mp4" in printed.err
     assert re.search(r"all questions +4 ", printed.out)

@@ -38,6 +38,7 @@ from scripts.convert.media import Media, whole_file
 
 MAX_REPORTED = 10  # bad records in one message
 LETTERS = "ABCDEFGHIJ"
+DESCRIBE = "Describe the video."
 CAPTION = {"en": "Describe this video in one sentence.", "zh": "用一句话描述这个视频。"}
 WHICH_CAPTION = "Which caption fits the video?"
 
@@ -143,7 +144,7 @@ def vitatecs(record: dict, folder: Path) -> Iterator[Question]:
     digest = hashlib.blake2b(f"{true}{false}".encode(), digest_size=1).digest()
     options = [true, false] if digest[0] % 2 else [false, true]
     scoring = choice(options, true, record["aspect"], subsets=[source], letters=WHICH_CAPTION)
-    yield ask([f"{source}/{record['video_name']}"], CAPTION["en"], scoring)
+    yield ask([f"{source}/{record['video_name']}"], DESCRIBE, scoring)
 
 
 def vinoground(record: dict, folder: Path) -> Iterator[Question]:
@@ -152,9 +153,7 @@ def vinoground(record: dict, folder: Path) -> Iterator[Question]:
     subsets = [record["major"], *filter(None, (record["minor"] or "").split(";"))]
     for right, side in enumerate(("pos", "neg")):
         scoring = choice(captions, right, "caption", subsets=subsets, letters=WHICH_CAPTION)
-        yield ask(
-            [f"vinoground_videos/{index}_{side}.mp4"], CAPTION["en"], scoring | {"group": index}
-        )
+        yield ask([f"vinoground_videos/{index}_{side}.mp4"], DESCRIBE, scoring | {"group": index})
 
 
 def tempcompass(record: dict, folder: Path) -> Iterator[Question]:

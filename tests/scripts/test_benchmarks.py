@@ -129,13 +129,13 @@ CASES = {
     ),
     "vitatecs": (
         {"data/Direction.jsonl": json.dumps(VITATECS) + "\n"},
-        [("VATEX/i0ccSYMl0vo_000027_000037.mp4", "Describe this video in one sentence.",
+        [("VATEX/i0ccSYMl0vo_000027_000037.mp4", "Describe the video.",
           VITATECS["caption"], {"type": "Direction", "subsets": ["VATEX"]})],
     ),
     "vinoground": (
         {"vinoground.csv": table(VINOGROUND)},
         [
-            (f"vinoground_videos/0_{side}.mp4", "Describe this video in one sentence.",
+            (f"vinoground_videos/0_{side}.mp4", "Describe the video.",
              VINOGROUND[f"{side}_cap"],
              {"group": "0", "right": right, "subsets": ["action", "interaction", "cyclical"]})
             for right, side in enumerate(("pos", "neg"))

@@ -1,0 +1,226 @@
+"""Test sets asked of an untrained model: controls, likelihoods, resuming, and what is reported."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluation
+from inference import ROOT, ChatModel
+from inference.likelihood import answer_ids, log_likelihoods
+from inference.summary import compare_answers, read_questions, summarise_answers
+from inference.test_set import read_answers
+
+CHOICE = {"benchmark": "b", "metric": "choice", "type": "t", "options": ["left", "to the right"]}
+
+
+@pytest.fixture(scope="module")
+def chat_model(tiny_checkpoint, tiny_tower) -> ChatModel:
+    return ChatModel.load(tiny_checkpoint, tiny_tower, device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Six short animations."""
+    random = np.random.default_rng(0)
+    for name in "abcdef":
+        frames = [Image.fromarray(random.integers(0, 255, (112, 112, 3), np.uint8)) for _ in "1234"]
+        frames[0].save(tmp_path / f"{name}.gif", save_all=True, append_images=frames[1:])
+    return tmp_path
+
+
+def line(video: str, question: str, answer: str, scoring: dict | None = None, **more) -> dict:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    scored = {"scoring": [scoring]} if scoring else {}
+    return {"video": video, "conversations": turns, "language": "en", **scored, **more}
+
+
+def write(path: Path, lines: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def evaluate(folder, tiny_checkpoint, tiny_tower, monkeypatch):
+    """Runs eval.py on the lines; its figures and its answers."""
+
+    def evaluate(lines: list[dict], *flags, name: str = "eval") -> tuple[dict, list[dict]]:
+        data = write(folder / "test.jsonl", lines)
+        given = [*arguments(folder, tiny_checkpoint, tiny_tower, data, name), *flags]
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, given)])
+        evaluation.main()
+        figures = json.loads((folder / f"{name}.json").read_text())
+        return figures, list(read_answers(folder / f"{name}.answers.jsonl"))[1:]
+
+    return evaluate
+
+
+def arguments(folder: Path, checkpoint, tower, data: Path, name: str) -> list[str]:
+    flags = {"load_from": checkpoint, "vision_path": tower}
+    flags |= {"device": "cpu", "max_new_tokens": 6, "data_path": data}
+    flags |= {"images_path": folder, "output": folder / f"{name}.json"}
+    return [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+
+
+# ---- likelihood
+
+
+def test_the_likelihood_is_that_of_reading_prompt_and_option_alone(chat_model, folder):
+    clips = [chat_model.encode_video(folder / f"{name}.gif") for name in "ab"]
+    asked = [("<video>\nWhere?", [clips[0]]), ("<video>\nWhat is it, then?", [clips[0]])]
+    asked += [("<video>\nWhere?", [clips[1]]), ("Hello?", [])]
+    options = [
+        ["left", "to the right, and up", "left"],
+        ["a"],
+        ["一个红色的圆", "b c d"],
+        ["x", "y"],
+    ]
+    requests = [
+        chat_model.make_request([{"role": "user", "content": text}], visuals)
+        for text, visuals in asked
+    ]
+    found = log_likelihoods(chat_model, requests, options)
+    for request, texts, scores in zip(requests, options, found, strict=True):
+        for text, (score, count) in zip(texts, scores, strict=True):
+            ids = answer_ids(chat_model.tokenizer, text)
+            inputs = chat_model.engine()._inputs([request.prompt], request.visuals)
+            both = torch.cat([inputs["input_ids"], torch.tensor([ids])], dim=1)
+            mask = torch.nn.functional.pad(inputs["visual_mask"], (0, len(ids)))
+            features = {k: inputs[k] for k in inputs if k.startswith(("visual_f", "frames"))}
+            logits = chat_model.model(both, visual_mask=mask, **features).logits
+            each = (
+                logits[0, -len(ids) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(ids)[:, None])
+            )
+            assert count == len(ids) and ids[-1] == chat_model.tokenizer.eos_token_id
+            assert score == pytest.approx(float(each.detach().sum()), abs=1e-3)
+
+
+def test_a_question_too_long_for_the_model_is_named(evaluate, folder):
+    options = {**CHOICE, "options": ["left", "word " * 40_000], "right": 0}
+    with pytest.raises(ValueError, match=r"test\.jsonl:2: .*the model has positions for"):
+        evaluate([line("a.gif", "Hello?", "x"), line("a.gif", "Where?", "left", options)])
+
+
+# ---- scoring
+
+
+def test_each_metric_from_file_to_figures(evaluate, folder, capsys):
+    """What the model says and prefers is read from a first run, and made the truth of a second."""
+
+    def lines(choice: int, said: str) -> list[dict]:
+        group = {**CHOICE, "benchmark": "pairs", "options": ["up", "down"]}
+        match, span = ({"benchmark": n, "metric": n, "type": "t"} for n in ("match", "span"))
+        judge = {"benchmark": "b", "metric": "judge", "type": "s", "file": "summary_all.json"}
+        captions = {"benchmark": "captions", "metric": "cider", "type": "c"}
+        return [
+            line("a.gif", "Where?", "left", {**CHOICE, "right": choice, "subsets": ["short"]}),
+            line("gone.gif", "Where?", "left", {**CHOICE, "right": choice}, missing=True),
+            line("b.gif", "Where?", "up", {**group, "right": 0, "group": "0"}),
+            line("c.gif", "Where?", "down", {**group, "right": 1, "group": "0"}),
+            line("a.gif", "What is it?", said, match),
+            line("a.gif", "When?", "1 - 2", {**span, "seconds": [1, 2]}),
+            line("a.gif", "Describe.", "x", {**captions, "references": [said, "other words"]}),
+            line("b.gif", "Describe.", "x", {**captions, "references": ["a dog runs"]}),
+            line(
+                "a.gif", "Sum up.", "x", judge | {"record": {"video_name": "a.gif", "Q": "Sum up."}}
+            ),
+            line("a.gif", "?", "-", {"benchmark": "b", "metric": "faulty", "type": "faulty"}),
+        ]
+
+    _, answers = evaluate(lines(0, "?"), name="first")
+    first = {answer["turns"][0]["question"]: answer["turns"][0] for answer in answers}
+    where = next(a for a in answers if a["visuals"] == ["a.gif"] and "tokens" in a["turns"][0])
+    sums = where["turns"][0]["logprobs"]["normal"]
+    said = first["What is it?"]["answers"]["normal"]
+    figures, _ = evaluate(lines(int(np.argmax(sums)), said), "--controls")
+    b = figures["benchmarks"]["b"]
+    assert (b["questions"], b["missing"], b["judged"], b["headline"]) == (3, 2, 1, "likelihood")
+    row = b["rows"]["likelihood"]
+    assert row["score"] == pytest.approx(1 / 3) and row["answered"] == 1 and row["n"] == 3
+    assert set(row["controls"]) == {"no video", "first frame", "shuffled", "reversed"}
+    assert row["floors"]["chance"] == 0.5  # of the questions that have options
+    assert "  of short" in b["rows"] and b["parsed"] == 0
+    pairs = figures["benchmarks"]["pairs"]
+    assert pairs["headline"] == "group" and pairs["rows"]["text"]["n"] == 1
+    assert figures["benchmarks"]["match"]["rows"]["exact match"]["score"] == 1
+    assert figures["benchmarks"]["span"]["rows"]["mean IoU"]["score"] == 0
+    assert figures["benchmarks"]["captions"]["rows"]["CIDEr"]["score"] >= 0
+    told = json.loads((folder / "summary_all.json").read_text())
+    assert told == [
+        {"video_name": "a.gif", "Q": "Sum up.", "pred": first["Sum up."]["answers"]["normal"]}
+    ]
+    printed = capsys.readouterr().out
+    assert "2 (66.7%) COULD NOT BE ASKED and count as wrong" in printed
+
+
+def test_a_generated_text_is_the_option_that_it_is_closest_to(evaluate):
+    _, (answer,) = evaluate(
+        [line("a.gif", "Where?", "left", {**CHOICE, "right": 0})], "--generate", "text"
+    )
+    options = [answer["turns"][0]["text"], "quite another"]
+    again = line("a.gif", "Where?", options[0], {**CHOICE, "options": options, "right": 0})
+    figures, _ = evaluate([again], "--generate", "text", name="again")
+    assert figures["benchmarks"]["b"]["rows"]["generated text"]["score"] == 1
+
+
+# ---- resuming and comparing
+
+
+def many(count: int) -> list[dict]:
+    scoring = {**CHOICE, "right": 0}
+    return [
+        line("abcdef"[i % 6] + ".gif", f"Question {i}?", "left", scoring, id=f"q{i}")
+        for i in range(count)
+    ]
+
+
+def test_a_killed_run_continues_and_asks_nothing_twice(
+    evaluate, folder, tiny_checkpoint, tiny_tower, capsys
+):
+    lines, flags = many(150), ["--batch_size", "4", "--generate", "none"]
+    whole, _ = evaluate(lines, *flags, name="whole")
+    path = folder / "killed.answers.jsonl"
+    given = arguments(folder, tiny_checkpoint, tiny_tower, folder / "test.jsonl", "killed")
+    command = [sys.executable, "eval.py", *given, *flags]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (path.is_file() and path.read_bytes().count(b"\n") > 16) and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    held = path.read_bytes()
+    assert 16 < held.count(b"\n") < 151
+    path.write_bytes(held + b'{"id": "q1", "cut o')  # as a kill in the midst of a line leaves it
+    resumed, answers = evaluate(lines, *flags, name="killed")
+    assert path.read_bytes().startswith(held)  # what was there was neither asked again nor changed
+    assert sorted(answer["id"] for answer in answers) == sorted(line["id"] for line in lines)
+    assert resumed["benchmarks"] == whole["benchmarks"]
+
+    capsys.readouterr()
+    evaluate(lines, "--limit", "3", name="killed")
+    assert "held another run's answers (generate, limit)" in capsys.readouterr().err
+    assert (folder / "killed.answers.old.jsonl").read_bytes().startswith(held)
+
+
+def test_two_runs_are_compared_over_the_questions_that_both_answered(evaluate, folder, capsys):
+    evaluate(many(40), name="theirs")
+    figures, _ = evaluate(many(60), "--against", folder / "theirs.json", name="ours")
+    found = figures["against"]["b"]
+    assert found["n"] == 40 and found["ours"] == found["theirs"] and found["difference"] == 0
+    assert "no difference shown" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="eval.py --output writes them"):
+        compare_answers(folder / "ours.answers.jsonl", folder / "none.answers.jsonl")
+
+
+def test_the_summary_reads_the_answers_alone(evaluate, folder):
+    figures, _ = evaluate(many(7), name="eval")
+    assert summarise_answers(folder / "eval.answers.jsonl")["benchmarks"] == figures["benchmarks"]
+    benchmarks, others = read_questions(folder / "eval.answers.jsonl")
+    assert list(benchmarks) == ["b"] and not others
