@@ -226,9 +226,9 @@ class FeatureStore:
                     (lines if "path" in line else self._headers).append(line)
         manifest = self._read_manifest()
         records = manifest.pop("sources", {}) | manifest.pop("failures", {})
-        for line in sorted(lines, key=lambda line: line.pop("time")):
+        for line in sorted(lines, key=lambda line: line.pop("time", 0)):  # 0: before November 2026
             records[line.pop("path")] = line
-        for settings in (manifest, *(header["settings"] for header in self._headers)):
+        for settings in (manifest, *(header.get("settings", {}) for header in self._headers)):
             self._check_settings(settings)
         failures = {rel: record for rel, record in records.items() if "reason" in record}
         sources = {rel: record for rel, record in records.items() if rel not in failures}
