@@ -20,7 +20,9 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ import yaml
 
 VISION_PATH = "model/vision_model/clip-vit-base-patch32"
 TOKENIZER_PATH = "model/text_tokenizer"
+SECONDS_TO_REPORT = 10  # of torchrun's processes: one prints the error that all have
 
 
 def flag(
@@ -154,9 +157,35 @@ def parse_flags(
     Raises ValueError that names a wrong value, or an unknown flag and the nearest known one; one
     message holds all that is wrong with the file, or with values that don't go together.
     """
+    try:
+        return _parse(cls, description, sys.argv[1:] if argv is None else list(argv), defaults)
+    except ValueError as error:  # the same in all processes
+        error.already_reported = os.environ.get("LOCAL_RANK", "0") != "0"
+        raise
+
+
+def launch(main: Callable[[], Any]) -> None:
+    """Runs a script's `main`; what a user can fix ends it with the message alone.
+
+    Of the processes that torchrun starts, one of a machine prints a message that all have.
+    """
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if getattr(error, "already_reported", False) and "TORCHELASTIC_RUN_ID" in os.environ:
+            time.sleep(SECONDS_TO_REPORT)  # torchrun ends all as soon as one has ended
+            raise SystemExit(1) from None
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+AnyFlags = TypeVar("AnyFlags", bound=Flags)
+
+
+def _parse(cls: type, description: str | None, argv: list[str], defaults: dict[str, Any]) -> Any:
     parser = _build_parser(cls, description)
     parser.set_defaults(**defaults)
-    argv = sys.argv[1:] if argv is None else list(argv)
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         known = [f"--{name}" for name in _names(cls)]
@@ -174,19 +203,6 @@ def parse_flags(
     flags = cls(**vars(values))
     flags.validate()
     return flags
-
-
-def launch(main: Callable[[], Any]) -> None:
-    """Runs a script's `main`; what a user can fix ends it with the message alone."""
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-
-
-AnyFlags = TypeVar("AnyFlags", bound=Flags)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

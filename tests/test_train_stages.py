@@ -1,7 +1,11 @@
 """Both stages from their command lines, on features made up here: what they write and refuse."""
 
 import json
+import os
+import re
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -24,7 +28,8 @@ from model.tokenizer import OURS, open_tokenizer, tokenizer_fingerprint
 from model.vision_tower import VisionTower
 from tests.model.ancestors import old_state, with_experts
 
-TOKENIZER = Path(__file__).resolve().parents[1] / "model/text_tokenizer"
+ROOT = Path(__file__).resolve().parents[1]
+TOKENIZER = ROOT / "model/text_tokenizer"
 TOKENIZERS = Path(__file__).parent / "data/tokenizers"
 SIZE = "--dim 32 --n_layers 2 --n_heads 2 --n_kv_heads 1"
 FRAMES, TOKENS, WIDTH = 4, 50, 16
@@ -306,6 +311,20 @@ def test_weights_that_nobody_vouches_for_are_measured():
         language_model.model.embed_tokens.weight[:] = torch.where(usual, 0.02, -0.02)[:, None]
     save_model("out/lm_32.pth", language_model, {})
     command(train_pretrain, "--run_name learnt")
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_an_error_is_one_message(processes):
+    """By the shell scripts, of which N=2 goes through torchrun; both processes meet the error."""
+    flags = f"--data_path {Path.cwd()}/data.jsonl --use_feature --features_path no/where"
+    done = subprocess.run(
+        ["bash", ROOT / "scripts/train/train_sft_512_8.sh", *flags.split(), "--device", "cpu"],
+        env=os.environ | {"N": processes, "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.fullmatch(r"train_sft.py: no/where/manifest.json: missing.*\n", done.stderr)
 
 
 def test_new_data_is_not_taken_for_a_finished_run():

@@ -155,7 +155,9 @@ class World:
         except torch.AcceleratorError:
             raise
         except RuntimeError as error:
-            raise ProcessLost(self._describe_loss(error)) from None
+            lost = ProcessLost(self._describe_loss(error))
+            lost.already_reported = f" on {socket.gethostname()}: " in str(lost)
+            raise lost from None
 
     def _describe_loss(self, error: RuntimeError) -> str:
         if self.device.type == "cpu":  # who waits for us learns of it; on a GPU, this could hang
@@ -179,11 +181,16 @@ class World:
             return f"torchrun or process 0 is gone; its own message says why {transport}"
 
     def _report_failure(self, error: BaseException) -> None:
-        """For the other processes, and for torchrun's own summary of what failed first."""
-        reason = f"{type(error).__name__}: {error}"
+        """For the other processes, and for torchrun's own summary of what failed first.
+
+        All processes have a mistake in the flags or the data, and one of a machine prints it: the
+        others' errors get the mark `already_reported`, which `launch` minds.
+        """
+        host, reason = socket.gethostname(), f"{type(error).__name__}: {error}"
         try:
-            word = f"process {self.rank} on {socket.gethostname()}: {reason}"
-            self.store.compare_set("failure", "", word)
+            word = f"process {self.rank} on {host}: {reason}"
+            first = self.store.compare_set("failure", "", word).decode()
+            error.already_reported = first != word and f" on {host}: {reason}" in first
         except RuntimeError:
             return  # the store died before us; the reason is printed here all the same
         get_error_handler().record_exception(error)

@@ -11,7 +11,7 @@ launch() {
     local run=("$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)")
     [[ " $* " != *" --from_scratch "* ]] || flags+=(--n_layers "$3")
     shift 3
-    [ "${N:-1}" = 1 ] || run+=(-m torch.distributed.run --standalone --nproc_per_node "$N")
+    [ "${N:-1}" = 1 ] || run+=(scripts/train/torchrun.py --standalone --nproc_per_node "$N")
     [ -z "${LOAD_FROM:-}" ] || flags+=(--load_from "$LOAD_FROM")
     [ -z "${VISION_PATH:-}" ] || flags+=(--vision_path "$VISION_PATH")
     exec "${run[@]}" "$script" "${flags[@]}" "$@"
