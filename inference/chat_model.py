@@ -122,7 +122,7 @@ class ChatModel:
     def encode_clip(self, name: str, clip: Frames, thumbnail_size: int = 0) -> Visual:
         """Decoded frames as the model gets them. thumbnail_size: longer side in pixels of the small
         pictures to keep of them; 0: none."""
-        features = self.encode_frames(self.transform(clip.frames))
+        features = self.encode_frames(self.transform(clip.frames)).cpu()  # a test set has thousands
         thumbnails = [Image.fromarray(frame) for frame in clip.frames] if thumbnail_size else []
         for picture in thumbnails:
             picture.thumbnail((thumbnail_size, thumbnail_size))
@@ -172,7 +172,7 @@ class ChatModel:
         summary would miss, for every kind of summary alike, and nothing about a question or an
         answer. A still clip has equal weights.
         """
-        features_FPD = visual.features.float()
+        features_FPD = visual.features.to(self.device).float()
         num_frames = len(features_FPD)
         if num_frames == 1:
             return [1.0]

@@ -151,7 +151,7 @@ class Engine:
         device = next(self.model.parameters()).device
         inputs = {name: tensor.to(device) for name, tensor in left_pad(prompts).items()}
         if frames := [visual.features for visual in visuals]:
-            inputs["visual_features"] = torch.cat(frames).float()
+            inputs["visual_features"] = torch.cat(frames).to(device).float()
             inputs["frames_per_visual"] = [len(features) for features in frames]
         return inputs
 
