@@ -190,7 +190,7 @@ class _Asker:
         self.chat_model, self.settings = chat_model, settings
         size = chat_model.transform.image_size
         grey = chat_model.transform(np.full((1, size, size, 3), 127, np.uint8))
-        self.grey = chat_model.encode_frames(grey)
+        self.grey = chat_model.encode_frames(grey).cpu()
         self.without_video: dict[str, object] = {}  # question in words → answer
 
     def answer(self, samples: list[Sample]) -> list[dict]:
