@@ -28,7 +28,8 @@ stage() {
     history+=" && $*"
     printf '\n== %s: %s\n' "$name" "$purpose"
     if [ "$(cat "$stamp.started" 2>/dev/null)" != "$history" ]; then
-        rm -rf "$makes" "${makes%.pth}" # a model's run folder lies beside it
+        # A model's run folder and a test set's answers lie beside what the stage is known by.
+        rm -rf "$makes" "${makes%.pth}" "${makes%.json}.answers.jsonl"
         printf '%s' "$history" >"$stamp.started"
     elif [ -e "$makes" ] && [ -e "$stamp.json" ]; then
         echo "done before"
