@@ -25,6 +25,7 @@ from itertools import chain, dropwhile, groupby
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from dataset.clip import ContainerInfo, Frames, Request, VideoError
@@ -116,7 +117,7 @@ def decode(request: Request) -> Frames:
         raise ValueError(f"--video_backend {request.backend}: {error}; use pyav") from error
     except Exception as error:
         # On random bytes, libraries fail in ways that they don't document (struct.error, KeyError,
-        # RecursionError, …). The reason is told, and no frame is made up.
+        # RecursionError, …). The reason is reported, and no frame is made up.
         reason = f"decoding failed: {type(error).__name__}: {error}"
         raise VideoError(path, "corrupt", reason) from error
 
@@ -138,10 +139,8 @@ def _decode_pyav(request: Request) -> Frames:
 def _open(request: Request, errors: str = ERRORS):
     """Open the container and its best moving picture: (container, stream)."""
     # max_pixels holds for the probing decoder too, which would swallow a bomb before our check.
-    max_pixels = str(request.max_pixels)
-    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
-    options["max_pixels"] = max_pixels
-    path = request.path
+    path, limits = request.path, {"max_pixels": str(request.max_pixels)}
+    options = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file", **limits}
     try:
         container = av.open(path, options=options, metadata_errors="replace")
     except (av.FFmpegError, OSError, ValueError) as error:
@@ -162,7 +161,7 @@ def _open(request: Request, errors: str = ERRORS):
     # One thread: workers run side by side anyway, and starting threads costs more than decoding a
     # short clip.
     context.thread_count, context.thread_type = 1, "SLICE"
-    context.options = {"err_detect": errors, "max_pixels": max_pixels}
+    context.options = {"err_detect": errors, **limits}
     return container, stream
 
 
@@ -189,8 +188,8 @@ def _demux(container, stream) -> Iterator[av.Packet]:
                 yield previous
             if previous is not None or packet.is_keyframe:
                 previous = packet
-    is_whole = container.format.name not in OPEN_ENDED and not (previous and previous.is_corrupt)
-    if previous is not None and is_whole:
+    is_open_ended = container.format.name in OPEN_ENDED
+    if previous is not None and not previous.is_corrupt and not is_open_ended:
         yield previous
 
 
@@ -278,14 +277,14 @@ def _decode_by_index(request: Request) -> Frames:
         request.check_length(seconds[-1])
         indices = request.choose(seconds)
         request.check_output(len(indices), stream.width, stream.height)
-        images = []
-        chosen = (visible[index] for index in indices)
-        for first, wanted in groupby(chosen, packets.keyframe_before):
-            for frame in packets.decode(first, set(wanted)):
-                images.append(_to_rgb(request, len(indices), frame))
-        return Frames(
-            _stack(request, images), seconds[indices], len(visible), _info(container, stream)
-        )
+        chosen, reformatter = (visible[index] for index in indices), VideoReformatter()
+        images = [
+            _to_rgb(request, len(indices), frame, reformatter)
+            for first, wanted in groupby(chosen, packets.keyframe_before)
+            for frame in packets.decode(first, set(wanted))
+        ]
+        frames, info = _stack(request, images), _info(container, stream)
+        return Frames(frames, seconds[indices], len(visible), info)
 
 
 def _decode_in_order(request: Request) -> Frames:
@@ -313,10 +312,10 @@ def _decode_in_order(request: Request) -> Frames:
 
     indices = request.choose(seconds)
     request.check_output(len(indices), info.width, info.height)
-    chosen, images = set(indices.tolist()), []
+    chosen, images, reformatter = set(indices.tolist()), [], VideoReformatter()
     for number, frame in enumerate(_decode_all(request, [])):
         if number in chosen:
-            images.append(_to_rgb(request, len(indices), frame))
+            images.append(_to_rgb(request, len(indices), frame, reformatter))
         if len(images) == len(indices):
             break
     return Frames(_stack(request, images), seconds[indices], len(times), info, damaged)
@@ -369,11 +368,13 @@ def _seconds(packet: av.Packet | None) -> float:
     return 0.0 if time is None else float(time * packet.time_base)
 
 
-def _to_rgb(request: Request, num_frames: int, frame: av.VideoFrame) -> np.ndarray:
-    """→ (H, W, 3) uint8 RGB, turned as its display matrix says; one of `num_frames`."""
+def _to_rgb(request: Request, num_frames: int, frame, reformatter: VideoReformatter) -> np.ndarray:
+    """→ (H, W, 3) uint8 RGB, turned as its display matrix says; one of `num_frames`. `reformatter`
+    keeps its tables from frame to frame: a frame's own starts threads each time, for 2 ms."""
     request.check_output(num_frames, frame.width, frame.height)  # whatever the header said
     has_alpha = any(component.is_alpha for component in frame.format.components)
-    image = frame.to_ndarray(format="rgba" if has_alpha else "rgb24")
+    name = "rgba" if has_alpha else "rgb24"
+    image = reformatter.reformat(frame, format=name, threads=1).to_ndarray()
     if has_alpha:
         image = on_white(image)
     if matrix := frame.side_data.get("DISPLAYMATRIX"):

@@ -169,7 +169,10 @@ class FeatureStore:
         return hold_lock(self.directory / f".{stem}.lock", purpose)
 
     def write(self, rel_path: str, features: Tensor) -> None:
-        """Store (F, P, D) as the settings' dtype; the file is whole or absent, whatever happens."""
+        """Store (F, P, D) as the settings' dtype; the file is whole or absent, whatever happens.
+
+        ValueError for a path that leaves the folder; OSError, with the file, for a full disk.
+        """
         assert features.ndim == 3, f"features are (F, P, D), not {tuple(features.shape)}"
         path = self.path(rel_path)
         rows = features.to(torch.float16).cpu().numpy()
@@ -178,8 +181,13 @@ class FeatureStore:
         self._open_journal()
         unfinished = self.parts / f"{self._stem}.tmp"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("wb") as file:
-            np.save(file, rows, allow_pickle=False)
+        try:
+            with unfinished.open("wb") as file:
+                np.save(file, rows, allow_pickle=False)
+        except OSError as error:
+            raise OSError(
+                f"{path}: can't be written ({error}); the same command resumes once it can"
+            ) from error
         os.replace(unfinished, path)
 
     def has(self, rel_path: str, num_frames: int = 1) -> bool:

@@ -46,7 +46,7 @@ __all__ = [
     "uniform_indices",
 ]
 
-# Of files that are taken for videos and images in a folder; what they are is told by content.
+# Of files that are taken for videos and images in a folder; what they hold is found by content.
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv")
 VIDEO_SUFFIXES += (".wmv", ".3gp", ".ogv", ".gif")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif")

@@ -4,7 +4,6 @@ import json
 from functools import partial
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -25,6 +24,7 @@ from dataset.video_dataset import (
 )
 from model.vision_tower import VisionTower
 from scripts import pack_features
+from tests.clips import make_numbered_clip
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "model/text_tokenizer"
 # Videos of several lengths, images, both in one sample, text alone, one visual asked about twice,
@@ -45,15 +45,9 @@ SAMPLES = [
 @pytest.fixture
 def data(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    make_numbered_clip(tmp_path / "long.mp4", 20, size=(128, 160), noise=150)
+    make_numbered_clip(tmp_path / "short.mp4", 3, size=(128, 160), noise=100)
     rng = np.random.default_rng(0)
-    for name, total in (("long.mp4", 20), ("short.mp4", 3)):
-        with av.open(name, "w") as container:
-            stream = container.add_stream("libx264", rate=10)
-            stream.width, stream.height, stream.pix_fmt = 160, 128, "yuv420p"
-            for _ in range(total):
-                picture = rng.integers(0, 256, (16, 20, 3), np.uint8).repeat(8, 0).repeat(8, 1)
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-            container.mux(stream.encode())
     for name in ("a.png", "b.png"):
         Image.fromarray(rng.integers(0, 256, (150, 130, 3), np.uint8)).save(name)
     Path("broken.mp4").write_bytes(b"not a video")

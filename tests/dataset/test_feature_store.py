@@ -1,6 +1,7 @@
 """A store says what it holds, is whole or absent, and refuses to be mixed up."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -102,11 +103,8 @@ def test_two_processes_finish_at_once(store):
         _ = FeatureStore(store.directory).manifest
     second.record("c.mp4", {"size": 3})
     second.finish(*second.recorded())
-    assert set(FeatureStore(store.directory).manifest["sources"]) == {
-        "a.mp4",
-        "b.mp4",
-        "c.mp4",
-    }
+    manifest = FeatureStore(store.directory).manifest
+    assert set(manifest["sources"]) == {"a.mp4", "b.mp4", "c.mp4"}
     assert [path.name for path in store.directory.iterdir()] == ["manifest.json"]
 
 
@@ -125,6 +123,21 @@ def test_a_shard_is_locked_as_long_as_its_process_lives(store):
     first.kill()
     first.communicate()
     store.begin({"num_frames": 8})
+
+
+def test_a_full_disk_is_named_and_the_store_stays_as_it_was(store):
+    store.begin(SETTINGS | SHAPE)
+    store.write("a.mp4", torch.ones(1, 5, 4))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(
+            OSError, match=r"b\.mp4\.npy: can't be written .* the same command resumes"
+        ):
+            store.write("b.mp4", torch.ones(99, 50, 40))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert store.has("a.mp4") and not store.has("b.mp4")
 
 
 def test_features_of_two_kinds_never_share_a_folder(store):

@@ -75,8 +75,8 @@ class Sums(torch.utils.data.Dataset):
 
 def test_int8_says_what_is_lost(store, capsys):
     packed = pack(store, "--features_dtype", "int8")
-    said = capsys.readouterr().out
-    assert "int8: relative error 0." in said
+    output = capsys.readouterr().out
+    assert "int8: relative error 0." in output
     assert packed.manifest["dtype"] == "int8"
     torch.testing.assert_close(packed.read("d.mp4"), store.read("d.mp4"), atol=0.02, rtol=0.02)
     assert torch.equal(packed.read("d.mp4", [6]), packed.read("d.mp4")[[6]])
