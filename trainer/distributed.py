@@ -171,7 +171,8 @@ class World:
                     return f"stopped because of {self.store.get('failure').decode()}"
                 time.sleep(0.1)
             silent = _missing(self.store, "survivor", self.size)
-            if silent:
+            # Who has no connection to a dead process still waits: name the dead, if they are known.
+            if silent := [rank for rank in silent if _is_gone(self.store, rank)] or silent:
                 return (
                     f"process {_shorten(_with_hosts(self.store, silent))} no longer answers: it was"
                     f" killed (out of memory?), hangs, or the network is cut {transport}"
@@ -213,6 +214,10 @@ def setup(device: str = "auto", timeout: float = 900) -> World:
         )
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if size == 1:
+        if (
+            chosen.type == "cuda" and chosen.index
+        ):  # else its loader would open a context on the first GPU too
+            torch.cuda.set_device(chosen)
         return World(chosen)
     if chosen.type == "cuda":
         local, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -231,6 +236,7 @@ def setup(device: str = "auto", timeout: float = 900) -> World:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"attempt{attempt}", store)
         store.set(f"host/{rank}", host)
+        store.set(f"pid/{rank}", str(os.getpid()))
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=size, timeout=limit, device_id=device_id
         )
@@ -265,6 +271,17 @@ def is_restarted() -> bool:
 
 def _missing(store: dist.Store, name: str, size: int) -> list[int]:
     return [rank for rank in range(size) if not store.check([f"{name}/{rank}"])]
+
+
+def _is_gone(store: dist.Store, rank: int) -> bool:
+    """Whether a process of this machine has ended; those of another one can't be asked."""
+    try:
+        os.kill(int(store.get(f"pid/{rank}")), 0)
+    except ProcessLookupError:
+        return store.get(f"host/{rank}").decode() == socket.gethostname()
+    except PermissionError:
+        pass
+    return False
 
 
 def _with_hosts(store: dist.Store, ranks: list[int]) -> list[str]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from device import choose_dtype
+from lock import hold_lock
 from trainer.checkpoint import (
     explain_failed_write,
     find_state,
@@ -182,16 +183,55 @@ def fit(
     (what the data and the first weights are) goes into it and into the state, so that a resumed
     run is the same run. Raises TrainingStopped and StoppedBySignal as these classes say,
     ProcessLost where another process is gone, ValueError if there is nothing to train on, the
-    processes differ, or the state found belongs to another run.
+    processes differ, another training writes to the run's folder, or the state found in it belongs
+    to another run.
     """
     config.dtype = choose_dtype(config.dtype, world.device)
-    name, folder = config.run_name, Path(config.out_dir) / config.run_name
-    weights_path = Path(config.out_dir) / f"{name}.pth"
+    facts = {**config.shared(), **lineage, "validation": val_loader is not None}
+    facts |= {"code": code_fingerprint(), "torch": torch.__version__}
+    if config.optimizer == "muon" and world.device.type == "cuda":
+        # Its products round in another way on another GPU: the processes' weights would drift.
+        facts["GPU"] = torch.cuda.get_device_name(world.device)
+    world.check_consistent(facts)
+    with locked_run_folder(config, world) as folder:
+        return run_steps(
+            model, train_loader, val_loader, config, world, save_weights, lineage, folder
+        )
+
+
+@contextmanager
+def locked_run_folder(config: TrainConfig, world: World) -> Iterator[Path]:
+    """The run's folder, made if missing and held against a second training of the same name."""
+    folder, release = Path(config.out_dir) / config.run_name, None
+    if world.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"--out_dir {config.out_dir}: {folder} can't be made ({error.strerror}); give a "
+                "folder that may be written"
+            ) from None
+        release = hold_lock(folder / "lock", "training")
+    try:
+        yield folder
+    finally:
+        if release:
+            release()
+
+
+def run_steps(
+    model: nn.Module,
+    train_loader: Iterable[Batch],
+    val_loader: Iterable[Batch] | None,
+    config: TrainConfig,
+    world: World,
+    save_weights: Callable[[Path, dict[str, Any]], None],
+    lineage: dict[str, Any],
+    folder: Path,
+) -> dict[str, Any]:
+    """`fit` in the run's folder: resume or start, the loop over steps, the last line of metrics."""
+    name, weights_path = config.run_name, folder.with_name(f"{config.run_name}.pth")
     identity = {**config.identity(), **lineage}
-    world.check_consistent(
-        {**config.shared(), **lineage, "validation": val_loader is not None}
-        | {"code": code_fingerprint(), "torch": torch.__version__}
-    )
     state = load_state(folder, config.resume, identity, world)
     # What a step is follows from the number of processes that the run started with. Others that
     # resume it cut the same batches in another way.

@@ -55,9 +55,8 @@ def open_tracker(
     settings: the training's flags; last_logged: the last step whose line it got, before a kill
     perhaps. Raises ValueError, with the command that fixes it, if the tracker isn't installed.
     """
-    project, run_name = settings["wandb_project"], settings["run_name"]
-    run_id = _run_id(folder / "tracker.json", name, keep=last_logged > 0)
-    shared = {"project": project, "config": settings, "resume": "allow"}
+    run_name, run_id = settings["run_name"], _run_id(folder, name, keep=last_logged > 0)
+    shared = {"project": settings["wandb_project"], "config": settings, "resume": "allow"}
     # None: online, or as the tracker's own environment variable says.
     online = {"id": run_id, "mode": "offline" if settings["tracker_offline"] else None}
     module = _import("torch.utils.tensorboard" if name == "tensorboard" else name, name)
@@ -83,8 +82,9 @@ def open_tracker(
     return Tracker(name, lambda row, step: module.log(row, step=step), module.finish, last_logged)
 
 
-def _run_id(path: Path, name: str, keep: bool) -> str:
+def _run_id(folder: Path, name: str, keep: bool) -> str:
     """The id that the run has had with this tracker; a new one for a run that starts."""
+    path = folder / "tracker.json"
     ids = json.loads(path.read_text(encoding="utf-8")) if keep and path.is_file() else {}
     if name not in ids:
         ids[name] = secrets.token_hex(4)

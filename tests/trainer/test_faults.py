@@ -7,6 +7,7 @@ import random
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ from trainer.distributed import setup
 from trainer.engine import StoppedBySignal, TrainingStopped
 from trainer.trackers import Tracker, open_tracker
 
-TOY = Path(toy_training.__file__)
+TOY, HOST = Path(toy_training.__file__), socket.gethostname()
 
 
 @pytest.fixture(autouse=True)
@@ -152,11 +153,11 @@ def test_a_signal_saves_and_no_line_of_metrics_is_cut(monkeypatch, capsys, whole
 # ------------------------------------------------------------------------------- many processes
 
 
-def toy_processes(out: str, *flags: str, **environment: str) -> tuple[list, str]:
-    """Exit codes of the toy's two processes, and all that they printed."""
+def toy_processes(out: str, *flags: str, number: int = 2, **environment: str) -> tuple[list, str]:
+    """Exit codes of the toy's processes, and all that they printed."""
     log = Path(f"{out}.log").resolve()
     argv = ["--out_dir", str(Path(out).resolve()), *flags]
-    team = processes.start(toy_training.run, argv, log, 2, **environment)
+    team = processes.start(toy_training.run, argv, log, number, **environment)
     for process in team:
         process.join(600)
     return [process.exitcode for process in team], log.read_text()
@@ -167,6 +168,13 @@ def test_the_error_of_one_process_is_what_the_others_repeat():
     assert codes == [1, 1]
     assert "stopped because of process 1 on" in output and "the disk is on fire" in output
     assert "gloo" not in output and states("out") == [2]
+
+
+def test_a_killed_process_is_named_and_no_other():
+    """A survivor that has no connection to it notices later than those that have."""
+    codes, output = toy_processes("out", number=4, FAULT="kill:2:2")
+    assert codes == [1, 1, -9, 1]
+    assert set(re.findall(r"train: process (.*) no longer answers", output)) == {f"2 on {HOST}"}
 
 
 def test_a_process_that_hangs_is_named():

@@ -5,8 +5,8 @@
 
 Engine, sampler, loader and processes are the real ones; the model is a matrix, so that nothing slow
 has to be imported. FAULT=what:process:step happens in that process before that step, in its
-first life: raise, kill (itself, by SIGKILL), term (SIGTERM to itself), hang (for a quarter of a
-minute), or full:bytes:… (no file may grow beyond these). Sample 7 is broken; DROPOUT changes what
+first life: raise, kill (itself, by SIGKILL), term (SIGTERM to itself), hang (for ten
+seconds), or full:bytes:… (no file may grow beyond these). Sample 7 is broken; DROPOUT changes what
 is learnt.
 """
 
@@ -62,7 +62,7 @@ def cause_fault(what: str, limit: int = 0) -> None:
     if what == "full":
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     elif what == "hang":
-        time.sleep(15)
+        time.sleep(10)
     else:
         os.kill(os.getpid(), signal.SIGKILL if what == "kill" else signal.SIGTERM)
 
