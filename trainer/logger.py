@@ -23,8 +23,8 @@ from trainer.trackers import open_tracker
 class MetricsLogger:
     """Counts on every process (the sums it is given are global), but only the main one writes.
 
-    state: the `state_dict()` of the run that is resumed; None for one that starts. Raises
-    ValueError where the run's folder can't be made, OSError where a line can't be written.
+    state: the `state_dict()` of the run that is resumed; None for one that starts. Raises OSError
+    where a line can't be written.
     """
 
     def __init__(
@@ -46,13 +46,6 @@ class MetricsLogger:
         self.quarantined: set[tuple] = set()
         self.tracker = None
         if is_main:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ValueError(
-                    f"--out_dir {config.out_dir}: {self.folder} can't be made ({error.strerror}); "
-                    "give a folder that may be written"
-                ) from None
             last_logged = self._truncate_for_resume(first_step)
             name = "wandb" if config.use_wandb else config.tracker
             if name != "none":

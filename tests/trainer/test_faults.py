@@ -130,7 +130,7 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch):
     if os.geteuid() == 0:  # root may write everywhere; nobody may not even come here
         os.seteuid(65534)
     try:
-        with pytest.raises((ValueError, OSError), match=r"Permission denied.*out/run"):
+        with pytest.raises((ValueError, OSError), match=r"out/run.*Permission denied"):
             toy(str(tmp_path / "out"))
     finally:
         if os.getuid() == 0:
@@ -148,6 +148,19 @@ def test_a_signal_saves_and_no_line_of_metrics_is_cut(monkeypatch, capsys, whole
     toy("out", *flags)
     assert largest_difference("out", whole) == 0 and len(lines("out")) == 3
     assert len(lines("out", "quarantine.jsonl")) == 1
+
+
+def test_a_second_training_of_the_same_name_is_refused_while_the_first_lives(whole):
+    argv, log = ["--out_dir", str(Path("out").resolve()), "--epochs", "2"], Path("log").resolve()
+    (first,) = processes.start(toy_training.run, argv, log, FAULT="hang:0:5")
+    while first.is_alive() and not (Path("out/run").is_dir() and 4 in states("out")):
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match=rf"out/run: process {first.pid} on .* is training there"):
+        toy("out")
+    first.kill()  # a dead owner's lock doesn't hold
+    first.join()
+    toy("out")
+    assert same("out", whole)
 
 
 # ------------------------------------------------------------------------------- many processes
