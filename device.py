@@ -4,15 +4,19 @@ import torch
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """`auto` is CUDA where there is one. ValueError for a CUDA that this torch doesn't see.
+    """`auto` is CUDA where there is one, else Apple's MPS, else the CPU.
+
+    Raises ValueError for a device that this torch doesn't see.
 
     On CUDA attention no longer goes to cuDNN from then on: it builds a plan for each new shape of a
     batch, and here nearly every batch has another.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: this torch sees no CUDA device; use --device cpu")
+        has_mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    for kind, module in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
+        if name.startswith(kind) and not module.is_available():
+            raise ValueError(f"--device {name}: this torch sees no such device; use --device cpu")
     if name.startswith("cuda"):
         torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device(name)
