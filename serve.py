@@ -38,7 +38,7 @@ def main() -> None:
         forwarded_allow_ips=flags.trusted_proxies,
         timeout_keep_alive=15,
         timeout_graceful_shutdown=flags.stop_timeout,
-        limit_concurrency=4 * flags.max_queue + 2 * MAX_SILENT,
+        limit_concurrency=4 * flags.max_queue + MAX_SILENT + 64,
     )
 
 

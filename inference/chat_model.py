@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset.conversation import ConversationError, Encoded, encode
 from dataset.video import Frames, FrameTransform, VideoError, read_frames
+from demo.known_world import warn_unlike_training
 from device import choose_device
 from inference.engine import Engine
 from inference.parts import find_parts
@@ -98,12 +99,16 @@ class ChatModel:
         num_frames: int | None = None,
         fps: float | None = None,
         resize: bool = False,
+        on_damage: str = "keep",
         **limits: float | None,
     ) -> Frames:
-        """A video's or image's frames, without the model; what a player shows in spite of damage is
-        kept. num_frames and fps (frames a second, up to `num_frames`): None for what `load` got.
-        resize: to the tower's size, where they are decoded. limits: `timeout`, `max_pixels`,
-        `max_seconds` and `max_bytes` of `read_frames`, for untrusted files. Raises VideoError."""
+        """A video's or image's frames, without the model. Raises VideoError.
+
+        num_frames and fps (frames a second, up to `num_frames`): None for what `load` got. resize:
+        to the tower's size, where they are decoded. on_damage: "keep" takes what a player shows and
+        tells near which seconds it is damaged; "error" refuses it. limits: `timeout`, `max_pixels`,
+        `max_seconds` and `max_bytes` of `read_frames`, for untrusted files.
+        """
         fps = fps or self.fps
         return read_frames(
             path,
@@ -111,6 +116,7 @@ class ChatModel:
             "fps" if fps else "uniform",
             fps,
             transform=self.transform if resize else None,
+            on_damage=on_damage,
             **limits,
         )
 
@@ -126,7 +132,11 @@ class ChatModel:
         thumbnails = [Image.fromarray(frame) for frame in clip.frames] if thumbnail_size else []
         for picture in thumbnails:
             picture.thumbnail((thumbnail_size, thumbnail_size))
-        return Visual(name, features, clip.timestamps.tolist(), thumbnails=thumbnails)
+        unlike = warn_unlike_training(self.checkpoint, features)
+        return Visual(
+            *(name, features, clip.timestamps.tolist()),
+            *(clip.damaged, unlike, thumbnails),
+        )
 
     def encode_video(
         self, path: str | Path, num_frames: int | None = None, fps: float | None = None
@@ -139,11 +149,11 @@ class ChatModel:
         self, paths: list[Path], show_progress: bool = True
     ) -> tuple[dict[Path, Visual], dict[Path, str]]:
         """Decodes each file once, in parallel, and runs the tower once for many: visuals by path,
-        and the reasons of the files that can't be read."""
+        and why the others can't be used; damaged ones can't, as in training."""
 
         def decode(path: Path) -> Frames | VideoError:
             try:
-                return self.decode_frames(path, resize=True)
+                return self.decode_frames(path, resize=True, on_damage="error")
             except VideoError as error:
                 return error
 

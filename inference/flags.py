@@ -51,9 +51,14 @@ class SharedFlags(LimitFlags, PrecisionFlags, TrainedFrameFlags, ModelFlags):
     def load_model(self, checkpoint: str | None = None):
         """The ChatModel that the flags describe. Raises ValueError with the fix."""
         from inference.chat_model import ChatModel  # takes seconds: wrong flags are told at once
+        from inference.parts import default_model
 
         return ChatModel.load(
-            *(checkpoint or self.load_from, self.vision_path, self.tokenizer_path),
+            *(
+                checkpoint or self.load_from or default_model(),
+                self.vision_path,
+                self.tokenizer_path,
+            ),
             *(self.num_frames, self.device, self.sampling, self.fps),
             *(self.dtype, self.quantize, self.accept_tokenizer),
         )
@@ -63,7 +68,11 @@ class SharedFlags(LimitFlags, PrecisionFlags, TrainedFrameFlags, ModelFlags):
 class ServerFlags(SharedFlags):
     """Server"""
 
-    load_from: str = flag("out/sft_videolm_512.pth", "checkpoint, or a directory of transformers")
+    load_from: str | None = flag(
+        None,
+        "checkpoint, or a directory of transformers (default: out/sft_videolm_512.pth, or the "
+        "small model that ships)",
+    )
     model_name: str = flag("cinego", "the model's name in the API")
     temperature: float = flag(0.0, "where a request has none; 0: greedy", at_least=0)
     host: str = flag("127.0.0.1", "address to listen on; 0.0.0.0 opens it to the network")
@@ -123,7 +132,7 @@ class PageFlags(SharedFlags):
     load_from: str | None = flag(None, "checkpoint or directory chosen first; none: in --out_dir")
     out_dir: str = flag("out", "folder whose models can be chosen")
     examples: list[str] | None = flag(
-        None, "folders of clips to try; none: dataset/eval_videos and the quickstart's test clips"
+        None, "folders of clips to try; none: dataset/eval_videos, or demo/examples"
     )
 
     def problems(self) -> list[str]:
@@ -140,4 +149,5 @@ class PageFlags(SharedFlags):
     def example_folders(self) -> list[Path]:
         if self.examples:
             return [Path(folder) for folder in self.examples]
-        return [Path("dataset/eval_videos"), Path(self.out_dir, "quickstart/data/test/clips")]
+        own = Path("dataset/eval_videos")
+        return [own if own.is_dir() else Path(__file__).parents[1] / "demo/examples"]

@@ -9,9 +9,15 @@ from model.vision_tower import VisionTower
 
 ROOT = Path(__file__).resolve().parents[1]  # what ships is found from any folder
 VISION_PATH = ROOT / "model/vision_model/clip-vit-base-patch32"
+DEMO_MODEL = ROOT / "demo/model/sft_videolm_128.pth"  # knows the demo world only
 DEMO_TOWER = ROOT / "demo/tower"
-DEMO_MODEL = ROOT / "demo/model/sft_videolm_128.pth"
 TOKENIZER_PATH = ROOT / "model/text_tokenizer"
+
+
+def default_model() -> Path:
+    """The model of `train_sft.py` without flags, or else the small one that ships."""
+    trained = Path("out/sft_videolm_512.pth")
+    return trained if trained.is_file() else DEMO_MODEL
 
 
 def find_models(folder: str | Path) -> list[Path]:

@@ -20,7 +20,8 @@ class Visual:
     name: str
     features: Tensor  # (F, P, D) fp16, as the feature store keeps them for training
     timestamps: list[float]  # of the F frames, in seconds
-    damaged: list[float] = field(default_factory=list)  # seconds of frames that the file had broken
+    damaged: list[float] = field(default_factory=list)  # seconds near which the file is broken
+    unlike_training: str | None = None  # a sentence, where frames look like nothing learned
     thumbnails: list[Image.Image] = field(default_factory=list)  # of the frames, if asked for
 
     @property
@@ -28,10 +29,11 @@ class Visual:
         return "<video>" if len(self.features) > 1 else "<image>"
 
     @property
-    def warning(self) -> str:
-        """One sentence about damaged frames; "" where there are none."""
+    def warnings(self) -> list[str]:
+        """What the user should know of it, a sentence each."""
         times = ", ".join(f"{seconds:.1f}" for seconds in self.damaged[:8])
-        return f"{self.name}: damaged frames near {times} s were shown as they are" if times else ""
+        found = f"{self.name} is damaged near {times} s; frames there are as a player shows them"
+        return [found] * bool(times) + ([self.unlike_training] if self.unlike_training else [])
 
 
 @dataclass

@@ -11,7 +11,6 @@ from glob import glob
 from itertools import chain
 from pathlib import Path
 
-from demo.known_world import warn_unlike_training
 from inference.chat import Chat
 from inference.chat_model import ChatModel
 from model.generate import Sampling
@@ -46,8 +45,7 @@ class Terminal:
             self.chat.attach(visual)
             times = ", ".join(f"{time:.1f}" for time in visual.timestamps[:32])
             print(f"{file}: {len(visual.features)} frames, at {times} s")
-            unlike = warn_unlike_training(self.chat_model.checkpoint, visual.features)
-            for warning in filter(None, (visual.warning, unlike)):
+            for warning in visual.warnings:
                 print(f"  {warning}")
 
     def run(self) -> None:

@@ -142,6 +142,8 @@ def attend_repeated(q_BHLE, k_BHTE, v_BHTE, mask: BlockMask | None, dropout: flo
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with rotary positions, and with normalised q and k in MiniMind-3."""
+
     def __init__(self, config: LanguageModelConfig, layer_idx: int):
         super().__init__()
         self.head_dim, self.dropout, self.layer_idx = config.head_dim, config.dropout, layer_idx

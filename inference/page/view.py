@@ -10,7 +10,6 @@ import shutil
 import tempfile
 import tomllib
 import uuid
-from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -21,33 +20,19 @@ from streamlit import config
 from dataset.conversation import ConversationError
 from dataset.video import MEDIA_SUFFIXES, VideoError, read_frames, uniform_indices
 from inference.flags import MAX_PAGE_FRAMES, PageFlags
-from inference.page.conversation import Conversation, SharedModel, TooManyVisuals, Turn
+from inference.page.conversation import Attachment, Conversation, SharedModel, TooManyVisuals, Turn
 from inference.page.visual import draw, escaped
-from inference.parts import find_models
+from inference.parts import DEMO_MODEL, ROOT, find_models
 from model.generate import MAX_NEW_TOKENS, Sampling
 
 ICON, USER, ASSISTANT = ":material/movie:", ":material/person:", ":material/movie:"
 EXAMPLES = 4
 LANGUAGES = {"en": "English", "zh": "中文"}
-TEXTS = tomllib.loads(Path(__file__).with_name("texts.toml").read_text(encoding="utf-8"))
+HERE = Path(__file__).parent
+TEXTS = tomllib.loads(HERE.joinpath("texts.toml").read_text(encoding="utf-8"))
 # Reasons of VideoError whose fix isn't that of a broken file.
 OWN_FIXES = ("too_large", "too_long", "timeout")
-STYLE = """<style>
-.stMainBlockContainer, .stBottomBlockContainer { max-width: 52rem; }
-.stMainBlockContainer { padding-top: 3.4rem; }
-.stChatMessage { background: transparent; padding-left: 0; padding-right: 0; }
-.cinego-strip { display: grid; gap: .35rem 2px; padding-bottom: .3rem;
-  grid-template-columns: repeat(auto-fit, minmax(4.2rem, 1fr)); }
-.cinego-frame { font-size: .74rem; line-height: 1.35; text-align: center;
-  font-variant-numeric: tabular-nums; }
-.cinego-frame img { width: 100%; display: block; border-radius: 3px 3px 0 0; }
-.cinego-heat { position: relative; height: 1.3rem; background: rgba(128, 128, 128, .16); }
-.cinego-heat i { position: absolute; inset: 0; background: #ea580c; }
-.cinego-heat b { position: relative; font-weight: 600; line-height: 1.3rem; }
-.cinego-frame time { opacity: .72; }
-.stChatInput:has([data-testid="stFileChipIconError"])::after { content: REFUSED; color: #dc2626;
-  display: block; font-size: .85rem; padding: .4rem .2rem 0; }
-</style>"""
+STYLE = HERE.joinpath("style.css").read_text(encoding="utf-8")
 
 
 # ---- what users share, and what ends with a session
@@ -106,16 +91,12 @@ class View:
         self.state = st.session_state
         with st.sidebar:
             self.texts = TEXTS[self._language()]
-            models = self._models()
-            refused = self.texts["refused"].format(mib=max_upload_mib())
-            st.html(STYLE.replace("REFUSED", json.dumps(refused, ensure_ascii=False)))
-        if not models:
-            self._no_model()
-            return
-        with st.sidebar:
+            refused = self._format("refused")
+            style = STYLE.replace("REFUSED", json.dumps(refused, ensure_ascii=False))
+            st.html(f"<style>{style}</style>")
             chosen = st.selectbox(
                 self.texts["model"],
-                models,
+                self._models(),
                 format_func=self._name_of,
                 key="model",
                 help=self.texts["model_help"].format(folder=self.flags.out_dir),
@@ -146,19 +127,16 @@ class View:
     def _models(self) -> list[str]:
         first = [self.flags.load_from] if self.flags.load_from else []
         found = models_in(self.flags.out_dir)
+        found = found or ([] if first else [str(DEMO_MODEL)])
         same = {str(Path(name).resolve()) for name in first}
         return first + [name for name in found if str(Path(name).resolve()) not in same]
 
     def _name_of(self, checkpoint: str) -> str:
         path = Path(checkpoint)
-        if path.is_relative_to(self.flags.out_dir):
-            path = path.relative_to(self.flags.out_dir)
-        return str(path)
-
-    def _no_model(self) -> None:
-        st.title("Cinego")
-        st.info(self.texts["no_model"].format(folder=self.flags.out_dir), icon=ICON)
-        st.code("streamlit run web_demo.py -- --load_from PATH", language="bash")
+        for folder in (self.flags.out_dir, ROOT):
+            if path.is_relative_to(folder):
+                return str(path.relative_to(folder))
+        return checkpoint
 
     def _load(self, checkpoint: str) -> SharedModel:
         """Stops this run of the page, with the reason, where that can't be."""
@@ -188,12 +166,10 @@ class View:
 
     def _controls(self, model: SharedModel) -> tuple[Sampling, int]:
         texts, chat_model = self.texts, model.chat_model
-        parts = {
-            part: count for part, count in chat_model.parameters.items() if part != "trainable"
-        }
+        parameters = sum(n for part, n in chat_model.parameters.items() if part != "trainable")
         st.caption(
             texts["model_facts"].format(
-                parameters=sum(parts.values()) / 1e6,
+                parameters=parameters / 1e6,
                 summary=chat_model.model.config.summary,
                 frames=chat_model.num_frames,
             )
@@ -219,10 +195,7 @@ class View:
                 top_k=slider("top_k", 0, 200, 0, 5),
                 repetition_penalty=slider("repetition_penalty", 1.0, 2.0, 1.0, 0.05),
                 max_new_tokens=st.number_input(
-                    texts["max_new_tokens"],
-                    1,
-                    longest,
-                    min(MAX_NEW_TOKENS, longest),
+                    *(texts["max_new_tokens"], 1, longest, min(MAX_NEW_TOKENS, longest)),
                     key="max_new_tokens",
                 ),
                 seed=st.number_input(
@@ -236,20 +209,15 @@ class View:
                 key=f"num_frames {chat_model.checkpoint}",  # the default is each model's own
                 help=texts["num_frames_help"].format(frames=chat_model.num_frames),
             )
-            st.caption(self._limits_text())
+            st.caption(self._format("limits"))
         return sampling, num_frames
 
-    def _limits_text(self) -> str:
-        return self.texts["limits"].format(mib=max_upload_mib(), **self._limits())
-
-    def _limits(self) -> dict[str, float]:
+    def _format(self, text: str) -> str:
+        """The page's text of that name, with the limits in its braces."""
         own = self.flags
-        return {
-            "seconds": own.max_video_seconds,
-            "megapixels": own.max_pixels / 1e6,
-            "visuals": own.max_visuals,
-            "timeout": own.media_timeout,
-        }
+        limits = {"seconds": own.max_video_seconds, "megapixels": own.max_pixels / 1e6}
+        limits |= {"visuals": own.max_visuals, "timeout": own.media_timeout}
+        return self.texts[text].format(mib=max_upload_mib(), **limits)
 
     def _saving(self, conversation: Conversation) -> None:
         """Stands behind the answer, of which it writes the end, too."""
@@ -257,18 +225,13 @@ class View:
             return
         st.caption(self.texts["save"])
         with st.container(horizontal=True):
-            for kind, label, mime in (
+            for suffix, label, mime in (
                 (".md", "Markdown", "text/markdown"),
                 (".json", "JSON", "application/json"),
             ):
-                st.download_button(
-                    label,
-                    conversation.chat.format_transcript(kind),
-                    f"cinego{kind}",
-                    mime,
-                    on_click="ignore",
-                    icon=":material/download:",
-                )
+                text = conversation.chat.format_transcript(suffix)
+                how = {"on_click": "ignore", "icon": ":material/download:"}
+                st.download_button(label, text, f"cinego{suffix}", mime, **how)
 
     # ---- the conversation
 
@@ -294,9 +257,7 @@ class View:
         for turn in conversation.turns:
             self._turn(turn)
         if conversation.waiting and not question:
-            with st.chat_message("user", avatar=USER):
-                for attachment in conversation.waiting:
-                    draw(attachment, self.texts)
+            self._user(conversation.waiting)
             self._suggest()
         for notice in self.state.get("notices", ()):
             st.error(notice, icon=":material/error:")
@@ -307,7 +268,7 @@ class View:
         st.title("Cinego")
         st.markdown(f"#### {self.texts['lead']}")
         st.markdown(self.texts["intro"])
-        st.caption(self._limits_text())
+        st.caption(self._format("limits"))
         folders = [str(folder) for folder in self.flags.example_folders() if folder.is_dir()]
         examples = examples_in(folders)
         if not examples:
@@ -358,43 +319,40 @@ class View:
         except TooManyVisuals:
             notice = texts["too_many"].format(name=plain, visuals=self.flags.max_visuals)
         except VideoError as error:
-            fix = texts[error.reason if error.reason in OWN_FIXES else "unreadable"]
-            notice = texts["bad_file"].format(name=plain, fix=fix.format(**self._limits()))
+            fix = self._format(error.reason if error.reason in OWN_FIXES else "unreadable")
+            notice = texts["bad_file"].format(name=plain, fix=fix)
             detail = error.detail.replace(str(path), name)
             notice += "\n\n" + texts["detail"].format(detail=escaped(detail))
         self.state.setdefault("notices", []).append(notice)
         return False
 
     def _answer(self, conversation: Conversation, question: str, sampling: Sampling) -> None:
-        with st.chat_message("user", avatar=USER):
-            for attachment in conversation.waiting:
-                draw(attachment, self.texts)
-            st.text(question)
+        self._user(conversation.waiting, question)
         with st.chat_message("assistant", avatar=ASSISTANT):
-            place = st.empty()
+            place, text = st.empty(), ""
             place.caption(self.texts["thinking"])
             # Closed also where Streamlit ends this run: a user who stops it, asks on, or leaves.
             try:
                 with closing(conversation.ask(question, sampling)) as pieces:
-                    self._stream(place, pieces)
+                    for piece in pieces:
+                        text += piece
+                        place.text(text)
             except (ConversationError, RuntimeError) as error:
-                text = "failed" if isinstance(error, RuntimeError) else "wrong_question"
-                self.state.notices = [self.texts[text].format(reason=escaped(str(error)))]
+                notice = "failed" if isinstance(error, RuntimeError) else "wrong_question"
+                self.state.notices = [self.texts[notice].format(reason=escaped(str(error)))]
                 self.state.draft = question
                 st.rerun()
             self._times(conversation.turns[-1])
 
-    def _stream(self, place, pieces: Iterator[str]) -> None:
-        text = ""
-        for piece in pieces:
-            text += piece
-            place.text(text)
+    def _user(self, attachments: list[Attachment], question: str = "") -> None:
+        with st.chat_message("user", avatar=USER):
+            for attachment in attachments:
+                draw(attachment, self.texts)
+            if question:
+                st.text(question)
 
     def _turn(self, turn: Turn) -> None:
-        with st.chat_message("user", avatar=USER):
-            for attachment in turn.attachments:
-                draw(attachment, self.texts)
-            st.text(turn.question)
+        self._user(turn.attachments, turn.question)
         with st.chat_message("assistant", avatar=ASSISTANT):
             st.text(turn.answer)
             self._times(turn)

@@ -27,6 +27,8 @@ def draw(attachment: Attachment, texts: dict[str, str]) -> None:
         if damaged := attachment.visual.damaged:
             times = ", ".join(f"{seconds:.1f}" for seconds in damaged[:8])
             st.warning(texts["damaged"].format(times=times))
+        if attachment.visual.unlike_training:
+            st.warning(texts["unlike"])
         if taken > 1:
             st.caption(texts["strip"], help=texts["strip_help"])
             st.html(strip(attachment, texts))

@@ -8,9 +8,9 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Annotated, BinaryIO
 from weakref import WeakValueDictionary
 
@@ -42,8 +42,8 @@ from inference.server.schema import (
 )
 from model.generate import Sampling
 
-BODIES_AT_ONCE = 8  # full-sized ones that may be in memory together, whatever waits
 DRAIN_SECONDS = 2  # for the rest of a body that is refused
+BODIES_AT_ONCE = 8  # full-sized ones that may be in memory together, whatever waits
 
 
 def build_app(flags: ServerFlags) -> FastAPI:
@@ -124,7 +124,6 @@ def build_app(flags: ServerFlags) -> FastAPI:
         try:
             return await service.answer(request)
         except ClientDisconnect:
-            metrics.left.inc()
             return Response(status_code=499)  # nobody reads it; nginx's code in the metrics
 
     return app
@@ -211,20 +210,16 @@ class Service:
                 sequence = await self._sequence(chat, request.client.host)
         streams, options = bool(chat.stream), chat.stream_options
         del chat
-        warnings = [visual.warning for visual in sequence.request.visuals if visual.warning]
+        warnings = [text for visual in sequence.request.visuals for text in visual.warnings]
         reply = Reply(self.flags.model_name, warnings)
-        texts = self._submit(sequence)
-        with self._cancel_on_error(sequence):
-            async with _unless_gone(request):
-                first = await anext(texts)  # a failure before it still has a status of its own
-                if not streams:
-                    text = first + "".join([text async for text in texts])
-                    return JSONResponse(
-                        reply.whole(text, sequence.finish_reason, usage_of(sequence))
-                    )
+        texts = self._texts(sequence)
+        async with _unless_gone(request):
+            first = await anext(texts)  # a failure before it still has a status of its own
+            if not streams:
+                text = first + "".join([text async for text in texts])
+                return JSONResponse(reply.whole(text, sequence.finish_reason, usage_of(sequence)))
         with_usage = bool(options and options.include_usage)
-        events = self._events(sequence, first, texts, reply, with_usage)
-        return _EventStream(self, sequence, events)
+        return _EventStream(self._events(sequence, first, texts, reply, with_usage))
 
     # ---- from a request's body to a sequence
 
@@ -339,18 +334,24 @@ class Service:
 
     # ---- from a sequence to an answer
 
-    async def _submit(self, sequence: Sequence) -> AsyncIterator[str]:
-        """Its text in pieces; the first one may be empty. Raises APIError if the model failed."""
+    async def _texts(self, sequence: Sequence) -> AsyncGenerator[str, None]:
+        """Its text in pieces; the first one may be empty. Whatever closes the iterator, a hang-up
+        or a deadline, ends the sequence. Raises APIError if the model failed."""
         loop, texts = asyncio.get_running_loop(), asyncio.Queue()
 
         def receive(text: str) -> None:
             loop.call_soon_threadsafe(texts.put_nowait, text)
 
-        self.scheduler.submit(sequence, receive)
-        yield (text := await texts.get())
-        while text:
-            if text := await texts.get():
-                yield text
+        try:
+            self.scheduler.submit(sequence, receive)
+            yield (text := await texts.get())
+            while text:
+                if text := await texts.get():
+                    yield text
+        finally:
+            if sequence.finish_reason is None:
+                self.metrics.left.inc()
+                self.scheduler.cancel(sequence)
         if sequence.finish_reason == "error":
             raise APIError(500, "the model failed", "internal_error")
 
@@ -358,51 +359,35 @@ class Service:
         self,
         sequence: Sequence,
         first: str,
-        texts: AsyncIterator[str],
+        texts: AsyncGenerator[str, None],
         reply: Reply,
         with_usage: bool,
     ) -> AsyncIterator[str]:
         usage = {"usage": None} if with_usage else {}  # in every chunk, as OpenAI has it
-        yield _sse(reply.chunk({"role": "assistant", "content": ""}, **usage))
-        try:
-            yield _sse(reply.chunk({"content": first}, **usage))
-            async for text in texts:
-                yield _sse(reply.chunk({"content": text}, **usage))
-            yield _sse(reply.chunk({}, sequence.finish_reason, **usage))
-            if with_usage:
-                yield _sse(reply.chunk(None, usage=usage_of(sequence)))
-        except APIError as error:
-            yield _sse(error.body())
-        yield "data: [DONE]\n\n"
-
-    @contextmanager
-    def _cancel_on_error(self, sequence: Sequence) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self.cancel(sequence)
-            raise
-
-    def cancel(self, sequence: Sequence) -> None:
-        with suppress(RuntimeError):  # the model's thread has ended
-            self.scheduler.cancel(sequence)
+        async with aclosing(texts):
+            yield _sse(reply.chunk({"role": "assistant", "content": ""}, **usage))
+            try:
+                yield _sse(reply.chunk({"content": first}, **usage))
+                async for text in texts:
+                    yield _sse(reply.chunk({"content": text}, **usage))
+                yield _sse(reply.chunk({}, sequence.finish_reason, **usage))
+                if with_usage:
+                    yield _sse(reply.chunk(None, usage=usage_of(sequence)))
+            except APIError as error:
+                yield _sse(error.body())
+            yield "data: [DONE]\n\n"
 
 
 class _EventStream(StreamingResponse):
-    """Whatever ends it, a reader who left or a deadline, ends its sequence, too."""
+    """Closes its events, whatever ended it."""
 
-    def __init__(self, service: Service, sequence: Sequence, events: AsyncIterator[str]):
+    def __init__(self, events: AsyncIterator[str]):
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, headers=headers, media_type="text/event-stream")
-        self.service, self.sequence = service, sequence
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
+        async with aclosing(self.body_iterator):
             await super().__call__(scope, receive, send)
-        finally:
-            if self.sequence.finish_reason is None:
-                self.service.cancel(self.sequence)
-                self.service.metrics.left.inc()
 
 
 @asynccontextmanager

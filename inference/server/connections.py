@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-MAX_SILENT = 128  # connections without a complete header; one more closes the oldest of the
+MAX_SILENT = 512  # connections without a complete header; one more closes the oldest of the
 # address that has most of them: whoever opens many connections closes their own
 
 

@@ -10,8 +10,10 @@ which raises ValueError for a record that can't be used.
 import hashlib
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,12 +42,20 @@ class ConvertFlags(Flags):
         "pictures that stand in a parquet are written into it (default: paths aren't checked)",
     )
     output: str | None = flag(None, "jsonl to write")
+    val_output: str | None = flag(
+        None, "another jsonl, for held-out samples: no video or picture is named in both"
+    )
+    val_share: float = flag(0.01, "share of the videos and pictures that are held out")
 
     def problems(self) -> list[str]:
         found = super().problems()
         found += ["--data_path is missing"] * (not self.data_path)
-        if not (self.output or "").endswith(".jsonl"):
-            found.append("--output must be a name that ends in .jsonl")
+        for name in ("output", "val_output"):
+            path = getattr(self, name)
+            if not (path or "").endswith(".jsonl") and (path or name == "output"):
+                found.append(f"--{name} must be a name that ends in .jsonl")
+        if not 0 < self.val_share < 1:
+            found.append(f"--val_share is {self.val_share}: give a number between 0 and 1")
         return found
 
 
@@ -54,30 +64,44 @@ def main(description: str, convert: Convert, argv: list[str] | None = None) -> N
 
     def convert_all() -> None:
         flags = parse_flags(ConvertFlags, description, argv)
-        print(run(convert, flags.data_path, flags.images_path, flags.output))
+        held_out = (flags.val_output, flags.val_share) if flags.val_output else None
+        print(run(convert, flags.data_path, flags.images_path, flags.output, held_out))
 
     launch(convert_all)
 
 
-def run(convert: Convert, data_path: list[str], images_path: str | None, output: str) -> str:
+def run(
+    convert: Convert,
+    data_path: list[str],
+    images_path: str | None,
+    output: str,
+    held_out: tuple[str, float] | None = None,
+) -> str:
     """Convert all of `data_path` into the jsonl `output`; returns a report in words.
 
-    What is dropped goes to `<output>.dropped.jsonl` with file, line and reason. Part of an output
-    never bears its name. Raises ValueError where a file can't be read to its end, or where nothing
-    is left to write.
+    held_out: another jsonl, and the share of the visuals whose samples go there instead. What is
+    dropped goes to `<output>.dropped.jsonl` with file, line and reason. Part of an output never
+    bears its name. Raises ValueError where a file can't be read to its end, or where nothing is
+    left to write.
     """
     paths, output = list_files(data_path), Path(output)
-    if output.resolve() in map(Path.resolve, paths):
-        raise ValueError(f"--output {output} is an input too; give it another name")
+    val_output, val_share = held_out or (None, 0.0)
+    outputs = [output, Path(val_output)] if val_output else [output]
+    for path in outputs:
+        if path.resolve() in map(Path.resolve, paths):
+            raise ValueError(f"--output {path} is an input too; give it another name")
     holds_pictures = any(path.suffix == ".parquet" for path in paths)  # which make the folder
     if images_path and not Path(images_path).is_dir() and not holds_pictures:
         raise ValueError(f"--images_path {images_path}: no such folder")
     media = Media(images_path)
     seen, ids, reasons, count = set(), Counter(), Reasons(), 0
     dropped_path = output.with_suffix(".dropped.jsonl")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    for path in outputs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    num_held_out = 0
     records = ((path, number, record) for path in paths for number, record in read_records(path))
-    with whole_file(dropped_path) as dropped_file, whole_file(output) as file:
+    with ExitStack() as stack:
+        dropped_file, *files = map(stack.enter_context, map(whole_file, (dropped_path, *outputs)))
         for path, number, record in tqdm(records, unit=" records", smoothing=0.1):
             count += 1
             try:
@@ -98,10 +122,15 @@ def run(convert: Convert, data_path: list[str], images_path: str | None, output:
             media.save(sample.visuals)
             first = {k: converted[k] for k in ("id", "video", "image") if converted.get(k)}
             line = first | converted | {"id": unique_id(sample.id, ids)}
-            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            is_held_out = in_share(sample, val_share)
+            num_held_out += is_held_out
+            files[is_held_out].write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         if reasons.counts.total() == count:
             raise ValueError(f"none of {count} records can be used\n{reasons}")
-    lines = [f"{output}: {count - reasons.counts.total():,} samples of {count:,} records"]
+    kept = count - reasons.counts.total() - num_held_out
+    lines = [f"{output}: {kept:,} samples of {count:,} records"]
+    if val_output:
+        lines.append(f"{val_output}: {num_held_out:,} held-out samples")
     if reasons.counts:
         lines += [f"dropped {reasons.counts.total():,}, listed in {dropped_path}:", str(reasons)]
     else:
@@ -126,6 +155,12 @@ def convert_record(
     if sample.messages[-1]["role"] != "assistant":
         raise ValueError("the last turn must be an answer")
     return converted, sample
+
+
+def in_share(sample: Sample, share: float) -> bool:
+    """Whether a sample belongs to that share: the same for all samples of a visual, in any run."""
+    key = ",".join(sample.visuals) or f"{sample.messages}"
+    return zlib.crc32(key.encode()) < share * 2**32
 
 
 def unique_id(name: str, ids: Counter) -> str:

@@ -70,9 +70,11 @@ class Server(Service):
         found = re.search(rf"^{re.escape(name)} (\S+)$", lines, re.MULTILINE)
         return float(found[1]) if found else 0.0
 
-    def raw(self, request: bytes, wait: float = 30) -> str:
-        """What comes back for these bytes, until the server closes the connection."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=wait) as connection:
+    def raw(self, request: bytes, wait: float = 30, address: str = "127.0.0.1") -> str:
+        """What comes back for these bytes, sent from this address of the machine, until the server
+        closes the connection."""
+        place = ("127.0.0.1", self.port)
+        with socket.create_connection(place, wait, source_address=(address, 0)) as connection:
             connection.sendall(request)
             return b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode()
 

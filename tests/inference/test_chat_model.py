@@ -16,6 +16,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from dataset.conversation import ConversationError
 from dataset.video import VideoError
 from inference import (
+    DEMO_MODEL,
     TOKENIZER_PATH,
     VISION_PATH,
     Chat,
@@ -30,6 +31,7 @@ from model.config import SUMMARY_KINDS
 from model.generate import Sampling
 from model.video_summary import VideoSummary
 from model.vision_tower import VisionTower
+from tests.clips import damage_packet, make_clip
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,24 @@ def test_a_file_that_can_not_be_read_is_named_and_the_others_are_encoded(chat_mo
     paths = [folder / name for name in ("a.png", "broken.mp4", "c.png")]
     visuals, failures = chat_model.encode_videos(paths)
     assert list(visuals) == [paths[0], paths[2]] and "broken.mp4" in failures[paths[1]]
+
+
+def test_a_damaged_file_is_taken_as_a_player_shows_it_and_told(chat_model, tmp_path):
+    path = make_clip(tmp_path / "clip.mp4", 60, frames=24)
+    seconds = damage_packet(path, lambda packets: packets[12])
+    visual = chat_model.encode_video(path)
+    assert len(visual.features) == 4 and visual.damaged == [pytest.approx(seconds, abs=0.1)]
+    assert f"clip.mp4 is damaged near {seconds:.1f} s" in visual.warnings[0]
+    assert path in chat_model.encode_videos([path])[1]  # scores stay strict
+
+
+def test_frames_unlike_those_of_training_are_told(folder):
+    """The small model that ships knows its own world only."""
+    small = ChatModel.load(DEMO_MODEL, device="cpu")
+    own = Path(DEMO_MODEL).parents[1] / "examples/order.mp4"
+    assert small.encode_video(own).warnings == []
+    (warning,) = small.encode_video(folder / "a.png").warnings
+    assert "nothing like those that this model was trained on" in warning
 
 
 @pytest.mark.parametrize("kind", SUMMARY_KINDS)

@@ -24,7 +24,7 @@ from inference.scheduler import Scheduler
 from inference.server.app import Deadline
 from inference.server.metrics import Metrics
 from model.generate import Sampling
-from tests.clips import make_clip
+from tests.clips import damage_packet, make_clip
 from tests.inference.service import Server, about, data_url, post, until
 
 LONG = {"max_tokens": 3000, "seed": 1, "temperature": 2.0}  # goes on until somebody ends it
@@ -250,8 +250,10 @@ def test_what_is_no_request_at_all(server):
     assert " 413 " in announced[:20]
     chunks = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
     chunked = post(b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked") + 3 * chunks
-    chunked += b"0\r\n\r\n"
-    assert " 413 " in server.raw(chunked)[:20]
+    chunked = chunked.replace(b"Connection: close\r\n", b"") + b"0\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(chunked)  # all of it, before a look at the answer
+        assert b" 413 " in connection.recv(100)[:20]
 
 
 def refused(server, url: str) -> str:
@@ -308,6 +310,15 @@ def test_clips_that_would_cost_too_much(server, folder):
     for name in ("broken.mp4",):
         message = refused(server, data_url(folder / name))
         assert "visual 1 of 1" in message and "/dev/" not in message
+
+
+def test_damaged_frames_are_taken_and_told(server, folder, tmp_path):
+    path = make_clip(tmp_path / "clip.mp4", 60, frames=24)
+    damage_packet(path, lambda packets: packets[12])
+    for streams in (False, True):
+        reply = server.ask(about(data_url(folder / "0.mp4"), data_url(path)), stream=streams)
+        (warning,) = (list(reply)[0] if streams else reply).model_extra["warnings"]
+        assert "visual 2 is damaged near 1." in warning
 
 
 # ---- who leaves, who comes when it's full, and the end

@@ -109,9 +109,12 @@ def conversation_of(page: AppTest) -> Conversation:
 # ---- a conversation
 
 
-def test_without_a_model_the_page_says_how_to_get_one(open_page):
+def test_without_a_model_of_ones_own_the_one_that_ships_answers(open_page, folder):
     page = open_page(model=False)
-    assert "bash scripts/quickstart.sh" in page.info[0].value and not page.chat_input
+    assert page.selectbox[0].options == ["demo/model/sft_videolm_128.pth"]
+    say(page, "What do you see?", folder / "picture.png")
+    assert len(texts_of(page)) == 2
+    assert "nothing like those that this model was trained on" in page.warning[0].value
 
 
 def test_several_files_and_many_turns_are_answered_as_by_the_chat(open_page, chat_model, folder):
@@ -348,7 +351,7 @@ def test_the_script_says_how_it_is_started(folder):
 
     assert "streamlit run web_demo.py -- --load_from 'a b.pth'" in run("--load_from", "a b.pth")
     assert "did you mean --load_from" in run("--load_form", "x")
-    assert "64 or fewer" in run("--num_frames", 65)
+    assert PageFlags(num_frames=65).problems() == ["--num_frames is 65: give 64 or fewer"]
 
 
 def test_wrong_flags_are_told_on_the_page(monkeypatch):

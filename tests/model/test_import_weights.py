@@ -461,6 +461,7 @@ def test_misfits_are_all_named(tmp_path, suffix):
     del state["layers.1.feed_forward.experts.2.w3.weight"]
     state["layers.0.feed_forward.gate.bias"] = torch.ones(4)
     state["layers.0.attention.wo.lora"] = torch.ones(2, 2)
+    state |= {f"zz_adapter.{i}": torch.ones(1) for i in range(50)}  # which hide nothing else
     state["layers.0.ffn_norm.weight"] = torch.ones(63)
     with pytest.raises(ValueError) as error:
         load_language_model(write(tmp_path / f"lm{suffix}", state))
@@ -471,17 +472,11 @@ def test_misfits_are_all_named(tmp_path, suffix):
         "unknown model.layers.0.mlp.gate.bias",
         "unknown model.layers.0.self_attn.o_proj.lora",
         "model.layers.0.post_attention_layernorm.weight is (63,) in the file, (64,) in the model",
+        "unknown zz_adapter.0",
+        "46 more",
     ):
         assert part in str(error.value)
-
-
-def test_one_long_list_doesnt_hide_the_other(tmp_path):
-    state = MiniMind(SMALL).state_dict() | {f"adapter.{i}": torch.ones(1) for i in range(50)}
-    with pytest.raises(ValueError) as error:
-        load_language_model(write(tmp_path / "lm.pth", state), num_hidden_layers=9)
-    message = str(error.value)
-    assert "missing model.layers.2." in message and "unknown adapter.0" in message
-    assert "44 more" in message and len(message) < 2000
+    assert len(str(error.value)) < 2000
 
 
 @pytest.mark.parametrize(

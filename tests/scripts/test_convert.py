@@ -162,6 +162,21 @@ def test_ids_that_come_again_are_numbered(tmp_path, convert):
     assert [sample.id for sample in samples] == ["7", "7#2", "7#2#2", "7#3", "7#2#3"]
 
 
+def test_held_out_samples_are_of_videos_that_training_never_sees(tmp_path, convert):
+    def record(video: int, question: int) -> dict:
+        turns = human(f"<image>\nQuestion {question}?", "An answer.")
+        return {"id": f"{video}", "video": f"{video}.mp4", "conversations": turns}
+
+    data = [record(video, question) for video in range(200) for question in range(2)]
+    path, val = write_json(tmp_path / "a.json", data), tmp_path / "out/val.jsonl"
+    samples, report = convert(
+        llava_video_178k, path, "--val_output", val, "--val_share", "0.1", images_path=None
+    )
+    train, held_out = ({s.visuals[0] for s in part} for part in (samples, read_samples(val)))
+    assert not train & held_out and len(train | held_out) == 200 and 8 <= len(held_out) <= 32
+    assert f"val.jsonl: {2 * len(held_out)} held-out samples" in report
+
+
 def test_video_instruct_100k(tmp_path, convert):
     asked = [
         {"video_id": "v_k_ZXmr8pmrs", "q": "What is the main activity?", "a": "Canoeing."},
