@@ -76,7 +76,7 @@ class DataFlags(FrameFlags):
 
 
 @dataclass
-class ModelFlags(Flags):
+class BuildFlags(Flags):
     """Model"""
 
     load_from: str | None = local_flag(None, "weights to start from (default: by stage and --dim)")
@@ -133,7 +133,7 @@ class ModelFlags(Flags):
 
 
 @dataclass
-class StageConfig(DataFlags, ModelFlags, TrainConfig):
+class StageConfig(DataFlags, BuildFlags, TrainConfig):
     """Before the run"""
 
     dry_run: bool = run_flag(False, "two steps, and what the whole run will cost; nothing else")

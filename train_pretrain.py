@@ -7,7 +7,7 @@ weights instead and trains it along, as the quickstart does.
 
     python train_pretrain.py --data_path captions.jsonl --images_path videos
     torchrun --nproc_per_node 4 train_pretrain.py --data_path captions.jsonl --use_feature \\
-        --features_path dataset/features --dim 768 --n_layers 16
+        --features_path dataset/features --dim 768
 
 Writes out/pretrain_videolm_512.pth and .json, logs to out/pretrain_videolm_512/.
 """

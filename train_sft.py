@@ -6,7 +6,7 @@ what it knows.
 
     python train_sft.py --data_path questions.jsonl --images_path videos
     torchrun --nproc_per_node 4 train_sft.py --data_path questions.jsonl --use_feature \\
-        --features_path dataset/features --dim 768 --n_layers 16
+        --features_path dataset/features --dim 768
 
 Writes out/sft_videolm_512.pth and .json, logs to out/sft_videolm_512/.
 """

@@ -113,8 +113,8 @@ def check_tokenizer(
     if fitting and tokenizer_fingerprint(tokenizer) not in fitting:
         raise ValueError(
             f"{folder} isn't the tokenizer that {source} was trained with: the ids mean other "
-            f"words. {_how_to_get(fitting[0])} Or give --accept_tokenizer if you trained these "
-            "weights with it."
+            f"words. {_how_to_get(fitting[0])} If you trained these weights with it, give "
+            "--accept_tokenizer."
         )
     if fitting:
         return
@@ -135,10 +135,10 @@ def _how_to_get(fingerprint: str) -> str:
         return "Name that one with --tokenizer_path."
     url = f"https://raw.githubusercontent.com/jingyaogong/minimind/{_PUBLISHED[fingerprint]}"
     return (
-        "MiniMind's own is had by\n\n"
+        "Get MiniMind's own with\n\n"
         "    curl -fL --create-dirs --output-dir model/minimind_tokenizer --remote-name-all "
         f'"{url}/{{tokenizer,tokenizer_config}}.json"\n\n'
-        "Then give --tokenizer_path model/minimind_tokenizer."
+        "and name it with --tokenizer_path model/minimind_tokenizer."
     )
 
 

@@ -314,9 +314,11 @@ def test_an_error_is_one_message(processes):
     assert re.fullmatch(r"train_sft.py: no/where/manifest.json: missing.*\n", done.stderr)
 
 
-def test_new_data_is_not_taken_for_a_finished_run():
+def test_another_tokenizer_or_new_data_are_not_taken_for_a_finished_run():
     flags = "--from_scratch --freeze_llm 0"
     command(train_pretrain, flags)
+    with pytest.raises(ValueError, match=f"another run(.|\n)*tokenizer: .*{OURS}"):
+        command(train_pretrain, f"{flags} --tokenizer_path {TOKENIZERS / 'minimind_v1'}")
     with Path("data.jsonl").open("a") as file:
         file.write("\n" + Path("data.jsonl").read_text().splitlines()[0])
     with pytest.raises(ValueError, match="another run(.|\n)*data: "):
