@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import streamlit as st
-from streamlit import config
+from streamlit import config, runtime
+from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from dataset.conversation import ConversationError
 from dataset.video import MEDIA_SUFFIXES, VideoError, read_frames, uniform_indices
@@ -63,16 +64,29 @@ def examples_in(folders: list[str]) -> list[tuple[str, Any]]:
     return found
 
 
-@st.cache_resource(
-    scope="session", show_spinner=False, on_release=tempfile.TemporaryDirectory.cleanup
-)
-def uploads() -> tempfile.TemporaryDirectory:
-    """The session's files. It goes when the connection is cut, or the server ends."""
-    return tempfile.TemporaryDirectory(prefix="cinego-page-")
+class Uploads:
+    """A session's files. They go when the connection is cut or the server ends; streamlit by itself
+    would go on serving what a player fetched, to whoever knows its address."""
+
+    def __init__(self):
+        self.folder = tempfile.TemporaryDirectory(prefix="cinego-page-")
+        self.session = get_script_run_ctx().session_id
+
+    def delete(self) -> None:
+        self.folder.cleanup()
+        if runtime.exists():
+            served = runtime.get_instance().media_file_mgr
+            served.clear_session_refs(self.session)
+            served.remove_orphaned_files()
+
+
+@st.cache_resource(scope="session", show_spinner=False, on_release=Uploads.delete)
+def uploads() -> Uploads:
+    return Uploads()
 
 
 def folder_of(conversation: Conversation) -> Path:
-    return Path(uploads().name, conversation.key)
+    return Path(uploads().folder.name, conversation.key)
 
 
 def show_wrong_flags() -> None:

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from string import Formatter
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
 from PIL import Image
@@ -218,6 +220,16 @@ def test_a_file_that_can_not_be_read_is_named_with_its_mend(open_page, folder):
     assert [path.suffix for path in own_folder(page).iterdir()] == [".mp4"]
 
 
+@pytest.mark.parametrize("name", ["page.mp4", "page.png"])
+def test_an_upload_of_html_or_svg_is_neither_kept_nor_played(open_page, folder, name):
+    """By those suffixes streamlit doesn't take it; by another one it is no video."""
+    script = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>"
+    page = say(open_page(), None, folder / "a.mp4")
+    page.chat_input[0].upload(name, script).set_value(QUESTION).run()
+    assert "can't be used" in page.error[0].value and "script" not in page.error[0].value
+    assert len(list(own_folder(page).iterdir())) == 1
+
+
 @pytest.mark.parametrize(
     "flags, name, reasons",
     [
@@ -420,6 +432,14 @@ def request(server: Page, host: str, origin: str) -> str:
         return connection.recv(100).split()[1].decode()
 
 
+def is_gone(url: str) -> bool:
+    try:
+        urlopen(url).close()
+        return False
+    except HTTPError as error:
+        return error.code == 404
+
+
 def pieces_seen(user: Browser, answer: str) -> list[str]:
     """What stood on the page of an answer in the making, one after the other."""
     seen = user.driver.execute_script("return window.seen")
@@ -441,6 +461,7 @@ def test_two_users_in_their_browsers(server, new_user, chat_model, folder):
     with ThreadPoolExecutor() as pool:  # browsers start slowly
         alice, bob = pool.map(new_user, ("en", "zh-CN"))
     assert "Attach a video" in alice.text() and "给它看一段视频" in bob.text()
+    played = {}  # the addresses of their uploads
     for user, name in ((alice, "a"), (bob, "b")):
         user.attach(folder / f"{name}.mp4")
         user.driver.execute_script(WATCH)
@@ -457,6 +478,9 @@ def test_two_users_in_their_browsers(server, new_user, chat_model, folder):
         (video,) = user.all("video")
         user.until(lambda video=video: video.get_property("readyState") > 0, "a film to play")
         assert (video.get_property("videoWidth"), video.get_property("duration")) == (128, 2)
+        played[name] = video.get_property("currentSrc")
+        with urlopen(played[name]) as reply:
+            assert reply.headers["Content-Type"] == "video/mp4"
         frames = user.all(".cinego-frame")
         assert [frame.find_element(By.TAG_NAME, "time").text for frame in frames] == [
             *("0.2 s", "0.8 s", "1.2 s", "1.8 s")
@@ -482,6 +506,7 @@ def test_two_users_in_their_browsers(server, new_user, chat_model, folder):
     # What was uploaded goes with its user.
     bob.quit()
     alice.until(lambda: len(server.uploads()) == 1, "bob's file deleted")
+    alice.until(lambda: is_gone(played["b"]), "bob's file no longer served", 30)
     alice.start_anew()
     alice.until(lambda: not server.uploads(), "alice's file deleted")
     alice.see("Attach a video")
