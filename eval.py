@@ -35,7 +35,7 @@ from inference.summary import (
 from inference.terminal import Terminal
 from inference.test_set import TestSetFlags, answers_path, ask_test_set
 from model.checkpoint import read_about
-from model.generate import Sampling
+from model.generate import MAX_NEW_TOKENS, Sampling
 
 STAGES = {0: "pretrain", 1: "sft"}
 DEFAULT_QUESTION = "What happens in this video?"
@@ -57,7 +57,7 @@ class EvalFlags(TestSetFlags, PrecisionFlags, TrainedFrameFlags, ModelFlags):
     dtype: Literal["auto", "float32", "bfloat16"] = flag(
         "float32", "of the language model; in float32 no answer depends on those beside it"
     )
-    max_new_tokens: int = flag(64, "longest answer", at_least=1)
+    max_new_tokens: int = flag(MAX_NEW_TOKENS, "longest answer", at_least=1)
     seed: int = flag(0, "of the shuffled control and of sampled answers")
     # a chat
     video: list[str] | None = flag(None, "videos to talk about")

@@ -1,4 +1,4 @@
-"""A trained model for whoever asks it: terminal, page, API, scoring.
+"""A trained model, asked from the terminal, the page, the API and the scoring of test sets.
 
     chat_model = ChatModel.load("out/sft_videolm_512.pth")
 

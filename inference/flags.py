@@ -50,7 +50,7 @@ class LimitFlags(Flags):
 class SharedFlags(LimitFlags, PrecisionFlags, TrainedFrameFlags, ModelFlags):
     def load_model(self, checkpoint: str | None = None):
         """The ChatModel that the flags describe. Raises ValueError with the fix."""
-        from inference.chat_model import ChatModel  # takes seconds: wrong flags are told at once
+        from inference.chat_model import ChatModel  # takes seconds: flags are checked first
         from inference.parts import default_model
 
         return ChatModel.load(

@@ -6,7 +6,7 @@
         --include_path scripts/lmms_eval/tasks --tasks cinego_questions
 
 Lives in lmms-eval's environment, where Cinego's own modules are found by PYTHONPATH; how to make
-that environment, and the same through the server, is told in docs/lmms_eval.md.
+that environment, and the same through the server, stands in docs/lmms_eval.md.
 """
 
 from lmms_eval.api.instance import Instance

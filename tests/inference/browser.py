@@ -1,7 +1,6 @@
 """The page as its users meet it: a streamlit process of its own, and Chromium in front of it.
 
-python -m tests.inference.browser docs/page.png --example 2    # the picture in docs/web.md, anew
-python -m tests.inference.browser dark.png --dark --phone --chinese
+python -m tests.inference.browser docs/page.png --example 2    # takes the picture in docs/web.md
 """
 
 import argparse
@@ -137,58 +136,38 @@ class Browser:
     def shoot(self, path: Path) -> None:
         self.driver.save_screenshot(str(path))
 
-    def be_dark(self) -> None:
-        dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
-
-    def be_a_phone(self) -> None:
-        size = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-
     def quit(self) -> None:
         if self.driver.session_id is not None:
             self.driver.quit()
             self.driver.session_id = None
 
 
-def take_picture(args: argparse.Namespace, flags: list[str]) -> None:
-    """Of the first example and the answer about it, by the model that stands first."""
+def take_picture(picture: Path, example: int) -> None:
+    """Of an example and the answer about it, by the model that stands first."""
     with tempfile.TemporaryDirectory() as folder:
-        page = Page(Path(folder, "page"), *flags)
-        language = "zh-CN" if args.chinese else "en"
-        browser = Browser(Path(folder, "profile"), 1180, 940, language)
+        page = Page(Path(folder, "page"))
+        browser = Browser(Path(folder, "profile"), 1180, 940)
         try:
-            if args.dark:
-                browser.be_dark()
-            if args.phone:
-                browser.be_a_phone()
             browser.open(page.url)
             browser.until(lambda: browser.all(".st-key-examples img"), "examples")
             browser.rest()
-            browser.all(".st-key-examples [data-testid=stButton] button")[args.example].click()
+            browser.all(".st-key-examples [data-testid=stButton] button")[example].click()
             browser.until(lambda: browser.all(".cinego-frame"), "frames")
             browser.rest()
-            browser.press("这个视频里" if args.chinese else "What happens")
+            browser.press("What happens")
             browser.until(browser.answers, "an answer")
             ready = "return document.querySelector('video').readyState === 4"
             browser.until(lambda: browser.driver.execute_script(ready), "a film to play")
             time.sleep(2)  # the player's own signs of loading fade
-            browser.shoot(args.picture)
+            browser.shoot(picture)
         finally:
             browser.quit()
             page.stop()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("picture", type=Path)
     parser.add_argument("--example", type=int, default=0, help="which of those on the page")
-    parser.add_argument("--dark", action="store_true")
-    parser.add_argument("--phone", action="store_true")
-    parser.add_argument("--chinese", action="store_true")
-    # What stands behind -- are flags of web_demo.py.
-    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    arguments = parser.parse_args(sys.argv[1:end])
-    take_picture(arguments, sys.argv[end + 1 :])
+    arguments = parser.parse_args()
+    take_picture(arguments.picture, arguments.example)
