@@ -72,21 +72,15 @@ class Load:
         self.rng, self.alone = random.Random(0), []
         self.seconds, self.statuses, self.wrong = defaultdict(list), Counter(), []
 
-    async def ask(self, number: int, streams: bool = False, leave_after: int | None = None):
-        """The reply and its text; `leave_after` so many chunks the client hangs up."""
-        if not streams:
-            reply = await self.http.post(CHAT, json=self.asked[number])
-            ok = reply.status_code == 200
-            return reply, reply.json()["choices"][0]["message"]["content"] if ok else ""
-        text, chunks = "", 0
-        async with self.http.stream(
-            "POST", CHAT, json=self.asked[number] | {"stream": True}
-        ) as reply:
+    async def ask(self, number: int, chunks: int | None = None) -> tuple[httpx2.Response, str]:
+        """The reply and its text, as a stream; after `chunks` of it the client hangs up."""
+        body, text = self.asked[number] | {"stream": True}, ""
+        async with self.http.stream("POST", CHAT, json=body) as reply:
             async for line in reply.aiter_lines():
                 if line.startswith("data: {"):
-                    delta = json.loads(line[6:])["choices"][0]["delta"]
-                    text, chunks = text + (delta.get("content") or ""), chunks + 1
-                if chunks == leave_after:
+                    text += json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
+                    chunks = chunks and chunks - 1
+                if chunks == 0:
                     break
         return reply, text
 
@@ -98,12 +92,16 @@ class Load:
             if kind == "attack":
                 reply = await self.http.post(CHAT, json=body)
                 is_right = reply.status_code == wanted
-            elif kind == "hangs up":
-                reply, _ = await self.ask(number, True, self.rng.randrange(1, 6))
-                is_right = reply.status_code == 200
+            elif kind == "video, streamed" or kind == "hangs up":
+                leaves = kind == "hangs up"
+                reply, text = await self.ask(number, self.rng.randrange(1, 6) if leaves else None)
+                is_right = reply.status_code == 200 and (leaves or text == self.alone[number])
             else:
-                reply, text = await self.ask(number, "stream" in kind)
-                is_right = reply.status_code == 200 and text == self.alone[number]
+                reply = await self.http.post(CHAT, json=self.asked[number])
+                is_right = (
+                    reply.status_code == 200
+                    and self.alone[number] == (reply.json()["choices"][0]["message"]["content"])
+                )
             self.statuses[reply.status_code] += 1
             if reply.status_code != 503:
                 break
