@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from files import whole_file
 from lock import hold_lock
 
 MANIFEST, PARTS = "manifest.json", "manifest.parts"
@@ -257,10 +258,9 @@ class FeatureStore:
 
         Several processes may do so at once, since all of them write the same.
         """
-        unfinished = self.directory / f".{self._stem}.tmp"
         content = {**self._settings, "sources": sources, "failures": failures}
-        unfinished.write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
-        os.replace(unfinished, self.directory / MANIFEST)
+        with whole_file(self.directory / MANIFEST) as file:
+            file.write(json.dumps(content, indent=1, sort_keys=True).encode())
         self.close()
         for stem in {path.stem for path in self.parts.glob("*")}:
             with suppress(ValueError):  # whoever still writes keeps its journal

@@ -14,7 +14,6 @@ import json
 import os
 import shlex
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +22,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
+
+from files import whole_file
 
 KEPT_FROM = 8 << 20  # bytes; a smaller file is indexed in a second and leaves nothing behind
 MAX_LINE = 64 << 20  # bytes; a longer line isn't one record
@@ -139,15 +140,11 @@ def _describe_lines(path: str, describe: Callable) -> Iterator[tuple]:
 def _save_index(places: list[Path], columns: dict[str, np.ndarray], about: dict[str, str]) -> None:
     """Into the first of `places` that can be written; where none can, memory has to do."""
     for place in places:
-        part = place.with_name(f"{place.name}.{uuid.uuid4().hex}.tmp")
-        try:
+        with suppress(OSError, SafetensorError):
             place.parent.mkdir(parents=True, exist_ok=True)
-            save_file(columns, part, about)
-            os.replace(part, place)
+            with whole_file(place) as file:
+                save_file(columns, file.name, about)
             return
-        except (OSError, SafetensorError):
-            with suppress(OSError):
-                part.unlink()
 
 
 def _places(path: str) -> list[Path]:

@@ -33,6 +33,7 @@ from cli import Flags, flag, launch, parse_flags
 from demo.language import make_captions, make_questions
 from demo.objects import Object, sprite_of
 from demo.scene import SPLITS, VECTORS, Actor, Scene, sample_scene
+from files import whole_file
 
 FRAME_SIZE = 112  # pixels; the stand-in tower's own size, so that nothing is resized
 NUM_FRAMES = 24
@@ -176,8 +177,7 @@ def render(rng: np.random.Generator, scene: Scene) -> list[Image.Image]:
 def write_video(path: Path, frames: list[Image.Image]) -> None:
     """H.264 in mp4, renamed into place, so that a clip that exists is a whole one. The same frames
     are the same file, to the byte. Raises OSError where it can't be written."""
-    unfinished = path.with_suffix(".part.mp4")
-    with av.open(str(unfinished), "w") as container:
+    with whole_file(path) as file, av.open(file.name, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND)
         stream.width = stream.height = FRAME_SIZE
         stream.pix_fmt = "yuv420p"
@@ -188,7 +188,6 @@ def write_video(path: Path, frames: list[Image.Image]) -> None:
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_image(frame)))
         container.mux(stream.encode())
-    os.replace(unfinished, path)
 
 
 # ---- the files
@@ -256,10 +255,8 @@ def make_split(split: str, seed: int, clips: int, out: Path, workers: int) -> No
             lines["captions"] += captions
             lines["questions"] += questions
     for name, some in lines.items():
-        unfinished = out / f"{name}.jsonl.part"
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in some)
-        os.replace(unfinished, out / f"{name}.jsonl")
+        with whole_file(out / f"{name}.jsonl") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in some)
     captions, questions = map(len, lines.values())
     print(f"{out}: {clips} clips, {captions} captions, {questions} conversations")
 

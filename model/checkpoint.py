@@ -8,14 +8,13 @@ was done. Other generations' files, safetensors and transformers' directories lo
 """
 
 import json
-import os
-from collections.abc import Callable
 from dataclasses import fields
 from functools import reduce
 from pathlib import Path
 
 import torch
 
+from files import whole_file
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
 from model.import_weights import LLM, SUMMARY, LoadReport, import_weights, pair_halves, read_json
@@ -37,8 +36,10 @@ def save_model(path: str | Path, model: Cinego | MiniMind, meta: dict) -> None:
     about = {"model": type(model).__name__, "model_config": model.config.to_dict(), **meta}
     text = json.dumps(about, indent=2, ensure_ascii=False, sort_keys=True)
     # The .pth last: where it stands, its description stands too.
-    _replace(path.with_suffix(".json"), lambda file: file.write(text.encode()))
-    _replace(path, lambda file: torch.save(state, file))
+    with whole_file(path.with_suffix(".json")) as file:
+        file.write(text.encode())
+    with whole_file(path) as file:
+        torch.save(state, file)
 
 
 def load_language_model(
@@ -205,16 +206,3 @@ def _fill(model: Cinego | MiniMind, found: LoadReport, dtype: torch.dtype) -> No
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _replace(path: Path, write: Callable) -> None:
-    """Writes beside `path` and renames: a reader, or a crash, never meets half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

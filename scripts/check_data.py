@@ -31,6 +31,7 @@ from dataset.jsonl import parse_json, read_lines
 from dataset.parallel import in_any_order
 from dataset.samples import parse_sample, resolve_under
 from dataset.video import VideoError, ending_workers, read_frames
+from files import whole_file
 from model.tokenizer import open_tokenizer
 
 LISTED = 20  # problems on the terminal
@@ -107,10 +108,8 @@ def main(argv: list[str] | None = None) -> None:
             file.write(json.dumps(where | what, ensure_ascii=False) + "\n")
     for path in paths:
         bad_lines = {sample.line for sample in problems if sample.path == path}
-        unfinished = out / f"{Path(path).stem}.clean.tmp"
-        with open(unfinished, "wb") as file:
+        with whole_file(out / f"{Path(path).stem}.clean.jsonl") as file:
             file.writelines(t + b"\n" for line, t, _ in read_lines(path) if line not in bad_lines)
-        unfinished.replace(unfinished.with_suffix(".jsonl"))
     report = summarize(samples, len(bad_visuals), flags.max_seq_len)
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
 

@@ -10,7 +10,6 @@ into the original store and pack again.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -28,6 +27,7 @@ from dataset.feature_store import (
     quantize,
     row_type,
 )
+from files import whole_file
 
 
 @dataclass
@@ -58,30 +58,27 @@ def main(argv: list[str] | None = None) -> None:
     with tqdm(total=len(manifest["sources"]), unit=" clips", smoothing=0.1) as bar:
         for number, names in enumerate(shards):
             frames = [manifest["sources"][name]["frames"] for name in names]
-            path = packed.shard_path(number)
-            unfinished = path.with_suffix(".tmp")
-            shape = (sum(frames), *row.shape)
-            rows = np.lib.format.open_memmap(unfinished, "w+", row.base, shape)
-            start = 0
-            for name, count in zip(names, frames, strict=True):
-                own = store.rows(name)
-                if len(own) != count:
-                    raise ValueError(f"{store.path(name)}: {len(own)} frames, not {count}")
-                if dtype != stored_as:
-                    exact, own = own, quantize(own)
-                    int8_error.add(exact, own)
-                rows[start : start + count] = own
-                sources[name] = {**manifest["sources"][name], "shard": number, "row": start}
-                start += count
-                bar.update()
-            rows.flush()
-            os.replace(unfinished, path)
+            path, shape = packed.shard_path(number), (sum(frames), *row.shape)
+            with whole_file(path) as file:
+                rows = np.lib.format.open_memmap(file.name, "w+", row.base, shape)
+                start = 0
+                for name, count in zip(names, frames, strict=True):
+                    own = store.rows(name)
+                    if len(own) != count:
+                        raise ValueError(f"{store.path(name)}: {len(own)} frames, not {count}")
+                    if dtype != stored_as:
+                        exact, own = own, quantize(own)
+                        int8_error.add(exact, own)
+                    rows[start : start + count] = own
+                    sources[name] = {**manifest["sources"][name], "shard": number, "row": start}
+                    start += count
+                    bar.update()
+                rows.flush()
             size += path.stat().st_size
 
     manifest = {**manifest, "dtype": dtype, "packed": len(shards), "sources": sources}
-    unfinished = packed.directory / "manifest.tmp"
-    unfinished.write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
-    os.replace(unfinished, packed.directory / MANIFEST)
+    with whole_file(packed.directory / MANIFEST) as file:
+        file.write(json.dumps(manifest, indent=1, sort_keys=True).encode())
     print(f"{len(sources)} visuals in {len(shards)} files, {size / 2**20:.1f} MiB, {dtype}")
     int8_error.print()
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from files import whole_file
 from trainer.config import TrainConfig
 from trainer.trackers import open_tracker
 
@@ -77,10 +78,8 @@ class MetricsLogger:
             if path == self.quarantine_path:
                 self.quarantined = {_key(record) for record in kept}
             if kept:
-                temporary = path.with_name(f".{path.name}")
-                temporary.unlink(missing_ok=True)
-                _append(temporary, kept)
-                os.replace(temporary, path)
+                with whole_file(path) as file:
+                    file.write(_as_lines(kept))
             else:
                 path.unlink(missing_ok=True)
         return last_logged if first_step else 0
@@ -198,22 +197,21 @@ def draw_curves(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axis.set(title=run, xlabel="step", ylabel="loss a token")
         if axis.lines:
             axis.legend()
-    temporary = path.with_name(f".{path.name}")
-    try:
-        figure.savefig(temporary, dpi=110, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        figure.savefig(file, dpi=110, format="png")
 
 
 def _append(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """One write: a kill leaves all of the lines or a cut one, which the next start removes."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
+        with path.open("ab") as file:
+            file.write(_as_lines(rows))
     except OSError as error:  # a full disk doesn't say for which file
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _as_lines(rows: Iterable[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def _key(record: dict[str, Any]) -> tuple:

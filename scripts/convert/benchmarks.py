@@ -34,7 +34,8 @@ from pathlib import Path, PurePosixPath
 from cli import Flags, flag, launch, parse_flags
 from dataset.samples import parse_sample
 from dataset.video import VIDEO_SUFFIXES
-from scripts.convert.media import Media, whole_file
+from files import whole_file
+from scripts.convert.media import Media
 
 MAX_REPORTED = 10  # bad records in one message
 LETTERS = "ABCDEFGHIJ"

@@ -23,7 +23,8 @@ from cli import Flags, flag, launch, parse_flags
 from dataset.conversation import name_and_text
 from dataset.jsonl import parse_json, read_lines
 from dataset.samples import Sample, parse_sample
-from scripts.convert.media import Media, whole_file
+from files import whole_file
+from scripts.convert.media import Media
 
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
 NAMES = {"user": "human", "assistant": "gpt"}

@@ -4,7 +4,6 @@ import hashlib
 import io
 import os
 from collections import Counter
-from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 
@@ -14,6 +13,7 @@ from dataset.conversation import VISUAL_TAG
 from dataset.images import FORMATS
 from dataset.samples import check_relative, resolve_under
 from dataset.video import MAX_PIXELS
+from files import whole_file
 
 PICTURES = ("image_bytes", "image", "images")  # columns of a parquet that may hold some
 FILLER = (8, 8)  # pixels of the black picture that MiniMind-V puts where text has none
@@ -117,17 +117,3 @@ def _size_of(data: bytes) -> tuple[tuple[int, int], str]:
     if size[0] * size[1] > MAX_PIXELS:
         raise ValueError(f"its picture of {size[0]}×{size[1]} pixels is above {MAX_PIXELS}")
     return size, {"jpeg": "jpg", "mpo": "jpg"}.get(suffix, suffix)
-
-
-@contextmanager
-def whole_file(path: Path):
-    """A binary file that bears its name only once it is complete and on the disk."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
