@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cli import VISION_PATH, FrameFlags, flag, launch, parse_flags
-from dataset.feature_store import INT8, FeatureStore, RelativeError
+from dataset.feature_store import FeatureStore
 from dataset.parallel import in_any_order, num_cores
 from dataset.samples import read_samples, resolve_under
 from dataset.video import MEDIA_SUFFIXES, FrameTransform, VideoError, ending_workers, read_frames
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     decoded = in_any_order(decode, todo, min(num_workers, len(todo)))
     started, cpu_before = time.perf_counter(), cpu_seconds()
-    num_frames, failed, int8_error = 0, {}, RelativeError()
+    num_frames, failed = 0, {}
     bar = tqdm(
         total=len(todo),
         unit=" clips",
@@ -166,8 +166,6 @@ def main(argv: list[str] | None = None) -> None:
             elif features is not None:  # None where the file is the same with another date
                 store.write(rel, features)
                 num_frames += len(features)
-                if flags.features_dtype == INT8:
-                    int8_error.add(features.numpy(), store.rows(rel))
             if failures.get(rel) != record:
                 store.record(rel, record)
             bar.update()
@@ -181,7 +179,6 @@ def main(argv: list[str] | None = None) -> None:
                 f"({num_clips / seconds:.2f} clips/s, {num_frames / seconds:.1f} frames/s; "
                 f"{cpu_seconds() - cpu_before:.1f} CPU-seconds), {len(failed)} failed"
             )
-        int8_error.print()
         list_failures(failed)
         finish(store, rel_paths, num_shards)
 

@@ -22,7 +22,6 @@ ROLES |= {role: role for role in ("user", "assistant", "system")}
 VISUAL_TAG = re.compile(r"<image>|<video>|<{25}>{25}")
 # Stands for a visual while the template runs. A Unicode noncharacter, never part of real text.
 VISUAL_MARK = "\ufdd0"
-CONTENT_MARK = "\ufdd1"
 
 
 class ConversationError(ValueError):
@@ -81,8 +80,8 @@ def normalise_messages(turns: Sequence[dict]) -> list[dict]:
         if not isinstance(content, str):
             content = reprlib.repr(content)
             raise ConversationError(f"turn {number}: its text must be a string, not {content}")
-        if VISUAL_MARK in content or CONTENT_MARK in content:
-            raise ConversationError(f"turn {number}: U+FDD0 and U+FDD1 aren't text; remove them")
+        if VISUAL_MARK in content:
+            raise ConversationError(f"turn {number}: U+FDD0 isn't text; remove it")
         if role == "system" and number > 1:
             raise ConversationError(f"turn {number}: a system turn may only come first")
         if role != "system":
@@ -158,32 +157,6 @@ def _split_answers(
     return [*chunks, (full[done:], False)]
 
 
-@lru_cache(maxsize=256)
-def _layout(tokenizer, roles: tuple[str, ...], add_generation_prompt: bool):
-    """Chunks of a conversation with these roles, as format strings of the turns' contents."""
-    marks = [f"{CONTENT_MARK}{i}{CONTENT_MARK}" for i in range(len(roles))]
-    messages = [{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)]
-    layout = []
-    for text, supervised in _split_answers(tokenizer, messages, add_generation_prompt):
-        text = text.replace("{", "{{").replace("}", "}}")
-        for i, mark in enumerate(marks):
-            text = text.replace(mark, f"{{{i}}}")
-        layout.append((text, supervised))
-    return layout
-
-
-def _chunks(tokenizer, messages: list[dict], add_generation_prompt: bool) -> list[tuple[str, bool]]:
-    contents = [message["content"] for message in messages]
-    # Running the template costs more than all the rest. Templates treat a text specially only for
-    # what is in angle brackets (<think>, <tool_response>) or for white space around it: any other
-    # text can be put into a layout that was rendered once.
-    if any("<" in text or text != text.strip() for text in contents):
-        return _split_answers(tokenizer, messages, add_generation_prompt)
-    roles = tuple(message["role"] for message in messages)
-    layout = _layout(tokenizer, roles, add_generation_prompt)
-    return [(text.format(*contents), supervised) for text, supervised in layout]
-
-
 @lru_cache(maxsize=1 << 13)
 def _piece_ids(tokenizer, text: str) -> list[int]:
     # Questions and short answers repeat in a data set: most pieces come from the cache.
@@ -209,7 +182,8 @@ def encode(
     if (messages[-1]["role"] == "assistant") == add_generation_prompt:
         wanted = "a human's turn to answer" if add_generation_prompt else "an assistant's answer"
         raise ConversationError(f"the last turn must be {wanted}")
-    return _assemble(tokenizer, _chunks(tokenizer, messages, add_generation_prompt), visual_lengths)
+    chunks = _split_answers(tokenizer, messages, add_generation_prompt)
+    return _assemble(tokenizer, chunks, visual_lengths)
 
 
 def encode_rendered(tokenizer, text: str, visual_lengths: Sequence[int]) -> Encoded:

@@ -312,23 +312,6 @@ def as_half(rows: np.ndarray) -> np.ndarray:
     return (values * rows["scale"].astype(np.float32)[:, None]).astype(np.float16)
 
 
-class RelativeError:
-    """Of what is stored to what was computed: the root of summed squares over summed squares."""
-
-    def __init__(self):
-        self.squared_error = self.squared_norm = 0.0
-
-    def add(self, exact: np.ndarray, stored: np.ndarray) -> None:
-        exact, stored = (as_half(rows).astype(np.float32) for rows in (exact, stored))
-        self.squared_error += float(np.square(stored - exact).sum())
-        self.squared_norm += float(np.square(exact).sum())
-
-    def print(self) -> None:
-        if self.squared_norm:
-            percent = 100 * (self.squared_error / self.squared_norm) ** 0.5
-            print(f"int8: relative error {percent:.2f} % of the features")
-
-
 # ------------------------------------------------------------------------------------- files
 
 

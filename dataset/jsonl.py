@@ -26,15 +26,12 @@ from tqdm import tqdm
 from files import whole_file
 
 KEPT_FROM = 8 << 20  # bytes; a smaller file is indexed in a second and leaves nothing behind
-MAX_LINE = 64 << 20  # bytes; a longer line isn't one record
 MAX_REPORTED = 10  # bad lines in one message
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # also within the file: it may have been joined of several
 CONVERT = "convert it to jsonl: python -m scripts.convert.to_jsonl --data_path {path}"
 NOT_JSONL = {  # how a file begins that is no jsonl → what to do about it
     b"[": f"a JSON array; {CONVERT} --output {{output}}",
     b"PAR1": f"a parquet; {CONVERT} --images_path dataset/videos --output {{output}}",
-    b"PK\x03\x04": "a zip archive; unpack it and name the file inside",
-    b"\x1f\x8b": "compressed with gzip; unpack it",
     b"version https://git-lfs": "a pointer of Git LFS, not the data; run `git lfs pull`",
 }
 
@@ -54,15 +51,11 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes, int]]:
                     names = {"path": shlex.quote(str(path)), "output": shlex.quote(output)}
                     raise ValueError(f"{path}: this is {what.format(**names)}")
             file.seek(0)
-            line = offset = 0
-            while text := file.readline(MAX_LINE + 1):
-                line += 1
-                if len(text) > MAX_LINE:
-                    size = f"{MAX_LINE >> 20} MiB"
-                    raise ValueError(f"{path}:{line}: longer than {size}; write one object a line")
-                if text := clean_line(text):
-                    yield line, text, offset
-                offset = file.tell()
+            offset = 0
+            for line, text in enumerate(file, 1):
+                if record := clean_line(text):
+                    yield line, record, offset
+                offset += len(text)
     except OSError as error:
         raise ValueError(f"{path}: can't be read ({error.strerror}); fix the path") from error
 
@@ -150,8 +143,7 @@ def _save_index(places: list[Path], columns: dict[str, np.ndarray], about: dict[
 def _places(path: str) -> list[Path]:
     beside = Path(f"{os.path.realpath(path)}.index")
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folders = Path(cache, "cinego"), Path(tempfile.gettempdir(), f"cinego-{os.getuid()}")
-    return [beside, *(folder / f"{_short_hash(path)}.index" for folder in folders)]
+    return [beside, Path(cache, "cinego", f"{_short_hash(path)}.index")]
 
 
 def _short_hash(path: str) -> str:

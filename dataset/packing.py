@@ -6,6 +6,7 @@ where the start ends: so each gets the logits that it would get alone.
 """
 
 import hashlib
+import json
 import os
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -13,7 +14,7 @@ from itertools import takewhile
 import numpy as np
 import torch
 
-from dataset.conversation import CONTENT_MARK, IGNORED, VISUAL_MARK, Encoded, mark_visuals
+from dataset.conversation import IGNORED, VISUAL_MARK, Encoded, mark_visuals
 
 
 @dataclass(slots=True)
@@ -44,7 +45,7 @@ def prefix_group(messages: list[dict], visuals: list[str], reverse: bool) -> int
     """
     before = takewhile(lambda message: message["role"] != "assistant", messages)
     texts = [message["content"] for message in mark_visuals(messages, len(visuals))]
-    text = CONTENT_MARK.join(texts[: len(list(before))])  # a mark that no text holds
+    text = json.dumps(texts[: len(list(before))], ensure_ascii=False)  # keeps the texts apart
     if not visuals or text.count(VISUAL_MARK) != len(visuals):
         return 0
     key = repr((visuals, reverse, text[: text.rindex(VISUAL_MARK)])).encode()

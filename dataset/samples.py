@@ -31,7 +31,7 @@ COLUMNS = np.dtype(
         ("answered", np.bool_),  # the last turn is the assistant's
     ]
 )
-VERSION = "1"  # of COLUMNS and what is computed for them: an index of another is made again
+VERSION = "2"  # of COLUMNS and what is computed for them: an index of another is made again
 
 
 @dataclass(slots=True)

@@ -149,12 +149,6 @@ def summarise(records: Sequence[dict]) -> dict:
     by_language = _grouped(questions, lambda record: record["language"])
     paired = _grouped((r for r in questions if r["pair"]), lambda record: record["pair"])
     pairs = [{"score": min(r["score"] for r in same)} for same in paired.values() if len(same) > 1]
-    # "three" apart from "four", spin from stay: for the types that have a closed set of answers.
-    by_answer = {
-        name: _grouped(group, lambda record: normalise(record["answer"]))
-        for name, group in by_type.items()
-    }
-    by_answer = {name: groups for name, groups in by_answer.items() if len(groups) <= 24}
     guesses = _guesses(questions)
 
     def means(groups: dict[str, list[dict]]) -> dict[str, float | None]:
@@ -166,7 +160,6 @@ def summarise(records: Sequence[dict]) -> dict:
         "captions": _mean_score(captions),
         "by_type": means(by_type),
         "by_language": means(by_language),
-        "by_answer": {name: means(groups) for name, groups in by_answer.items()},
         "majority": {
             "all": _mean_score(guesses),
             "by_type": means(_grouped(guesses, lambda guess: guess["type"])),

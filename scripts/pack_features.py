@@ -1,7 +1,7 @@
 """Join the features of a store in a few large files, for many machines or a slow file system.
 
     python -m scripts.pack_features --features_path out/features --packed_path out/features_packed
-    python -m scripts.pack_features … --features_dtype int8     # half the bytes; prints the loss
+    python -m scripts.pack_features … --features_dtype int8     # half the bytes
 
 A million small files take hours to copy and a look-up each to read. Here they become files of about
 `--shard_gib`, mapped into memory, so that some frames of a clip cost no more than their own bytes.
@@ -18,15 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cli import Flags, flag, launch, parse_flags
-from dataset.feature_store import (
-    FLOAT16,
-    INT8,
-    MANIFEST,
-    FeatureStore,
-    RelativeError,
-    quantize,
-    row_type,
-)
+from dataset.feature_store import FLOAT16, INT8, MANIFEST, FeatureStore, quantize, row_type
 from files import whole_file
 
 
@@ -54,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     row = row_type(dtype, manifest["tokens_per_frame"], manifest["hidden_size"])
     shards = list(in_shards(manifest["sources"], int(flags.shard_gib * 2**30) // row.itemsize))
     packed.directory.mkdir(parents=True, exist_ok=True)
-    sources, size, int8_error = {}, 0, RelativeError()
+    sources, size = {}, 0
     with tqdm(total=len(manifest["sources"]), unit=" clips", smoothing=0.1) as bar:
         for number, names in enumerate(shards):
             frames = [manifest["sources"][name]["frames"] for name in names]
@@ -66,10 +58,7 @@ def main(argv: list[str] | None = None) -> None:
                     own = store.rows(name)
                     if len(own) != count:
                         raise ValueError(f"{store.path(name)}: {len(own)} frames, not {count}")
-                    if dtype != stored_as:
-                        exact, own = own, quantize(own)
-                        int8_error.add(exact, own)
-                    rows[start : start + count] = own
+                    rows[start : start + count] = own if dtype == stored_as else quantize(own)
                     sources[name] = {**manifest["sources"][name], "shard": number, "row": start}
                     start += count
                     bar.update()
@@ -80,7 +69,6 @@ def main(argv: list[str] | None = None) -> None:
     with whole_file(packed.directory / MANIFEST) as file:
         file.write(json.dumps(manifest, indent=1, sort_keys=True).encode())
     print(f"{len(sources)} visuals in {len(shards)} files, {size / 2**20:.1f} MiB, {dtype}")
-    int8_error.print()
 
 
 def in_shards(sources: dict, rows_per_shard: int) -> Iterator[list[str]]:

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -105,6 +104,10 @@ def test_features_manifest_and_resuming(data, tiny_tower, extract):
     before, stored = state(), contents(data / "features")
     assert "6 visuals, 2 to do" in extract(*EXACT)
     assert state() == before and contents(data / "features") == stored
+    os.utime(data / "clips" / "a.mp4")  # another date, the same content: read, but not decoded
+    output = extract(*EXACT)
+    assert "6 visuals, 3 to do" in output and "1 visuals, 0 frames" in output
+    assert state() == before
 
     (data / "features" / "clips" / "a.mp4.npy").unlink()
     (data / "clips" / "b.mp4").write_bytes((data / "clips" / "a.mp4").read_bytes())
@@ -226,29 +229,16 @@ def test_a_clips_features_do_not_depend_on_its_company(tiny_tower, dtype):
         assert torch.equal(together[name], features([name])[name])
 
 
-def test_a_clip_with_another_date_is_not_decoded_again(data, extract):
-    extract(*DATA, "--num_workers", 0)
-    before = (data / "features" / "clips" / "a.mp4.npy").stat().st_mtime_ns
-    os.utime(data / "clips" / "a.mp4")
-    output = extract(*DATA, "--num_workers", 0)
-    assert "6 visuals, 3 to do" in output and "1 visuals, 0 frames" in output
-    assert (data / "features" / "clips" / "a.mp4.npy").stat().st_mtime_ns == before
-    assert "6 visuals, 2 to do" in extract(*DATA, "--num_workers", 0)
-
-
-def test_int8_is_half_the_bytes_and_says_what_it_loses(data, extract):
-    extract(*DATA, "--num_workers", 0, "--features_path", "whole")
-    output = extract(
-        *DATA, "--num_workers", 0, "--features_path", "half", "--features_dtype", "int8"
-    )
-    error = float(re.search(r"int8: relative error (\d+\.\d+) %", output)[1])
+def test_int8_is_half_the_bytes(data, extract):
+    for folder, dtype in (("whole", "float16"), ("half", "int8")):
+        options = ("--features_path", folder, "--features_dtype", dtype)
+        extract(*DATA, "--num_workers", 0, *options)
     whole, half = FeatureStore(data / "whole"), FeatureStore(data / "half")
     assert half.manifest["dtype"] == "int8"
     name = "clips/c.mkv"
     assert half.path(name).stat().st_size < 0.55 * whole.path(name).stat().st_size
     torch.testing.assert_close(half.read(name), whole.read(name), atol=0.02, rtol=0.02)
     assert torch.equal(half.read(name, [5, 0]), half.read(name)[[5, 0]])
-    assert 0.1 < error < 1.5
 
 
 @pytest.mark.parametrize(

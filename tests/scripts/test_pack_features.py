@@ -5,7 +5,6 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from dataset.feature_store import FeatureStore
 from scripts import pack_features
@@ -51,32 +50,17 @@ def test_the_same_features_in_fewer_files(store, capsys):
         packed.read("f.mp4")
 
 
-def test_a_copy_for_a_loader_worker_maps_the_files_itself(store):
+def test_a_loader_worker_maps_the_files_itself(store):
     packed = pack(store)
     expected = {name: packed.read(name) for name in FRAMES}  # maps the file here, too
     pickled = pickle.dumps(packed)
     assert len(pickled) < 5000  # no feature in it
     copy = pickle.loads(pickled)
     assert all(torch.equal(copy.read(name), expected[name]) for name in FRAMES)
-    loader = DataLoader(Sums(packed), None, num_workers=1)  # forked
-    assert list(loader) == [features.sum() for features in expected.values()]
 
 
-class Sums(torch.utils.data.Dataset):
-    def __init__(self, store):
-        self.store = store
-
-    def __len__(self):
-        return len(FRAMES)
-
-    def __getitem__(self, index):
-        return self.store.read(list(FRAMES)[index]).sum()
-
-
-def test_int8_says_what_is_lost(store, capsys):
+def test_float16_is_packed_as_int8(store):
     packed = pack(store, "--features_dtype", "int8")
-    output = capsys.readouterr().out
-    assert "int8: relative error 0." in output
     assert packed.manifest["dtype"] == "int8"
     torch.testing.assert_close(packed.read("d.mp4"), store.read("d.mp4"), atol=0.02, rtol=0.02)
     assert torch.equal(packed.read("d.mp4", [6]), packed.read("d.mp4")[[6]])
