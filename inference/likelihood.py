@@ -18,6 +18,7 @@ from model.kv_cache import KVCache
 
 # Logits in memory at a time, in numbers: 64 MB in float32.
 MAX_LOGITS = 1 << 24
+ROWS = 32  # options read together
 
 
 def answer_ids(tokenizer, text: str) -> list[int]:
@@ -41,14 +42,18 @@ def log_likelihoods(
     tokens = [[answer_ids(chat_model.tokenizer, text) for text in texts] for texts in options]
     engine = chat_model.engine()
     first_BV = engine.prefill([Sequence(request) for request in requests]).log_softmax(-1)
-    rows = [(row, ids) for row, answers in enumerate(tokens) for ids in answers]
-    values: list[float] = []
-    width = max(len(ids) for _, ids in rows)
-    at_once = max(1, MAX_LOGITS // (first_BV.shape[1] * width))
-    for start in range(0, len(rows), at_once):
-        values += _continue(engine.batch, first_BV, rows[start : start + at_once])
-    scored = iter(zip(values, (len(ids) for _, ids in rows), strict=True))
-    return [[next(scored) for _ in answers] for answers in tokens]
+    found: list[list] = [[None] * len(answers) for answers in tokens]
+    # Options of like length stand together: little is padded.
+    places = [(row, place) for row, answers in enumerate(tokens) for place in range(len(answers))]
+    places.sort(key=lambda at: len(tokens[at[0]][at[1]]))
+    width = max(len(ids) for answers in tokens for ids in answers)
+    at_once = max(1, min(ROWS, MAX_LOGITS // (first_BV.shape[1] * width)))
+    for start in range(0, len(places), at_once):
+        some = places[start : start + at_once]
+        rows = [(row, tokens[row][place]) for row, place in some]
+        for (row, place), value in zip(some, _continue(engine.batch, first_BV, rows), strict=True):
+            found[row][place] = (value, len(tokens[row][place]))
+    return found
 
 
 def _continue(
