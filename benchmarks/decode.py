@@ -3,19 +3,17 @@
     python -m benchmarks.decode [--rounds 5] [--seconds 10 60 600]
 
 Renders one h264 clip a length (640 × 360, 30 frames a second, a keyframe every 250 frames: about
-what a phone records) and decodes it with each reader in turn, so that what else the machine does
-hits all alike. Each reader has one thread and a process of its own, and repeats until half a
-CPU-second is spent. MB is the peak of its memory, and of its worker, above what its imports took.
-The ratio to decord is that of the CPU-seconds, the median over rounds, the lowest and the highest.
+what a phone records) and decodes it with each reader in turn, one thread each, so that what else
+the machine does hits all alike. A measurement repeats until half a CPU-second is spent. The ratio
+to decord is that of the CPU-seconds, the median over rounds, the lowest and the highest.
 """
 
 import argparse
 import statistics
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from fractions import Fraction
-from multiprocessing import get_context
 from pathlib import Path
 
 import av
@@ -79,46 +77,35 @@ READERS = {
 }
 
 
-def measure(reader: str, path: str, num_frames: int) -> tuple[float, float, float]:
-    """Wall and CPU seconds of one read, and MB."""
+def cpu_seconds() -> float:
+    """Of this process and the one that decodes for it."""
+    processes = psutil.Process(), *psutil.Process().children()
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
 
-    def family(take) -> float:  # this process and its worker, which is alive
-        return sum(map(take, (psutil.Process(), *psutil.Process().children())))
 
-    def cpu(process) -> float:
-        return sum(process.cpu_times()[:2])
-
-    def peak(process) -> float:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) / 1000
-
-    before = peak(psutil.Process())
-    reads, start, cpu_start = 0, time.perf_counter(), family(cpu)
-    while not reads or family(cpu) - cpu_start < LEAST_CPU:
-        frames = READERS[reader](path, num_frames)
-        assert frames.shape == (num_frames, HEIGHT, WIDTH, 3), (reader, frames.shape)
+def measure(reader: Callable, path: str, num_frames: int) -> tuple[float, float]:
+    """Wall and CPU seconds of one read."""
+    frames = reader(path, num_frames)  # starts the process, fills caches
+    assert frames.shape == (num_frames, HEIGHT, WIDTH, 3), frames.shape
+    reads, start, cpu_start = 0, time.perf_counter(), cpu_seconds()
+    while not reads or cpu_seconds() - cpu_start < LEAST_CPU:
+        reader(path, num_frames)
         reads += 1
-    wall = (time.perf_counter() - start) / reads
-    return wall, (family(cpu) - cpu_start) / reads, family(peak) - before
+    return (time.perf_counter() - start) / reads, (cpu_seconds() - cpu_start) / reads
 
 
 def compare(clip: Path, seconds: int, num_frames: int, rounds: int) -> None:
-    spawn = get_context("spawn")
-    processes = {name: ProcessPoolExecutor(1, mp_context=spawn) for name in READERS}
     costs = {name: [] for name in READERS}
-    for turn in range(rounds + 1):
-        for name, process in processes.items():
-            cost = process.submit(measure, name, str(clip), num_frames).result()
-            costs[name] += [cost] * (turn > 0)  # the first starts workers and fills caches
+    for _ in range(rounds):
+        for name, reader in READERS.items():
+            costs[name].append(measure(reader, str(clip), num_frames))
     for name, rows in costs.items():
-        processes[name].shutdown()
-        wall, cpu = (statistics.median(row[i] for row in rows) for i in (0, 1))
+        wall, cpu = map(statistics.median, zip(*rows, strict=True))
         # Round by round: the two sides of a ratio saw the same machine.
         ratios = [ours[1] / other[1] for ours, other in zip(rows, costs["decord"], strict=True)]
         print(
             f"{seconds:>4} s {num_frames:>6} {name:>12} {wall:>7.3f} {cpu:>7.3f} "
-            f"{statistics.median(ratios):>8.2f} {min(ratios):>5.2f}-{max(ratios):<5.2f} "
-            f"{max(row[2] for row in rows):>6.0f}",
+            f"{statistics.median(ratios):>8.2f} {min(ratios):>5.2f}-{max(ratios):<5.2f}",
             flush=True,
         )
 
@@ -128,7 +115,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, nargs="+", default=[10, 60, 600])
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    print("  clip frames       reader       s   CPU-s  /decord  low-high      MB")
+    print("  clip frames       reader       s   CPU-s  /decord  low-high")
     with tempfile.TemporaryDirectory() as folder:
         for seconds in args.seconds:
             clip = Path(folder) / f"{seconds}.mp4"

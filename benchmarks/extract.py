@@ -2,12 +2,11 @@
 
     python -m benchmarks.extract [--clips 24] [--dtypes float32 bfloat16]
 
-Makes a random ViT-B/32 of full size and clips of 10 s, 640 × 360. Extracts with one process and
-with two; before and behind, it measures apart what decoding a clip and what the bare tower cost in
-CPU-seconds, each with all cores busy. On a machine that others use too, clips a second say little:
-the share of the limit is the CPU-seconds that the work needs, over those that extraction spent (its
-imports apart) and those in which a core had nothing to do. Compares with the simple way: decode
-every frame, one clip after the other. That kills leave the same bytes: tests/test_extract_features.
+Makes a random ViT-B/32 of full size and clips of 10 s, 640 × 360, and measures apart what decoding
+a clip and what the bare tower cost in CPU-seconds, each with all cores busy; then extracts. On a
+machine that others use too, clips a second say little: the share of the limit is the CPU-seconds
+that the work needs, over those that extraction spent (its imports apart) and those in which a core
+had nothing to do. Compares with the simple way: decode every frame, one clip after the other.
 """
 
 import argparse
@@ -73,43 +72,31 @@ def parts(out: Path) -> tuple[VisionTower, FrameTransform]:
     return tower, FrameTransform.from_pretrained(out / "tower")
 
 
-def on_all_cores(function, *arguments, copies: int = CORES) -> float:
-    """The mean of what so many processes, at once, return."""
-    with ProcessPoolExecutor(copies, mp_context=get_context("spawn")) as pool:
-        return sum(pool.map(function, *([each] * copies for each in arguments))) / copies
+def on_all_cores(function, *arguments) -> float:
+    """The mean of what as many processes as cores return, at once."""
+    with ProcessPoolExecutor(CORES, mp_context=get_context("spawn")) as pool:
+        return sum(pool.map(function, *([each] * CORES for each in arguments))) / CORES
 
 
-def extract(out: Path, store: Path, clips: int, dtype: str, processes: int) -> tuple:
-    """(seconds, CPU-seconds, seconds of idle cores) without the processes' start."""
-    threads = max(1, CORES // processes)
-    command = f"--images_path {out} --features_path {store} --vision_path {out / 'tower'} "
+def extract(out: Path, clips: int, dtype: str) -> tuple[float, float, float]:
+    """(seconds, CPU-seconds, seconds of idle cores) without the start of the process."""
+    command = f"--images_path {out} --features_path {out / dtype} --vision_path {out / 'tower'} "
     command += f"--dtype {dtype} --device cpu --num_frames {NUM_FRAMES} --batch_size {BATCH_SIZE} "
-    command += f"--num_workers {threads} --videos "
+    command += f"--num_workers {CORES} --videos "
     command += " ".join(str(out / f"clips/{clip:03d}.mp4") for clip in range(clips))
-    environment = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads)}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "extract_features.py", *command.split(), f"--shard={i}/{processes}"],
-            env={**os.environ, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        for i in range(processes)
-    ]
-    for process in running:
-        process.stdout.readline()  # "… to do": the imports are done
+    process = subprocess.Popen(
+        [sys.executable, "extract_features.py", *command.split()],
+        env={**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(CORES)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    process.stdout.readline()  # "… to do": the imports are done
     idle = psutil.cpu_times().idle
-    output = "".join(process.communicate()[0] for process in running)
+    output = process.communicate()[0]
     idle = psutil.cpu_times().idle - idle
-    found = re.findall(r"frames in ([\d.]+) s .*; ([\d.]+) CPU-seconds", output)
-    seconds, cpu = zip(*(map(float, pair) for pair in found), strict=True)
-    return max(seconds), sum(cpu), idle
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    seconds, cpu = re.search(r"frames in ([\d.]+) s .*; ([\d.]+) CPU-seconds", output).groups()
+    return float(seconds), float(cpu), idle
 
 
 def main() -> None:
@@ -134,28 +121,18 @@ def main() -> None:
 
 
 def measure(out: Path, dtype: str, clips: int) -> None:
-    def costs() -> list[float]:
-        return [on_all_cores(decode_cost, out), on_all_cores(tower_cost, out, dtype)]
-
-    print(f"\n{dtype}, {clips} clips, {CORES} cores:")
-    before, stores = costs(), [out / f"{dtype}-{processes}" for processes in (1, 2)]
-    for processes, store in enumerate(stores, 1):
-        seconds, cpu, idle = extract(out, store, clips, dtype, processes)
-        after = costs()  # before and behind: the machine may have become slower meanwhile
-        decoding, bare = ((x + y) / 2 for x, y in zip(before, after, strict=True))
-        before, needed = after, clips * (decoding + bare)
-        print(
-            f"  {processes} process(es): {cpu / clips:.3f} CPU-s a clip, where decoding takes "
-            f"{decoding:.3f} and the bare tower {bare:.3f}: {100 * needed / (cpu + idle):.0f} % of "
-            f"the limit. By the wall {clips / seconds:.2f} clips/s, "
-            f"{100 * needed / CORES / seconds:.0f} %",
-            flush=True,
-        )
-        if dtype == "float32" and processes == 1:
-            simple = on_all_cores(simple_cost, out, copies=1)
-            print(f"    the simple way: {simple:.3f} CPU-s a clip, {simple * clips / cpu:.2f} ×")
-    same = contents(stores[0]) == contents(stores[1])
-    print(f"  stores of one process and of two are {'' if same else 'NOT '}byte-identical")
+    decoding, bare = on_all_cores(decode_cost, out), on_all_cores(tower_cost, out, dtype)
+    seconds, cpu, idle = extract(out, clips, dtype)
+    limit = clips * (decoding + bare)
+    print(
+        f"{dtype}, {CORES} cores: {cpu / clips:.3f} CPU-s a clip, where decoding takes "
+        f"{decoding:.3f} and the bare tower {bare:.3f}: {100 * limit / (cpu + idle):.0f} % of the "
+        f"limit. By the wall {clips / seconds:.2f} clips/s, {100 * limit / CORES / seconds:.0f} %",
+        flush=True,
+    )
+    if dtype == "float32":
+        simple = simple_cost(out)
+        print(f"  the simple way: {simple:.3f} CPU-s a clip, {simple * clips / cpu:.2f} ×")
 
 
 if __name__ == "__main__":

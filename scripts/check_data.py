@@ -1,11 +1,9 @@
-"""Check samples against their media, or their features, before a long run; write what is good.
+"""Check samples against their media before a long run; write what is good.
 
     python -m scripts.check_data --data_path train.jsonl --val_path val.jsonl --images_path videos
-    python -m scripts.check_data --data_path train.jsonl --use_feature --features_path features
 
 Reads each line as training does: its form, its tags against its visuals, its length in tokens, and
-whether a sample of --val_path is one of --data_path too; decodes each visual once (or finds its
-features). `--out_dir` gets
+whether a sample of --val_path is one of --data_path too; decodes each visual once. `--out_dir` gets
 
     <name>.clean.jsonl   the good lines of <name>, unchanged
     problems.jsonl       file, line, id, reason and detail of the others
@@ -26,7 +24,6 @@ from tqdm import tqdm
 
 from cli import TOKENIZER_PATH, FrameFlags, flag, launch, parse_flags
 from dataset.conversation import IGNORED, ConversationError, encode, truncate
-from dataset.feature_store import FeatureStore
 from dataset.jsonl import parse_json, read_lines
 from dataset.parallel import in_any_order
 from dataset.samples import parse_sample, resolve_under
@@ -45,8 +42,6 @@ class CheckFlags(FrameFlags):
     data_path: list[str] = flag([], "jsonl files of samples")
     val_path: list[str] = flag([], "held-out jsonl files: no sample may be in --data_path too")
     images_path: str = flag("dataset/videos", "folder that the visuals' paths start from")
-    use_feature: bool = flag(False, "look for features; decode nothing")
-    features_path: str = flag("dataset/features", "folder of the features")
     tokenizer_path: str = flag(TOKENIZER_PATH, "folder of the tokenizer")
     visual_tokens: int = flag(50, "placeholder tokens of a visual", at_least=1)
     max_seq_len: int = flag(1024, "tokens that training cuts a sample at", at_least=1)
@@ -148,40 +143,23 @@ def check_visuals(flags: CheckFlags, visuals: list[str]) -> dict[str, tuple[str,
 
     def decode(visual: str) -> tuple[str, str] | None:
         try:
-            read_frames(resolve_under(flags.images_path, visual), **how)
+            read_frames(
+                resolve_under(flags.images_path, visual),
+                num_frames=flags.num_frames,
+                sampling=flags.sampling,
+                fps=flags.fps,
+                backend=flags.video_backend,
+                timeout=flags.decode_seconds,
+            )
         except VideoError as error:
             return error.reason, f"{visual}: {error.detail}"
         except Exception as error:  # one file in a million may not stop the others
             return "bad_path", str(error) or type(error).__name__
 
-    def find_features(visual: str) -> tuple[str, str] | None:
-        try:
-            store.read(visual, [0])
-        except (ValueError, IndexError) as error:
-            failure = store.manifest["failures"].get(visual)
-            return (failure["reason"] if failure else "no_features"), str(error)
-
-    how = {"num_frames": flags.num_frames, "sampling": flags.sampling, "fps": flags.fps}
-    if flags.use_feature:
-        store = FeatureStore(flags.features_path)
-        store.check(how)
-        if flags.resize != "tower":
-            store.check(
-                {"transform": store.manifest.get("transform", {}) | {"resize": flags.resize}}
-            )
-    else:
-        how |= {"backend": flags.video_backend, "timeout": flags.decode_seconds}
-    check = find_features if flags.use_feature else decode
-    found = in_any_order(check, visuals, min(flags.num_workers, len(visuals)))
-    bar = tqdm(total=len(visuals), unit=" visuals", desc="visuals", smoothing=0.1)
-    bad = {}
-    with bar, ending_workers(), closing(found):
-        for visual, problem in found:
-            if problem:
-                bad[visual] = problem
-                bar.set_postfix_str(f"{len(bad)} bad", refresh=False)
-            bar.update()
-    return bad
+    found = in_any_order(decode, visuals, min(flags.num_workers, len(visuals)))
+    bar = tqdm(found, total=len(visuals), unit=" visuals", desc="visuals", smoothing=0.1)
+    with ending_workers(), closing(found):
+        return {visual: problem for visual, problem in bar if problem}
 
 
 def summarize(samples: list[Checked], bad_visuals: int, max_length: int) -> dict:

@@ -5,10 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from dataset.feature_store import FeatureStore
 from scripts import check_data
 
 TOKENIZER = str(Path(__file__).resolve().parents[2] / "model/text_tokenizer")
@@ -98,29 +96,6 @@ def test_what_is_held_out_may_not_be_trained_on(data):
     ((line, found),) = problems().items()
     assert (line, found["file"], found["reason"]) == (3, "val.jsonl", "in_training_data")
     assert len(Path("out/val.clean.jsonl").read_text().splitlines()) == 2
-
-
-def test_features_in_place_of_media(data):
-    store = FeatureStore("features")
-    shape = {"dtype": "float16", "tokens_per_frame": 10, "hidden_size": 4}
-    store.begin({"num_frames": 8, "sampling": "uniform", "fps": None, **shape})
-    for name in ("a.png", "b.png"):
-        store.write(name, torch.zeros(1, 10, 4))
-        store.record(name, {"frames": 1})
-    store.record("cut.mp4", {"reason": "corrupt", "detail": "cut short"})
-    store.finish(*store.recorded())
-    for name in ("a.png", "b.png"):
-        Path(name).unlink()  # not needed any more
-    check("--use_feature", "--features_path", "features", "--num_workers", "0", code=3)
-    found = problems()
-    assert set(found) == set(BAD)
-    assert (found[5]["reason"], found[6]["reason"]) == ("no_features", "corrupt")
-    for flag, value, reason in (
-        ("--num_frames", "4", "num_frames is 8, 4 is needed"),
-        ("--resize", "pad", "transform is .*pad"),
-    ):
-        with pytest.raises(ValueError, match=reason):
-            check("--use_feature", "--features_path", "features", flag, value, code=None)
 
 
 def test_what_can_not_be_checked(data):
