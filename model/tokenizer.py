@@ -38,6 +38,7 @@ _OF_GENERATION = {
     "MiniMind-3": (MINIMIND_2026,),
 }
 _MINIMIND_VOCABULARY = 6400
+_MAX_BYTES = 128 << 20  # three times those of a vocabulary of 256,000 entries
 _PLAIN_TEXT = (
     "The weather is fine today, so we are going for a walk in the park with our children.",
     "A language model reads the words that were written and says which word comes next.",
@@ -57,8 +58,14 @@ def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         folder = ROOT / folder
     if not folder.is_dir():
         raise ValueError(f"--tokenizer_path {path}: no such folder")
+    vocabulary = folder / "tokenizer.json"
+    if vocabulary.is_file() and vocabulary.stat().st_size > _MAX_BYTES:
+        raise ValueError(
+            f"{vocabulary} has {vocabulary.stat().st_size:,} bytes; a tokenizer has at most "
+            f"{_MAX_BYTES:,}: give another --tokenizer_path"
+        )
     # Not AutoTokenizer alone: an exported model's folder has code beside it, which that would run.
-    is_fast = (folder / "tokenizer.json").is_file()
+    is_fast = vocabulary.is_file()
     try:
         return (PreTrainedTokenizerFast if is_fast else AutoTokenizer).from_pretrained(
             folder, local_files_only=True

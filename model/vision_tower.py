@@ -86,6 +86,7 @@ class VisionTower:
 
         # Seconds to import: only when a tower is really needed.
         import transformers
+        from huggingface_hub.errors import StrictDataclassError
         from safetensors import SafetensorError
 
         family = getattr(transformers, _FAMILIES[_family(model_type)])
@@ -93,6 +94,7 @@ class VisionTower:
         try:
             with _quiet():
                 config = family.config_class.from_pretrained(directory)
+                _check_size(config, directory)
                 # SigLIP's pooling head stands after what we read: neither load nor count it.
                 config.vision_use_head = False
                 model, report = family.from_pretrained(
@@ -102,6 +104,10 @@ class VisionTower:
                     dtype=torch.float32,
                     output_loading_info=True,
                 )
+        except StrictDataclassError as error:
+            raise ValueError(
+                f"{directory}/config.json describes no tower ({error}): {fix}"
+            ) from error
         except unreadable as error:
             raise ValueError(f"can't read the weights in {directory} ({error}): {fix}") from error
         # transformers fills what a file lacks with random numbers and only warns.
@@ -154,6 +160,16 @@ class VisionTower:
             digest.update(f"{name} {tuple(weight.shape)}".encode())
             digest.update(weight.detach().cpu().contiguous().numpy())
         return digest.hexdigest()[:16]
+
+
+def _check_size(config, directory: Path) -> None:
+    """RuntimeError where the matrices that a config.json describes are more than its weights hold:
+    transformers would make room for them first, terabytes if it says so."""
+    width = config.hidden_size
+    matrices = config.num_hidden_layers * (4 * width**2 + 2 * width * config.intermediate_size)
+    held = sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
+    if matrices > held:  # a byte a number at the least
+        raise RuntimeError(f"config.json describes {matrices:,} numbers, here are {held:,} bytes")
 
 
 def _family(model_type: str) -> str:

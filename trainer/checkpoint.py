@@ -7,6 +7,7 @@ together; a file that no longer fits its name is passed over for the one before.
 
 import hashlib
 import os
+import pickle
 import re
 import sys
 from collections.abc import Iterator
@@ -113,7 +114,10 @@ def find_state(folder: Path, resume: str, identity: dict[str, Any]) -> dict[str,
         if paths:
             raise ValueError(f"{paths[0]}: damaged, and no earlier one is whole; --resume never")
         return None
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} isn't a training state: {error}") from None
     before = state["identity"]
     differences = [
         f"  {key}: {before.get(key)!r} then, {identity.get(key)!r} now"
