@@ -96,6 +96,7 @@ def padded_loss(model: Cinego, batch: dict, length: int, dtype: str, device) -> 
     """As the ancestors train: every row padded to `length`, every place's logits made, the loss
     of each taken, and most of it masked away."""
     inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch["inputs"].items()}
+    del inputs["packed"]
     missing = (0, length - inputs["input_ids"].shape[1])
     labels = F.pad(inputs.pop("labels"), missing, value=IGNORED)[:, 1:]
     inputs["input_ids"] = F.pad(inputs["input_ids"], missing)

@@ -1,4 +1,4 @@
-"""Which samples share a row of a batch, and that row.
+"""Which samples share a row, that row, and the rows of a batch without their padding.
 
 Conversations about the same visual share a row: their common start, the visual's tokens in it, is
 computed once. Each sees that start and itself only (`segment_ids`), and its positions continue
@@ -8,7 +8,8 @@ where the start ends: so each gets the logits that it would get alone.
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from itertools import takewhile
 
 import numpy as np
@@ -28,6 +29,7 @@ class Row:
     position_ids: list[int] = field(default_factory=list)
     sample_ids: list[str] = field(default_factory=list)
     visuals: list[torch.Tensor] = field(default_factory=list)
+    visual_tokens: int = 0  # what the visuals come to: as many placeholders must be in the ids
     kind: str = ""  # under which the model takes them: visual_features or pixel_values
     bad: list[dict] = field(default_factory=list)  # the samples left out, and why
 
@@ -128,3 +130,92 @@ def _without_tail(encoded: Encoded) -> Encoded:
     while encoded.labels[end - 1] == IGNORED:
         end -= 1
     return Encoded(encoded.input_ids[:end], encoded.labels[:end], encoded.visual_mask[:end])
+
+
+@dataclass
+class PackedBatch:
+    """A batch of B rows, padded to L, without its padding, and all that a forward pass would
+    otherwise have to ask the device: made from lists on the CPU, while the device computes.
+
+    The T real tokens, row after row, form S sequences: a whole row, or, where conversations share a
+    row, their prefix and then each conversation's own tokens. A sequence attends causally to its
+    keys: the prefix of its row, if that isn't itself, and then its own tokens.
+    """
+
+    tokens_T: torch.Tensor  # places of the real tokens in the flattened (B·L) rows
+    placeholders_R: torch.Tensor  # places of the visuals' tokens in the flattened (B·L) rows
+    frames_V: torch.Tensor  # frames of each visual
+    supervised_N: torch.Tensor  # which of the T tokens predict a supervised one
+    targets_N: torch.Tensor  # the ids that they are to predict
+    keys_K: torch.Tensor | None  # which of the T tokens are keys, sequence after sequence; None:
+    # all of them, as no prefix is shared
+    query_starts: torch.Tensor  # (S + 1) int32: where each sequence starts among the T tokens, and
+    key_starts: torch.Tensor  # among the K keys; last, where all end
+    query_lengths: list[int]  # S, the same as lengths
+    key_lengths: list[int]
+    max_length: int  # of a sequence's keys; rounded up, since compiled code sees it as a constant
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "PackedBatch":
+        """The same with `function` of each tensor."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {k: function(v) for k, v in values.items() if isinstance(v, torch.Tensor)}
+        return PackedBatch(**values | tensors)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "PackedBatch":
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "PackedBatch":
+        """A DataLoader calls it by this name."""
+        return self.map(torch.Tensor.pin_memory)
+
+
+def pack_batch(rows: list[Row]) -> PackedBatch:
+    """The rows of a batch, in their order.
+
+    Raises ValueError, with the samples' ids, where a row has more or fewer placeholders than its
+    visuals have tokens: it would show the end of its neighbour's video.
+    """
+    for row in rows:
+        if sum(row.visual_mask) != row.visual_tokens:
+            raise ValueError(
+                f"{', '.join(row.sample_ids)}: {sum(row.visual_mask)} placeholders for "
+                f"{row.visual_tokens} tokens of {len(row.visuals)} visuals"
+            )
+    lengths = np.array([len(row.input_ids) for row in rows])
+    starts = np.concatenate([[0], lengths.cumsum()])  # of the rows among the T tokens
+    tokens = np.arange(starts[-1]) + np.repeat(
+        np.arange(len(rows)) * lengths.max() - starts[:-1], lengths
+    )
+    labels = np.concatenate([row.labels for row in rows])
+    labels[starts[:-1]] = IGNORED  # nothing stands before a row's first token
+    (targets,) = np.nonzero(labels != IGNORED)
+    (placeholders,) = np.nonzero(np.concatenate([row.visual_mask for row in rows]))
+
+    queries, keys = [], []  # of each sequence: its first token and the one after its last
+    for row, start, end in zip(rows, starts, starts[1:], strict=False):
+        own = start + 1 + np.flatnonzero(np.diff(row.segment_ids))  # where conversations start
+        bounds = [int(start), *own.tolist(), int(end)]
+        # Without a prefix (all segments above 0), each conversation sees itself alone.
+        has_prefix = row.segment_ids[0] == 0
+        for number, span in enumerate(zip(bounds, bounds[1:], strict=False)):
+            queries.append(span)
+            keys.append([(bounds[0], bounds[1]), span] if has_prefix and number else [span])
+    query_lengths = [end - start for start, end in queries]
+    key_lengths = [sum(end - start for start, end in spans) for spans in keys]
+    gather = None
+    if key_lengths != query_lengths:
+        gather = np.concatenate([np.arange(*span) for spans in keys for span in spans])
+        gather = torch.from_numpy(gather)
+    return PackedBatch(
+        tokens_T=torch.from_numpy(tokens),
+        placeholders_R=torch.from_numpy(tokens[placeholders]),
+        frames_V=torch.tensor([len(visual) for row in rows for visual in row.visuals]).long(),
+        supervised_N=torch.from_numpy(targets - 1),
+        targets_N=torch.from_numpy(labels[targets]),
+        keys_K=gather,
+        query_starts=torch.tensor([0, *np.cumsum(query_lengths)], dtype=torch.int32),
+        key_starts=torch.tensor([0, *np.cumsum(key_lengths)], dtype=torch.int32),
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
+        max_length=-(-max(key_lengths) // 128) * 128,
+    )

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from dataset.conversation import IGNORED, ConversationError, encode, truncate
-from dataset.packing import Row, pack_row, plan_rows
+from dataset.packing import PackedBatch, Row, pack_batch, pack_row, plan_rows
 from dataset.samples import Sample, Samples, resolve_under
 from dataset.video import read_frames
 
@@ -126,6 +126,7 @@ class VideoDataset(Dataset):
         rows = pack_row(encoded, names, self.max_length)
         for packed in rows:
             packed.visuals, packed.kind = visuals, self.source.kind if visuals else ""
+            packed.visual_tokens = sum(visual_lengths)
         return [*rows, Row(bad=bad)] if bad else rows
 
 
@@ -241,8 +242,9 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
 def collate(rows: list[list[Row]], pad_id: int) -> dict:
     """Pad rows to the longest of them and join their visuals, in order of the placeholders.
 
-    Returns `inputs` (what the model's forward takes; empty when every row was bad), `sample_ids`,
-    `supervised_tokens`, `real_tokens`, `padded_tokens`, and `bad`: the samples left out, and why.
+    Returns `inputs` (what the model's forward takes, a PackedBatch as `packed` among it; empty when
+    every row was bad), `sample_ids`, `supervised_tokens`, `real_tokens`, `padded_tokens`, and
+    `bad`: the samples left out, and why. Raises ValueError as `pack_batch` does.
     """
     flat = list(chain.from_iterable(rows))
     bad = [record for row in flat for record in row.bad]
@@ -270,13 +272,16 @@ def collate(rows: list[list[Row]], pad_id: int) -> dict:
         kind = next(row.kind for row in flat if row.visuals)
         inputs[kind] = torch.cat(visuals)
         inputs["frames_per_visual"] = [len(visual) for visual in visuals]
+    inputs["packed"] = pack_batch(flat)
     if get_worker_info():
         # A full /dev/shm has to fail here, where the training process hears of it: the thread that
         # would move the tensors there later prints the error only, and training waits for ever.
         for value in inputs.values():
             if isinstance(value, torch.Tensor):
                 value.share_memory_()
+            elif isinstance(value, PackedBatch):
+                value.map(torch.Tensor.share_memory_)
     batch["inputs"] = inputs
-    batch["supervised_tokens"] = int((inputs["labels"] != IGNORED).sum())
+    batch["supervised_tokens"] = len(inputs["packed"].targets_N)
     batch["real_tokens"], batch["padded_tokens"] = int(lengths.sum()), real.numel()
     return batch

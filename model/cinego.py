@@ -50,11 +50,12 @@ class Cinego(nn.Module):
         past_key_values: KVCache | None = None,
         logits_to_keep: int = 0,
         inputs_embeds: Tensor | None = None,
+        packed=None,
     ) -> CausalLMOutput:
         """Reads (B, L) ids with the frames of all their visuals, in order of the placeholders.
 
-        The first four after the ids are as in `embed`, or inputs_embeds (B, L, C) is what it gave;
-        the rest is as in `MiniMind.forward`. Raises ValueError as these two do.
+        The first four after the ids, and packed, are as in `embed`, or inputs_embeds (B, L, C) is
+        what it gave; the rest is as in `MiniMind.forward`. Raises ValueError as these two do.
         """
         if inputs_embeds is None:
             visuals = (visual_features, pixel_values, visual_mask)
@@ -62,7 +63,7 @@ class Cinego(nn.Module):
                 inputs_embeds = self.language_model.embed(input_ids)  # an answer has no visuals
             else:
                 inputs_embeds = self.embed(
-                    input_ids, visual_features, pixel_values, frames_per_visual, visual_mask
+                    input_ids, visual_features, pixel_values, frames_per_visual, visual_mask, packed
                 )
         return self.language_model(
             inputs_embeds=inputs_embeds,
@@ -72,6 +73,7 @@ class Cinego(nn.Module):
             labels=labels,
             past_key_values=past_key_values,
             logits_to_keep=logits_to_keep,
+            packed=packed,
         )
 
     def embed(
@@ -81,18 +83,32 @@ class Cinego(nn.Module):
         pixel_values: Tensor | None = None,
         frames_per_visual: list[int] | None = None,
         visual_mask: Tensor | None = None,
+        packed=None,
     ) -> Tensor:
         """(B, L, C): the embeddings of (B, L) ids, with the visuals in place of the placeholders.
 
         visual_features (N, P, D) or pixel_values (N, 3, S, S): the frames, visual after visual;
         frames_per_visual: how many belong to each. visual_mask (B, L): the placeholders' places;
-        without it the runs equal to `config.image_ids`. Raises ValueError, with the row and both
-        numbers, where placeholders and visuals don't fit.
+        without it the runs equal to `config.image_ids`. packed: dataset/packing.py's PackedBatch,
+        which knows the places already. Raises ValueError, with the row and both numbers, where
+        placeholders and visuals don't fit.
         """
         embeds_BLC = self.language_model.embed(input_ids)
+        frames_V = None if packed is None else packed.frames_V
+        rows_RC = self._visual_rows(visual_features, pixel_values, frames_per_visual, frames_V)
+        if packed is not None:
+            if rows_RC is None:
+                return embeds_BLC
+            if len(rows_RC) != len(packed.placeholders_R):
+                raise ValueError(
+                    f"the batch has {len(packed.placeholders_R)} placeholders, but its visuals "
+                    f"have {len(rows_RC)} tokens: it was made for another tower or --summary"
+                )
+            flat = embeds_BLC.flatten(0, 1)
+            rows_RC = rows_RC.to(flat.dtype)
+            return flat.index_copy(0, packed.placeholders_R, rows_RC).view_as(embeds_BLC)
         if visual_mask is None and self.config.image_ids:
             visual_mask = find_placeholders(input_ids, self.config.image_ids)
-        rows_RC = self._visual_rows(visual_features, pixel_values, frames_per_visual)
         if rows_RC is not None:
             self._check_counts(visual_mask, frames_per_visual)
             return embeds_BLC.masked_scatter(visual_mask[..., None], rows_RC.to(embeds_BLC.dtype))
@@ -104,7 +120,9 @@ class Cinego(nn.Module):
             )
         return embeds_BLC
 
-    def _visual_rows(self, visual_features, pixel_values, frames_per_visual) -> Tensor | None:
+    def _visual_rows(
+        self, visual_features, pixel_values, frames_per_visual, frames_V: Tensor | None
+    ) -> Tensor | None:
         """(R, C): what stands at the placeholders, in their order; None without visuals."""
         if pixel_values is not None:
             if self.vision_tower is None:
@@ -120,7 +138,7 @@ class Cinego(nn.Module):
                 f"visual features of {tuple(visual_features.shape[1:])} a frame, but the model "
                 f"takes {frame_shape}: extract them with the tower that it was trained with"
             )
-        summary_VPD = self.video_summary(visual_features, frames_per_visual)
+        summary_VPD = self.video_summary(visual_features, frames_per_visual, frames_V)
         return self.vision_proj(summary_VPD.to(self.vision_proj.weight.dtype)).flatten(0, 1)
 
     def _check_counts(self, visual_mask: Tensor | None, frames_per_visual: list[int]) -> None:

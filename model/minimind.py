@@ -4,6 +4,9 @@ A Llama-like decoder: RMSNorm before each part, rotary positions, grouped-query 
 (or experts of it, model/moe.py), tied embeddings. Parameters carry MiniMind-3's names, which are
 Llama's.
 
+Training reads a batch without its padding (dataset/packing.py's PackedBatch): one row of all T real
+tokens, in which every sequence attends to itself and to the prefix that it shares.
+
 Shapes: B batch, L sequence of this call, T sequence with what the cache holds, H heads (of queries,
 or of keys and values), E channels a head, C model width, N supervised tokens.
 """
@@ -19,12 +22,17 @@ from model.config import LanguageModelConfig
 from model.kv_cache import KVCache
 from model.moe import MixtureOfExperts
 
-# Logits of this many tokens at a time are in memory: at 6400 entries they then stay near the cache,
-# which makes the loss a quarter faster on a CPU (twice in bfloat16) and caps memory everywhere.
-LOSS_CHUNK = 512
-# On a CPU masked queries attend in blocks of this many, each to only the keys that some row needs:
-# half of the time of the whole square, most of which is masked.
-ATTENTION_BLOCK = 64
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None
+
+# Logits of this many tokens at a time are in memory: at 6400 entries they then stay near a CPU's
+# cache, which makes the loss a quarter faster (twice in bfloat16). A GPU wants large products.
+LOSS_CHUNK, GPU_LOSS_CHUNK = 512, 16384
+# On a CPU so many queries of a sequence attend at a time, each block to only the keys before its
+# end: of the square of a long sequence, half is masked.
+ATTENTION_BLOCK = 128
 
 
 @dataclass
@@ -53,34 +61,18 @@ def rotate(x_BHLE: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     return torch.addcmul(x_BHLE * cos, x_BHLE.roll(x_BHLE.shape[-1] // 2, -1), sin)
 
 
-class BlockMask:
-    """Which keys each query may attend to, made once for all layers.
-
-    A plain class: torch.compile would read a list's length, and compile again for each.
-    """
-
-    def __init__(self, allowed_BLT: Tensor, in_blocks: bool):
-        self.mask_B1LT = allowed_BLT[:, None]
-        # For each block of queries the keys that any row needs, and the mask over these.
-        self.blocks: list[tuple[Tensor | slice, Tensor]] = []
-        for block in self.mask_B1LT.split(ATTENTION_BLOCK, dim=2) if in_blocks else ():
-            keys = block.any(2).any(0)[0].nonzero()[:, 0]
-            if len(keys) == block.shape[3]:  # a slice spares copying the cache
-                keys = slice(None)
-            self.blocks.append((keys, block[..., keys]))
-
-
-def make_block_mask(
+def make_mask(
     past: int, length: int, segment_ids: Tensor | None, attention_mask: Tensor | None, device
-) -> BlockMask | None:
-    """For `length` new tokens after `past` in the cache; None: each attends to all before it.
+) -> Tensor | None:
+    """(B or 1, 1, L, T) keys that each of `length` new tokens after `past` in the cache may attend
+    to; None: all before it.
 
     segment_ids (B, L) and attention_mask (B, T) are those of `MiniMind.forward`.
     """
     if segment_ids is None and attention_mask is None and (past == 0 or length == 1):
         return None
     if length == 1 and segment_ids is None:  # the newest token sees all that is no padding
-        return BlockMask(attention_mask[:, None].bool(), in_blocks=False)
+        return attention_mask[:, None, None].bool()
     keys_T = torch.arange(past + length, device=device)
     allowed_BLT = (keys_T <= keys_T[past:, None])[None]
     if segment_ids is not None:
@@ -92,53 +84,105 @@ def make_block_mask(
         # Padding may see itself: a row without a single key would come out as NaN.
         itself_LT = keys_T == keys_T[past:, None]
         allowed_BLT = (allowed_BLT & attention_mask[:, None, :].bool()) | itself_LT
-    # Elsewhere than on a CPU, reading back each block's keys would wait for the device each time.
-    return BlockMask(allowed_BLT, in_blocks=torch.device(device).type == "cpu")
+    return allowed_BLT[:, None]
 
 
 def attend(
-    q_BHLE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, mask: BlockMask | None, dropout: float = 0.0
+    q_BHLE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, mask: Tensor | None, dropout: float = 0.0
 ) -> Tensor:
     """(B, H, L, E): softmax(q kᵀ / √E) v, where several queries' heads share one of the keys
-    (grouped-query attention, arXiv 2305.13245). mask: None for plain causal attention."""
+    (grouped-query attention, arXiv 2305.13245). mask: of `make_mask`; None: plain causal."""
+    groups = q_BHLE.shape[1] // k_BHTE.shape[1]
     if q_BHLE.shape[2] == 1:
         # A new token sees all that its mask lets it. The heads of queries that share keys are to
         # them as many tokens: no kernel has to find out whose keys are whose.
-        q_BHGE = q_BHLE.view(len(q_BHLE), k_BHTE.shape[1], -1, q_BHLE.shape[-1])
-        allowed = None if mask is None else mask.mask_B1LT
-        mixed = F.scaled_dot_product_attention(q_BHGE, k_BHTE, v_BHTE, allowed, dropout)
+        q_BHGE = q_BHLE.view(len(q_BHLE), k_BHTE.shape[1], groups, q_BHLE.shape[-1])
+        mixed = F.scaled_dot_product_attention(q_BHGE, k_BHTE, v_BHTE, mask, dropout)
         return mixed.reshape(q_BHLE.shape)
-    if q_BHLE.device.type != "cpu":
-        return attend_repeated(q_BHLE, k_BHTE, v_BHTE, mask, dropout)
-    if mask is not None:
-        return attend_in_blocks(q_BHLE, k_BHTE, v_BHTE, mask, dropout)
+    # torch's masked kernel for GPUs wants as many heads of keys as of queries: with fewer, masked
+    # attention falls back to products in float32.
+    k_BHTE, v_BHTE = k_BHTE.repeat_interleave(groups, 1), v_BHTE.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(
-        q_BHLE, k_BHTE, v_BHTE, None, dropout, is_causal=True, enable_gqa=True
+        q_BHLE, k_BHTE, v_BHTE, mask, dropout, is_causal=mask is None
     )
 
 
-@torch.compiler.disable  # there are as many blocks as rows are long: each would be compiled
-def attend_in_blocks(q_BHLE, k_BHTE, v_BHTE, mask: BlockMask, dropout: float = 0.0) -> Tensor:
-    """`attend` for CPUs: block after block of queries, each to the keys that it needs."""
-    blocks = zip(q_BHLE.split(ATTENTION_BLOCK, 2), mask.blocks, strict=True)
-    parts = [
-        F.scaled_dot_product_attention(
-            q, k_BHTE[:, :, keys], v_BHTE[:, :, keys], allowed, dropout, enable_gqa=True
-        )
-        for q, (keys, allowed) in blocks
-    ]
-    return torch.cat(parts, dim=2)
+def is_packable(x: Tensor, dropout: float) -> bool:
+    """Whether attention on the device of x takes a batch without padding: a CPU does; of CUDA,
+    FlashAttention, which is for half precision since Ampere and knows no dropout here.
+
+    The meta device, which computes shapes only, does as CUDA.
+    """
+    if x.device.type == "cpu":
+        return True
+    if varlen_attn is None or dropout or compute_dtype(x) not in (torch.bfloat16, torch.float16):
+        return False
+    if x.device.type == "cuda":
+        return torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return x.device.type == "meta"
 
 
-def attend_repeated(q_BHLE, k_BHTE, v_BHTE, mask: BlockMask | None, dropout: float = 0.0) -> Tensor:
-    """`attend` for GPUs: all at once, with as many heads of keys as of queries. With fewer, torch's
-    memory-efficient kernel refuses, and masked attention falls back to float32 products."""
-    times = q_BHLE.shape[1] // k_BHTE.shape[1]
-    k_BHTE, v_BHTE = k_BHTE.repeat_interleave(times, 1), v_BHTE.repeat_interleave(times, 1)
-    allowed = None if mask is None else mask.mask_B1LT
-    return F.scaled_dot_product_attention(
-        q_BHLE, k_BHTE, v_BHTE, allowed, dropout, is_causal=mask is None
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type of products with x: that of autocast, where it is on."""
+    device = x.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def attend_packed(q_1HTE: Tensor, k_1HTE: Tensor, v_1HTE: Tensor, packed, dropout: float) -> Tensor:
+    """(1, H, T, E): `attend` for the T tokens of a PackedBatch, each sequence to its own keys."""
+    if q_1HTE.device.type == "cpu":
+        return attend_in_turn(q_1HTE, k_1HTE, v_1HTE, packed, dropout)
+    q_THE, k_KHE, v_KHE = (x[0].transpose(0, 1) for x in (q_1HTE, k_1HTE, v_1HTE))
+    if packed.keys_K is not None:
+        k_KHE, v_KHE = (x.index_select(0, packed.keys_K) for x in (k_KHE, v_KHE))
+    mixed_THE = varlen_attn(
+        q_THE,
+        k_KHE,
+        v_KHE,
+        packed.query_starts,
+        packed.key_starts,
+        packed.max_length,
+        packed.max_length,
+        window_size=(-1, 0),  # causal: a sequence's last query sees its last key
+        enable_gqa=True,
     )
+    return mixed_THE.transpose(0, 1)[None]
+
+
+@torch.compiler.disable  # there are as many calls as sequences: each would be compiled
+def attend_in_turn(
+    q_1HTE: Tensor, k_1HTE: Tensor, v_1HTE: Tensor, packed, dropout: float = 0.0
+) -> Tensor:
+    """`attend_packed` by one sequence after the other, and one block of its queries."""
+    if packed.keys_K is not None:
+        k_1HTE, v_1HTE = (x.index_select(2, packed.keys_K) for x in (k_1HTE, v_1HTE))
+    longest = max(packed.key_lengths)
+    causal = torch.full((longest, longest), -torch.inf, dtype=q_1HTE.dtype).triu(1)
+    mixed = []
+    for q, k, v in zip(
+        q_1HTE.split(packed.query_lengths, 2),
+        k_1HTE.split(packed.key_lengths, 2),
+        v_1HTE.split(packed.key_lengths, 2),
+        strict=True,
+    ):
+        end = k.shape[2] - q.shape[2]  # what stands before the queries: the shared prefix
+        for block in q.split(ATTENTION_BLOCK, 2):
+            start, end = end, end + block.shape[2]
+            mask = causal[start:end, :end] if start else None
+            mixed.append(
+                F.scaled_dot_product_attention(
+                    block,
+                    k[:, :, :end],
+                    v[:, :, :end],
+                    mask,
+                    dropout,
+                    is_causal=mask is None,
+                    enable_gqa=True,
+                )
+            )
+    return torch.cat(mixed, 2)
 
 
 class Attention(nn.Module):
@@ -160,23 +204,27 @@ class Attention(nn.Module):
             self.q_norm = self.k_norm = nn.Identity()
         self.qkv_proj: nn.Module | None = None  # the first three in one, for answering only
 
-    def forward(self, x_BLC, tables, mask: BlockMask | None, cache: KVCache | None) -> Tensor:
-        """(B, L, C) → (B, L, C). tables: of `rotary_tables`; the cache, if any, is extended."""
+    def forward(self, x_BLC, tables, mask, cache: KVCache | None) -> Tensor:
+        """(B, L, C) → (B, L, C). tables: of `rotary_tables`; mask: of `make_mask`, or the
+        PackedBatch whose tokens these are; the cache, if any, is extended."""
         if self.qkv_proj is None:
             projected = self.q_proj(x_BLC), self.k_proj(x_BLC), self.v_proj(x_BLC)
         else:
             projected = self.qkv_proj(x_BLC).split(self.widths, dim=-1)
         heads = (*x_BLC.shape[:2], -1, self.head_dim)
         q_BLHE, k_BLHE, v_BLHE = (x.view(heads) for x in projected)
-        q_BHLE = rotate(self.q_norm(q_BLHE).transpose(1, 2), tables)  # float32, as the tables
+        q_BHLE = rotate(self.q_norm(q_BLHE).transpose(1, 2), tables)
         k_BHTE = rotate(self.k_norm(k_BLHE).transpose(1, 2), tables)
-        v_BHTE = v_BLHE.transpose(1, 2).to(k_BHTE.dtype)  # so is the cache: cast once, when new
+        v_BHTE = v_BLHE.transpose(1, 2)
+        # The type of the cache as well. A CPU attends faster in float32, as the tables are.
+        dtype = k_BHTE.dtype if x_BLC.device.type == "cpu" else v_BHTE.dtype
+        q_BHLE, k_BHTE, v_BHTE = q_BHLE.to(dtype), k_BHTE.to(dtype), v_BHTE.to(dtype)
         if cache is not None:
             k_BHTE, v_BHTE = cache.extend(self.layer_idx, k_BHTE, v_BHTE)
-        # A CPU attends faster in float32 than in bfloat16; on CUDA autocast still casts it.
+        dropout = self.dropout if self.training else 0.0
+        attend_by = attend if mask is None or isinstance(mask, Tensor) else attend_packed
         with torch.autocast("cpu", enabled=False):
-            dropout = self.dropout if self.training else 0.0
-            mixed_BHLE = attend(q_BHLE, k_BHTE, v_BHTE, mask, dropout)
+            mixed_BHLE = attend_by(q_BHLE, k_BHTE, v_BHTE, mask, dropout)
         return self.o_proj(mixed_BHLE.transpose(1, 2).flatten(2).to(x_BLC.dtype))
 
 
@@ -267,12 +315,15 @@ class MiniMind(nn.Module):
         labels: Tensor | None = None,
         past_key_values: KVCache | None = None,
         logits_to_keep: int = 0,
+        packed=None,
     ) -> CausalLMOutput:
         """Reads (B, L) tokens, or (B, L, C) embeddings, after those in the cache.
 
         segment_ids (B, L): 0 a prefix that all conversations of the row share, k the k-th of them,
         -1 padding. attention_mask (B, T): False where left padding is. labels (B, L), -100 where
         unsupervised: gives the summed loss and no logits. logits_to_keep: of the last tokens only.
+        packed: the PackedBatch of the same rows, for training: with it nothing has to be asked of
+        the device, and where its attention allows, padding costs nothing.
         ValueError where L and the cache together are more than max_position_embeddings.
         """
         assert (input_ids is None) != (inputs_embeds is None), "give input_ids or inputs_embeds"
@@ -288,15 +339,29 @@ class MiniMind(nn.Module):
             position_ids = torch.arange(past, past + length, device=x_BLC.device)[None]
         elif position_ids is None:  # counted from each row's first real token
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-        tables = rotary_tables(position_ids, self.config)
-        mask = make_block_mask(past, length, segment_ids, attention_mask, x_BLC.device)
-
         slice_indices = None  # the tokens whose logits are needed; None: all
-        if labels is not None:
+        if packed is not None and labels is not None:
+            targets_N = packed.targets_N
+            places_N = packed.tokens_T[packed.supervised_N]
+            slice_indices = places_N // length, places_N % length
+        elif labels is not None:
             targets_BL = F.pad(labels[:, 1:], (0, 1), value=-100)
             slice_indices = (targets_BL != -100).nonzero(as_tuple=True)
+            targets_N = targets_BL[slice_indices]
         elif logits_to_keep:
             slice_indices = (slice(None), slice(-logits_to_keep, None))
+
+        dropout = self.config.dropout if self.training else 0.0
+        if packed is not None and labels is not None and is_packable(x_BLC, dropout):
+            position_ids = position_ids.expand(x_BLC.shape[:2]).flatten()[packed.tokens_T][None]
+            x_BLC = x_BLC.flatten(0, 1).index_select(0, packed.tokens_T)[None]  # (1, T, C)
+            mask, slice_indices = packed, (0, packed.supervised_N)
+        else:
+            mask = make_mask(past, length, segment_ids, attention_mask, x_BLC.device)
+        tables = rotary_tables(position_ids, self.config)
+        if x_BLC.device.type != "cpu":  # products of two types take more kernels
+            tables = tuple(table.to(compute_dtype(x_BLC)) for table in tables)
+
         x = self.model.dropout(x_BLC)
         last = len(self.model.layers) - 1
         balance = [] if self.config.num_experts and self.training and labels is not None else None
@@ -310,7 +375,7 @@ class MiniMind(nn.Module):
         x = self.model.norm(x)
         if labels is None:
             return CausalLMOutput(self._logits(x), past_key_values=past_key_values)
-        loss, aux_loss = self._loss(x, targets_BL[slice_indices], balance)
+        loss, aux_loss = self._loss(x, targets_N, balance)
         return CausalLMOutput(loss=loss, past_key_values=past_key_values, aux_loss=aux_loss)
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -321,7 +386,8 @@ class MiniMind(nn.Module):
     def _loss(self, x_NC: Tensor, targets_N: Tensor, balance_losses: list[Tensor] | None):
         """Summed cross-entropy, and the weighted balance loss of experts (None without any)."""
         loss = x_NC.sum() * 0.0  # defined, and differentiable, where nothing is supervised
-        for x, targets in zip(x_NC.split(LOSS_CHUNK), targets_N.split(LOSS_CHUNK), strict=True):
+        chunk = LOSS_CHUNK if x_NC.device.type == "cpu" else GPU_LOSS_CHUNK
+        for x, targets in zip(x_NC.split(chunk), targets_N.split(chunk), strict=True):
             loss = loss + F.cross_entropy(self._logits(x).float(), targets, reduction="sum")
         if not balance_losses:
             return loss, None

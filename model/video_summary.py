@@ -118,10 +118,16 @@ class VideoSummary(nn.Module):
             self.cross_attn_s = nn.ModuleList([CrossAttention(hidden_size)])
             self.cross_attn_t = nn.ModuleList([CrossAttention(hidden_size)])
 
-    def forward(self, features_NPD: Tensor, frames_per_visual: list[int]) -> Tensor:
+    def forward(
+        self,
+        features_NPD: Tensor,
+        frames_per_visual: list[int],
+        frames_V: Tensor | None = None,
+    ) -> Tensor:
         """(N, P, D) frames, visual after visual → (V, P, D); for `concat` (N, P, D) as they are.
 
         frames_per_visual: V numbers, at least 1 each, that sum to N; ValueError where they don't.
+        frames_V: the same on the device, where they are there already: copying them would wait.
         A visual's summary depends neither on its neighbours in the batch nor on their lengths.
         """
         frames = frames_per_visual or []
@@ -132,7 +138,9 @@ class VideoSummary(nn.Module):
             )
         if self.kind == "concat":
             return features_NPD.float()
-        lengths_V = torch.tensor(frames, device=features_NPD.device)
+        lengths_V = frames_V
+        if lengths_V is None:
+            lengths_V = torch.tensor(frames, device=features_NPD.device)
         if self.kind == "gpt4video":
             return self._cross_attend(features_NPD.to(self.query_s.dtype), frames, lengths_V)
         # The filters are exact numbers on frozen features: no bfloat16, and nothing to learn.

@@ -99,6 +99,8 @@ def test_videos_and_features_give_the_same_batches(data, tiny_tower, share_prefi
                     torch.testing.assert_close(seen, features, atol=2e-3, rtol=2e-3)
                 rest = {k: v for k, v in one["inputs"].items() if k != "pixel_values"}
                 assert rest.keys() == other["inputs"].keys()
+                ours, theirs = (vars(inputs.pop("packed")) for inputs in (rest, other["inputs"]))
+                assert str(ours) == str(theirs)
                 for name, value in rest.items():
                     assert torch.equal(
                         torch.as_tensor(value), torch.as_tensor(other["inputs"][name])

@@ -129,7 +129,7 @@ def train_step(
 def compute_loss(model: nn.Module, batch: Batch, dtype: str, device: torch.device) -> Tensor:
     """Summed loss of one batch, under autocast; the model's own loss stays in float32."""
     inputs = {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        name: value.to(device, non_blocking=True) if hasattr(value, "to") else value
         for name, value in batch["inputs"].items()
     }
     with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):

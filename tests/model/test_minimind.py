@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from model.config import CinegoConfig, LanguageModelConfig
 from model.kv_cache import KVCache
-from model.minimind import MiniMind, attend, attend_repeated, make_block_mask
+from model.minimind import MiniMind, make_mask
 
 SMALL = LanguageModelConfig(
     vocab_size=97,
@@ -73,18 +73,7 @@ def test_left_padding_changes_nothing(model):
     padded = model(F.pad(ids, (4, 0), value=3), attention_mask=mask).logits
     assert padded.isfinite().all()  # a softmax over nothing is NaN on some devices, and spreads
     torch.testing.assert_close(padded[:, 4:], model(ids).logits, atol=1e-5, rtol=1e-5)
-    allowed = make_block_mask(0, 13, None, mask, "cpu").mask_B1LT
-    assert allowed.any(-1).all()  # so even padding has a key
-
-
-@pytest.mark.parametrize("masked", [True, False])
-def test_a_gpu_s_way_to_attend_gives_what_a_cpu_s_gives(masked):
-    q = torch.randn(3, 8, 150, 16)
-    k, v = torch.randn(2, 3, 2, 150, 16)
-    segments = torch.stack([torch.arange(150) // n for n in (40, 60, 150)])
-    mask = make_block_mask(0, 150, segments, None, "cpu") if masked else None
-    expected = attend(q, k, v, mask)
-    torch.testing.assert_close(attend_repeated(q, k, v, mask), expected, atol=1e-5, rtol=0)
+    assert make_mask(0, 13, None, mask, "cpu").any(-1).all()  # so even padding has a key
 
 
 def shared_prefix_row(prefix, rests, length):

@@ -1,0 +1,163 @@
+"""A batch without its padding: the same loss and gradients, and nothing is asked of the device."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dataset.packing import Row
+from dataset.samples import read_samples
+from dataset.video_dataset import VideoDataset, collate
+from model.cinego import Cinego
+from model.config import CinegoConfig, LanguageModelConfig
+from model.tokenizer import open_tokenizer
+
+P, D = 6, 16
+# What makes a GPU's process wait: reading a number, or a result as long as its values say; and a
+# tensor made of Python numbers, which is copied.
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "bincount", "unique")
+
+
+class Features:
+    """As many frames as the name says."""
+
+    kind = "visual_features"
+
+    def load(self, name: str) -> torch.Tensor:
+        return torch.randn(int(name), P, D, generator=torch.Generator().manual_seed(int(name)))
+
+
+@pytest.fixture(scope="module")
+def make_batch(tmp_path_factory):
+    """A training batch: rows shared or not, of none, one and several visuals of unlike length."""
+    rng, lines = np.random.default_rng(0), []
+    for visuals in ("", "3", "8", "1,5", "2,2,9"):
+        for _ in range(3):
+            question = " ".join(rng.choice(["red", "left", "up"], rng.integers(1, 30)))
+            answer = " ".join(rng.choice(["to", "is", "all"], rng.integers(1, 200)))
+            tags = "<video>" * len(visuals.split(",")) if visuals else ""
+            turns = [("human", f"{tags}\n{question}"), ("gpt", answer)] * int(rng.integers(1, 3))
+            turns[2:] = [(who, text.replace("<video>", "")) for who, text in turns[2:]]
+            turns = [{"from": who, "value": text} for who, text in turns]
+            lines.append(
+                json.dumps({"conversations": turns} | ({"video": visuals} if visuals else {}))
+            )
+    path = tmp_path_factory.mktemp("packed") / "data.jsonl"
+    path.write_text("\n".join(lines))
+
+    def make(share: bool, tokens_per_visual=lambda frames: P) -> dict:
+        dataset = VideoDataset(
+            read_samples(path),
+            open_tokenizer("model/text_tokenizer"),
+            Features(),
+            tokens_per_visual,
+            share_prefix=share,
+        )
+        return collate([dataset[row] for row in range(len(dataset))], pad_id=0)["inputs"]
+
+    return make
+
+
+def make_model(summary="dct", **settings) -> Cinego:
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+    config = LanguageModelConfig(6400, 32, 2, embedding_std=0.5, **sizes | settings)
+    return Cinego(CinegoConfig(config, summary, D, P)).eval()
+
+
+def loss_and_gradients(model, inputs):
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("summary, settings", [("dct", {}), ("concat", {"qk_norm": True})])
+def test_without_padding_loss_and_gradients_are_those_of_masked_rows(
+    make_batch, share, summary, settings
+):
+    """One sequence after the other, as FlashAttention takes them, against one mask over all."""
+    model = make_model(summary, **settings)
+    inputs = make_batch(share, model.config.tokens_per_visual)
+    assert ("segment_ids" in inputs) == share
+    loss, gradients = loss_and_gradients(model, inputs)
+    masked_loss, masked = loss_and_gradients(model, inputs | {"packed": None})
+    torch.testing.assert_close(loss, masked_loss, atol=0, rtol=1e-6)
+    assert gradients.keys() == masked.keys()
+    for name, gradient in gradients.items():
+        error = (gradient - masked[name]).norm() / masked[name].norm()
+        assert error < 1e-5, name
+
+
+def test_sequences_are_told_to_a_kernel_as_to_the_loop(make_batch):
+    packed = make_batch(True)["packed"]
+    assert packed.query_starts.diff().tolist() == packed.query_lengths
+    assert packed.key_starts.diff().tolist() == packed.key_lengths
+    assert packed.query_starts[-1] == len(packed.tokens_T)
+    assert packed.key_starts[-1] == len(packed.keys_K) > len(packed.tokens_T)
+    assert max(packed.key_lengths) <= packed.max_length
+    own = [
+        keys[-n:]
+        for keys, n in zip(
+            packed.keys_K.split(packed.key_lengths), packed.query_lengths, strict=True
+        )
+    ]
+    assert torch.equal(torch.cat(own), torch.arange(len(packed.tokens_T)))
+    assert make_batch(False)["packed"].keys_K is None
+
+
+def test_a_row_without_the_tokens_of_its_visuals_is_named():
+    row = Row([5, 6, 7, 8], [-100] * 4, [False, True, True, False], [0] * 4, [0, 1, 2, 3], ["a"])
+    row.visuals, row.visual_tokens, row.kind = [torch.zeros(2, P, D)], P, "visual_features"
+    with pytest.raises(ValueError, match="a: 2 placeholders for 6 tokens of 1 visuals"):
+        collate([[row]], pad_id=0)
+
+
+class CountOperators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.all, self.waiting = Counter(), Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        self.all[name] += 1
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        by_mask = any(torch.is_tensor(i) and i.dtype in (torch.bool, torch.uint8) for i in indices)
+        if name in WAITING or by_mask:
+            self.waiting[name] += 1
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(
+    "summary, share", [("dct", False), ("gpt4video", True), ("mean", True), ("concat", True)]
+)
+def test_nothing_is_asked_of_the_device_between_forward_and_backward(make_batch, summary, share):
+    model = make_model(summary).train()
+    inputs = make_batch(share, model.config.tokens_per_visual)
+    with CountOperators() as operators:
+        model(**inputs).loss.backward()
+    assert not operators.waiting
+    with CountOperators() as operators:  # the count sees what a batch without places asks for
+        model(**inputs | {"packed": None}).loss.backward()
+    assert operators.waiting["nonzero"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("share", [True, False])
+def test_a_gpu_s_way_needs_shapes_only(make_batch, share, dtype):
+    """The meta device has no numbers: whatever read one, or had a shape that follows from numbers,
+    would raise. It takes the ways of CUDA: FlashAttention in half precision, else one mask."""
+    model = make_model("gpt4video").to("meta", dtype).train()
+    inputs = {
+        name: value.to("meta") if hasattr(value, "to") else value
+        for name, value in make_batch(share).items()
+    }
+    with CountOperators() as operators:
+        model(**inputs).loss.backward()
+    layers, flash = 2, operators.all["torch_attn::_varlen_attn"]
+    assert flash == (layers if dtype == torch.bfloat16 else 0)
+    assert all(p.grad is not None for p in model.parameters())
