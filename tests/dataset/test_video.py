@@ -7,7 +7,6 @@ import signal
 import struct
 import threading
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,17 +36,13 @@ NO_SCENES = {"sc_threshold": "0"}  # keyframes where "g" says, and nowhere else
 # ------------------------------------------------------------------------------ which frames
 
 
-def test_uniform_takes_the_middle_of_equal_parts():
+def test_which_frames(tmp_path):
     assert uniform_indices(24, 8).tolist() == [1, 4, 7, 10, 13, 16, 19, 22]
     assert uniform_indices(300, 4).tolist() == [37, 112, 187, 262]
     assert uniform_indices(5, 8).tolist() == [0, 1, 2, 3, 4]
-
-
-def test_fps_takes_the_frame_nearest_to_each_moment_once(tmp_path):
-    at_10_fps = np.arange(31) / 10
+    at_10_fps, with_a_gap = np.arange(31) / 10, np.array([0.0, 0.1, 0.2, 3.0])
     assert fps_indices(at_10_fps, 1).tolist() == [0, 10, 20, 30]
     assert fps_indices(at_10_fps, 100).tolist() == list(range(31))
-    with_a_gap = np.array([0.0, 0.1, 0.2, 3.0])
     assert fps_indices(with_a_gap, 1).tolist() == [0, 2, 3]
     path = make_numbered_clip(tmp_path / "clip.mp4", 50)
     assert numbers(read_frames(path, 8, sampling="fps", fps=1)) == [0, 10, 20, 30, 40]
@@ -73,23 +68,19 @@ def test_fps_takes_the_frame_nearest_to_each_moment_once(tmp_path):
         ("mov", "mjpeg", {"pix_fmt": "yuvj420p"}),
     ],
 )
-@pytest.mark.parametrize("held_bytes", [1 << 24, 0], ids=["held", "seek"])
-def test_exactly_the_asked_frames_in_many_formats(
-    tmp_path, monkeypatch, suffix, codec, options, held_bytes
-):
-    monkeypatch.setattr(decoding, "HELD_BYTES", held_bytes)
+def test_exactly_the_asked_frames_in_many_formats(tmp_path, monkeypatch, suffix, codec, options):
     path = make_numbered_clip(tmp_path / f"clip.{suffix}", 50, codec, **options)
     # Where a container doesn't mark the end of its last picture, it is left out: of two in a
     # program stream, the one shown before is in its packet.
-    shown = {"ts": 49, "mpg": 49}.get(suffix, 50)
-    for num_frames in (1, 3, 8, 50, 99):
-        for on_damage in ("error", "keep"):
+    shown, size = {"ts": 49, "mpg": 49}.get(suffix, 50), options.get("size", (64, 128))
+    for num_frames, on_damage in ((1, "error"), (8, "error"), (99, "error"), (8, "keep")):
+        for held_bytes in (1 << 24, 0):  # from memory, or by seeking in the file
+            monkeypatch.setattr(decoding, "HELD_BYTES", held_bytes)
             clip = read_frames(path, num_frames, timeout=None, on_damage=on_damage)
             chosen = uniform_indices(shown, num_frames)
             assert (clip.num_frames_total, clip.damaged) == (shown, [])
             assert numbers(clip) == chosen.tolist()
-            height, width = options.get("size", (64, 128))
-            assert clip.frames.shape[1:] == (height, width, 3) and clip.frames.dtype == np.uint8
+            assert clip.frames.shape[1:] == (*size, 3) and clip.frames.dtype == np.uint8
             assert clip.timestamps == pytest.approx(chosen / 10, abs=0.002)
 
 
@@ -157,18 +148,19 @@ def test_every_turn_and_flip_comes_upright(tmp_path, a, b, c, d):
     upright = np.empty_like(clip.frames[0])
     upright[to_y - to_y.min(), to_x - to_x.min()] = lying
     np.testing.assert_array_equal(clip.frames[0], upright)
-    assert (clip.info.height, clip.info.width) == (height, width)  # as stored
+    info = clip.info  # as stored
+    assert (info.height, info.width, info.codec) == (height, width, "h264")
+    assert (info.fps, info.pixel_aspect) == (10, 1)
+    assert info.seconds == pytest.approx(0.3, abs=0.05)
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "видео 视频 é 😀.mp4",
+        "видео 视频 😀.mp4",
         "100%d, a#b?*.mp4",
         "concat:x|y.mp4",
         "-i.mp4",
-        "new\nline.mp4",
-        "x" * 251 + ".mp4",
         b"\xff.mp4",
         "none",
     ],
@@ -188,8 +180,6 @@ def test_any_name_will_do(tmp_path, name):
         ("ts", "mpeg2video"),
         ("mpg", "mpeg2video"),
         ("avi", "mpeg4"),
-        ("flv", "flv"),
-        ("webm", "libvpx"),
     ],
 )
 def test_a_cut_file_gives_what_came_before_the_cut(tmp_path, suffix, codec):
@@ -223,9 +213,8 @@ def test_a_recording_that_begins_between_keyframes(tmp_path, suffix):
     assert clip.timestamps[0] == 0
 
 
-@pytest.mark.parametrize("options", ["open-gop=0:radl=2", "open-gop=1"])
-def test_what_is_shown_before_the_first_keyframe_is_left_out(tmp_path, options):
-    options = f"log-level=none:pools=none:keyint=10:min-keyint=10:scenecut=0:bframes=3:{options}"
+def test_what_is_shown_before_the_first_keyframe_is_left_out(tmp_path):
+    options = "log-level=none:pools=none:keyint=10:min-keyint=10:scenecut=0:bframes=3:open-gop=1"
     whole = make_numbered_clip(tmp_path / "whole.mkv", 30, "libx265", **{"x265-params": options})
     with av.open(str(whole)) as container:
         packets = list(container.demux(video=0))
@@ -273,13 +262,6 @@ def test_colours_follow_the_tags_of_the_stream(tmp_path, matrix, full):
     assert abs(shown - colour).max() <= 2
 
 
-def test_what_the_container_says_travels_along(tmp_path):
-    info = read_frames(make_numbered_clip(tmp_path / "clip.mp4", 12), 2).info
-    assert (info.codec, info.width, info.height) == ("h264", 128, 64)
-    assert (info.fps, info.pixel_aspect) == (10, 1)
-    assert info.seconds == pytest.approx(1.2, abs=0.05)
-
-
 # ----------------------------------------------------------------------------------- damage
 
 
@@ -306,17 +288,6 @@ def test_damage_is_an_error_unless_it_is_asked_for(damaged):
     assert numbers(few) == uniform_indices(60, 4).tolist() and few.damaged == [0.1]
 
 
-def test_what_is_damaged_all_over_is_shown_with_all_times(tmp_path):
-    path = make_numbered_clip(tmp_path / "clip.mp4", 30, noise=40, g="30", bf="0", **NO_SCENES)
-    for number in (5, 6, 20):
-        damage_packet(path, lambda packets, number=number: packets[number])
-    with pytest.raises(VideoError, match="corrupt"):
-        read_frames(path)
-    clip = read_frames(path, 5, on_damage="keep")
-    assert len(clip.frames) == 5 and {0.5, 0.6, 2.0} <= set(clip.damaged)
-    assert min(clip.damaged) == 0.5
-
-
 @pytest.mark.parametrize("on_damage", ["error", "keep"])
 def test_broken_files_give_frames_or_an_error(tmp_path, on_damage):
     report = fuzz(range(40), 1, tmp_path, on_damage)
@@ -339,21 +310,15 @@ def test_an_animated_picture_is_a_clip(tmp_path, name):
     assert numbers(read_frames(tmp_path / name, 8, sampling="fps", fps=1)) == [0, 4, 8]
 
 
-def test_an_image_is_one_frame_whatever_its_name(tmp_path):
-    picture = draw_number(77, 32, 64)
-    Image.fromarray(picture).save(tmp_path / "a.mp4", format="PNG")
-    clip = read_frames(tmp_path / "a.mp4")
-    assert clip.num_frames_total == 1 and clip.timestamps.tolist() == [0]
-    np.testing.assert_array_equal(clip.frames, picture[None])
-
-
-def test_images_come_upright_and_in_8_bit_rgb(tmp_path):
+def test_images_come_upright_and_in_8_bit_rgb_whatever_their_name(tmp_path):
     picture = Image.fromarray(draw_number(77, 32, 64))
-    turned = picture.transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()
     exif[0x0112] = 6  # "turn me 90 degrees clockwise"
-    turned.save(tmp_path / "turned.png", exif=exif)
-    np.testing.assert_array_equal(read_frames(tmp_path / "turned.png").frames[0], picture)
+    turned = picture.transpose(Image.Transpose.ROTATE_90)
+    turned.save(tmp_path / "turned.mp4", format="PNG", exif=exif)
+    clip = read_frames(tmp_path / "turned.mp4")
+    np.testing.assert_array_equal(clip.frames[0], picture)
+    assert clip.num_frames_total == 1 and clip.timestamps.tolist() == [0]
 
     deep = np.array([[0, 255 * 256, 65535]], np.uint16)
     Image.fromarray(deep).save(tmp_path / "deep.png")
@@ -409,38 +374,19 @@ def broken(tmp_path_factory) -> Path:
         container.mux(stream.encode(silence))
         container.mux(stream.encode())
     # Black, 60 kB in the file, 4 GB a second when it plays.
-    with av.open(str(folder / "bomb.too_large.mp4"), "w") as container:
-        stream = container.add_stream("libx264", rate=30, options={"preset": "ultrafast"})
-        stream.width, stream.height, stream.pix_fmt = 8208, MAX_PIXELS // 8192, "yuv420p"
-        frame = av.VideoFrame(stream.width, stream.height, "yuv420p")
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(99))), (b"IEND", b"")]
-    data = b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in chunks
-    )
-    (folder / "bomb.too_large.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
-    (folder / "whole.mp4").rename(folder / "whole")
+    size = (MAX_PIXELS // 8192, 8208)
+    make_numbered_clip(folder / "bomb.too_large.mp4", 1, size=size, preset="ultrafast")
     return folder
 
 
 @pytest.mark.parametrize("on_damage", ["error", "keep"])
-def test_what_is_no_video_is_one_typed_error(broken, on_damage):
-    paths = sorted(broken.glob("*.*"))
-    assert len(paths) == 11
-    for path in paths:
-        with pytest.raises(VideoError) as caught:
+def test_what_is_no_video_is_one_typed_error_that_survives_pickling(broken, on_damage):
+    for path in [*broken.glob("*.*.*"), broken / "gone.missing.mp4"]:
+        reason = path.name.split(".")[1]
+        with pytest.raises(VideoError, match=f"{path.name}: {reason}") as caught:
             read_frames(path, on_damage=on_damage)
-        assert caught.value.reason == path.name.split(".")[1]
-
-
-def test_an_error_names_file_and_reason_and_survives_pickling(tmp_path):
-    with pytest.raises(VideoError, match=r"gone\.mp4: missing") as caught:
-        read_frames(tmp_path / "gone.mp4")
-    copy = pickle.loads(pickle.dumps(caught.value))
-    assert (copy.reason, copy.path) == ("missing", str(tmp_path / "gone.mp4"))
+        copy = pickle.loads(pickle.dumps(caught.value))
+        assert (copy.reason, copy.path) == (reason, str(path))
 
 
 def test_budgets_are_checked_before_decoding(tmp_path):
