@@ -42,44 +42,44 @@ SAMPLES = [
 ]
 
 
-@pytest.fixture
-def data(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    make_numbered_clip(tmp_path / "long.mp4", 20, size=(128, 160), noise=150)
-    make_numbered_clip(tmp_path / "short.mp4", 3, size=(128, 160), noise=100)
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory, tiny_tower) -> dict[str, VideoSource | FeatureSource]:
+    """Where the visuals of data.jsonl, which lies under the first one's root, come from."""
+    root = tmp_path_factory.mktemp("data")
+    make_numbered_clip(root / "long.mp4", 20, size=(128, 160), noise=150)
+    make_numbered_clip(root / "short.mp4", 3, size=(128, 160), noise=100)
     rng = np.random.default_rng(0)
     for name in ("a.png", "b.png"):
-        Image.fromarray(rng.integers(0, 256, (150, 130, 3), np.uint8)).save(name)
-    Path("broken.mp4").write_bytes(b"not a video")
+        Image.fromarray(rng.integers(0, 256, (150, 130, 3), np.uint8)).save(root / name)
+    (root / "broken.mp4").write_bytes(b"not a video")
     lines = []
-    for sample in SAMPLES:
+    for number, sample in enumerate(SAMPLES):
         turns = [{"role": "user", "content": sample["question"]}]
-        turns += [{"role": "assistant", "content": f"Answer {len(lines)}."}]
-        fields = {key: value for key, value in sample.items() if key != "question"}
-        lines.append(json.dumps({**fields, "id": str(len(lines)), "conversations": turns}))
-    Path("data.jsonl").write_text("\n".join(lines))
-    return tmp_path
+        turns += [{"role": "assistant", "content": f"Answer {number}."}]
+        lines.append(json.dumps(sample | {"id": str(number), "conversations": turns}))
+    (root / "data.jsonl").write_text("\n".join(lines))
+    features, packed = root / "features", root / "packed"
+    extract_features.main(
+        [f"--data_path={root}/data.jsonl", f"--images_path={root}", f"--vision_path={tiny_tower}"]
+        + [f"--features_path={features}", "--num_workers=0", "--dtype=float32"]
+    )
+    pack_features.main([f"--features_path={features}", f"--packed_path={packed}"])
+    return {
+        "videos": VideoSource(str(root), FrameTransform.from_pretrained(tiny_tower)),
+        "features": FeatureSource(FeatureStore(features)),
+        "packed": FeatureSource(FeatureStore(packed)),
+    }
 
 
 @pytest.mark.parametrize("share_prefix", [False, True])
-def test_videos_and_features_give_the_same_batches(data, tiny_tower, share_prefix):
-    extract_features.main(
-        ["--data_path", "data.jsonl", "--images_path", ".", "--vision_path", str(tiny_tower)]
-        + ["--features_path", "features", "--num_workers", "0", "--dtype", "float32"]
-    )
-    pack_features.main(["--features_path", "features", "--packed_path", "packed"])
-    transform = FrameTransform.from_pretrained(tiny_tower)
-    sources = {
-        "videos": VideoSource(".", transform),
-        "features": FeatureSource(FeatureStore("features")),
-        "packed": FeatureSource(FeatureStore("packed")),
-    }
+def test_videos_and_features_give_the_same_batches(sources, tiny_tower, share_prefix):
+    data_path = Path(sources["videos"].root, "data.jsonl")
     tower = VisionTower.from_pretrained(tiny_tower)
 
     def batches(source, batch_size) -> list[dict]:
         tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
         dataset = VideoDataset(
-            read_samples("data.jsonl"), tokenizer, source, lambda n: 50, share_prefix=share_prefix
+            read_samples(data_path), tokenizer, source, lambda n: 50, share_prefix=share_prefix
         )
         sampler = LengthGroupedBatchSampler(dataset.lengths, batch_size, seed=3)
         return list(

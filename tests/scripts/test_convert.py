@@ -155,13 +155,6 @@ def test_a_file_in_another_folder_is_found_by_its_name(tmp_path, convert):
     assert sample.visuals == [NEXTQA["video"]]
 
 
-def test_ids_that_come_again_are_numbered(tmp_path, convert):
-    names = ["7", "7", "7#2", "7", "7#2"]
-    records = [NEXTQA | {"id": name, "video": f"{i}.mp4"} for i, name in enumerate(names)]
-    samples, _ = convert(llava_video_178k, write_json(tmp_path / "a.json", records))
-    assert [sample.id for sample in samples] == ["7", "7#2", "7#2#2", "7#3", "7#2#3"]
-
-
 def test_held_out_samples_are_of_videos_that_training_never_sees(tmp_path, convert):
     def record(video: int, question: int) -> dict:
         turns = human(f"<image>\nQuestion {question}?", "An answer.")

@@ -69,18 +69,14 @@ def test_a_second_run_only_reports_and_chats(repository):
     cost = json.loads((repository.root / "out/quickstart/stages/sft.json").read_text())
     assert set(cost) == {"seconds", "user", "system"}
     assert repository.run() == ALWAYS
+    (repository.root / "out/quickstart/sft.pth").unlink()
+    assert repository.run() == ["train_sft.py", *ALWAYS]
 
 
 def test_what_was_interrupted_resumes_with_what_it_has_made(repository):
     assert repository.run(3, FAILS="train_sft.py") == STAGES[:-1]
     assert repository.run() == STAGES[-2:] + ALWAYS
     assert (repository.root / "out/quickstart/sft/metrics").read_text() == "x\nx\n"
-
-
-def test_what_was_deleted_is_made_again(repository):
-    repository.run()
-    (repository.root / "out/quickstart/sft.pth").unlink()
-    assert repository.run() == ["train_sft.py", *ALWAYS]
 
 
 def test_a_changed_command_starts_afresh_and_so_do_the_stages_after_it(repository):
