@@ -9,7 +9,6 @@ was done. Other generations' files, safetensors and transformers' directories lo
 
 import json
 from dataclasses import fields
-from functools import reduce
 from pathlib import Path
 
 import torch
@@ -17,10 +16,9 @@ import torch
 from files import whole_file
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
-from model.import_weights import LLM, SUMMARY, LoadReport, import_weights, pair_halves, read_json
+from model.import_weights import LLM, LoadReport, import_weights, pair_halves, read_json
 from model.lora import merged_state
 from model.minimind import MiniMind
-from model.video_summary import VideoSummary
 from model.vision_tower import VisionTower
 
 
@@ -42,34 +40,27 @@ def save_model(path: str | Path, model: Cinego | MiniMind, meta: dict) -> None:
         torch.save(state, file)
 
 
-def load_language_model(
-    path: str | Path, dtype: torch.dtype | str = torch.float32, **overrides
-) -> MiniMind:
-    """The MiniMind in `path`, of any generation, in eval mode.
+def load_language_model(path: str | Path, **overrides) -> MiniMind:
+    """The MiniMind in `path`, of any generation, in float32 and eval mode.
 
     path: a .pth, a .safetensors or a transformers directory. The settings come from the .json
     beside it or the config.json inside, from the shapes where there is none, and for the rest from
     the generation; `overrides` (num_attention_heads=8, rope_theta=1e4, …) have the last word.
-    dtype: of the model; "auto" keeps the file's, which halves the memory of float16 and bfloat16.
     ValueError, with the names, where anything is missing, left over or of another shape.
     """
     found = import_weights(path, overrides)
     if found.has_vision:
         raise ValueError(f"{path} holds a video-language model: use load_video_language_model")
-    return _build(found, dtype)
+    return _build(found)
 
 
 def load_video_language_model(
-    path: str | Path,
-    vision_path: str | Path | None = None,
-    dtype: torch.dtype | str = torch.float32,
-    **overrides,
+    path: str | Path, vision_path: str | Path | None = None, **overrides
 ) -> Cinego:
     """The Cinego (ours or of 2025) or MiniMind-V in `path`, with the tower of `vision_path` if any.
 
     As `load_language_model`; `overrides` are settings of CinegoConfig (image_ids=[…]) or of its
-    language model. A `summary` that the file has no weights for starts from random ones. The tower
-    stays in float32. ValueError also where the tower is missing or of another shape.
+    language model. ValueError also where the tower is missing or of another shape.
     """
     found = import_weights(path, overrides)
     if not found.has_vision:
@@ -77,16 +68,15 @@ def load_video_language_model(
             f"{path} isn't a video-language model: it has no vision_proj.weight. For a language "
             "model alone use load_language_model"
         )
-    new_summary = "summary" in overrides and not any(n.startswith(SUMMARY) for n in found.state)
-    return _build(found, dtype, vision_path, new_summary)
+    return _build(found, vision_path)
 
 
 def load_model(path: str | Path, vision_path: str | Path | None = None) -> Cinego | MiniMind:
-    """Whichever of the two is in `path`, in float32; the tower of `vision_path` goes with a Cinego.
+    """Whichever of the two is in `path`; the tower of `vision_path` goes with a Cinego.
 
     ValueError as in the two functions above.
     """
-    return _build(import_weights(path, {}), torch.float32, vision_path)
+    return _build(import_weights(path, {}), vision_path)
 
 
 def read_about(path: str | Path) -> dict:
@@ -116,18 +106,8 @@ def is_video_language_model(path: str | Path) -> bool:
         return False
 
 
-def _build(
-    found: LoadReport,
-    dtype: torch.dtype | str,
-    vision_path: str | Path | None = None,
-    new_summary: bool = False,
-) -> Cinego | MiniMind:
+def _build(found: LoadReport, vision_path: str | Path | None = None) -> Cinego | MiniMind:
     """The model with its weights and its report. Until they come it takes no memory."""
-    in_file = {weight.dtype for weight in found.state.values()}
-    if dtype == "auto":  # one for all: the widest that the file has
-        dtype = min(reduce(torch.promote_types, in_file), torch.float32, key=lambda d: d.itemsize)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f'dtype must be "auto" or one like torch.bfloat16, not {dtype!r}')
     tower = VisionTower.from_pretrained(vision_path) if vision_path and found.has_vision else None
     settings = found.settings
     try:
@@ -145,25 +125,16 @@ def _build(
                 model = MiniMind(LanguageModelConfig.from_dict(settings))
     except (TypeError, RuntimeError) as error:  # numbers that aren't, or that no tensor can have
         raise ValueError(f"{found.source} has impossible settings: {error}") from error
-    if new_summary:
-        config = model.config
-        size = (config.vision_hidden_size, config.tokens_per_frame, config.num_temporal_filters)
-        for name, weight in VideoSummary(config.summary, *size).state_dict().items():
-            found.initialised.append(SUMMARY + name)
-            found.state[SUMMARY + name] = weight
-    _fill(model, found, dtype)
-    found.dtypes, found.dtype = sorted(map(_dtype_name, in_file)), _dtype_name(dtype)
+    _fill(model, found)
     found.num_parameters = sum(p.numel() for p in model.parameters())
     model.load_report = found
     return model.eval()
 
 
-def _fill(model: Cinego | MiniMind, found: LoadReport, dtype: torch.dtype) -> None:
-    """Moves the state into `model`, in `dtype`: every parameter is set and nothing is left over.
+def _fill(model: Cinego | MiniMind, found: LoadReport) -> None:
+    """Copies the state into `model`: every parameter is set and nothing is left over.
 
-    The state is emptied on the way and its memory taken over where it fits, so that no more than
-    one tensor is in memory twice. Raises ValueError, before anything is moved, with all names that
-    don't fit.
+    Raises ValueError with all names that don't fit, some of each kind.
     """
     state, source = found.state, found.source
     prefix = LLM if found.has_vision else ""
@@ -189,20 +160,10 @@ def _fill(model: Cinego | MiniMind, found: LoadReport, dtype: torch.dtype) -> No
             "heads that it was trained with\n  " + "\n  ".join(problems)
         )
     language_model = model.config.language_model if found.has_vision else model.config
-    used_memory = set()
     for name in expected:
         weight = state.pop(name)
         if found.interleaved and name.endswith(("q_proj.weight", "k_proj.weight")):
             weight = pair_halves(weight, language_model.head_dim)
-        weight = weight.to(dtype).contiguous()
-        memory = weight.untyped_storage()
-        # Two names in the file may share memory, and would then be trained as one.
-        if memory.nbytes() > weight.nbytes or memory.data_ptr() in used_memory:
-            weight = weight.clone()
-        used_memory.add(weight.untyped_storage().data_ptr())
-        expected[name] = weight
+        # Copied: names that share memory in the file would be trained as one.
+        expected[name] = torch.empty(weight.shape).copy_(weight)
     model.load_state_dict(expected, strict=True, assign=True)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

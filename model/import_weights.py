@@ -19,17 +19,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 LLM = "language_model."  # the prefix of MiniMind's names within Cinego's
 PROJECTOR, SUMMARY = "vision_proj.", "video_summary."
 
-# What torch.compile and DDP put into names.
-_WRAPPER = re.compile(r"(^|\.)(_orig_mod|module)(?=\.)")
+# What torch.compile, DDP and scripts/export_hf.py put into names.
+_WRAPPER = re.compile(r"(^|\.)(_orig_mod|module|cinego)(?=\.)")
 # Tables that a model computes for itself, and the tower, which comes from its own directory.
 _UNNEEDED = re.compile(
-    r"(^|\.)(pos_cis|freqs_cos|freqs_sin|inv_freq)$|\.attention\.mask$|^vision_encoder\."
+    r"(^|\.)(pos_cis|freqs_cos|freqs_sin|inv_freq)$|\.attention\.mask$|^vision_(encoder|tower)\."
 )
 _VISION_NAMES = (
     (re.compile(r"^vision_proj\.vision_proj\.0\."), PROJECTOR),  # MiniMind-V
@@ -76,11 +76,7 @@ class LoadReport:
     interleaved: bool = False  # rows of q and k are still in the order of pairs 2i, 2i+1
     inferred: dict = field(default_factory=dict)  # settings that the shapes tell,
     assumed: dict = field(default_factory=dict)  # and those that only the generation does
-    converted: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)  # tensors that the model makes for itself
-    initialised: list[str] = field(default_factory=list)  # tensors that the file doesn't have
-    dtypes: list[str] = field(default_factory=list)  # of the file,
-    dtype: str = ""  # and of the model
     num_parameters: int = 0
 
     @property
@@ -89,17 +85,13 @@ class LoadReport:
         return self.assumed | self.inferred | self.given
 
     def __str__(self) -> str:
-        def list_some(names: list[str]) -> str:
-            names = names[:3] + [f"{len(names) - 3} more"] * (len(names) > 3)
-            return ", ".join(names) or "nothing"
-
         assumed = ", ".join(f"{name} {_brief(value)}" for name, value in self.assumed.items())
+        more = len(self.left_out) - 3
+        left_out = ", ".join(self.left_out[:3] + [f"{more} more"] * (more > 0))
         return (
-            f"{self.source}: {self.title}, {self.num_parameters / 1e6:.2f} M parameters "
-            f"({', '.join(self.dtypes)} → {self.dtype}); "
-            f"converted: {', '.join(self.converted) or 'nothing'}; "
+            f"{self.source}: {self.title}, {self.num_parameters / 1e6:.2f} M parameters; "
             f"assumed, as the file doesn't say: {assumed or 'nothing'}; "
-            f"left out: {list_some(self.left_out)}; re-initialised: {list_some(self.initialised)}."
+            f"left out: {left_out or 'nothing'}."
         )
 
 
@@ -124,7 +116,10 @@ def import_weights(path: str | Path, overrides: dict) -> LoadReport:
         given = _flat_settings(read_json(about), about) if about.is_file() else {}
     else:
         raise ValueError(f"no checkpoint {path}: train one first, or put the published file there")
-    return _recognise(state, path, given | overrides)
+    try:
+        return _recognise(state, path, given | overrides)
+    except (TypeError, ZeroDivisionError) as error:  # numbers that aren't, or none
+        raise ValueError(f"{path} has impossible settings: {error}") from error
 
 
 # ---- files
@@ -141,15 +136,15 @@ def read_json(path: Path) -> dict:
     return value
 
 
-def read_tensors(path: Path, skip: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Every tensor but those whose names begin with `skip`, each in memory of its own.
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in a .pth or .safetensors by name.
 
     ValueError for what isn't a plain state dict. weights_only: a checkpoint from the net may hold
     any code, and this never runs it.
     """
     try:
         if path.suffix == ".safetensors":
-            return _read_safetensors(path, skip)
+            return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # readers raise a dozen types, all of which mean this
         raise ValueError(f"{path} isn't a readable state dict: {error}") from error
@@ -161,25 +156,18 @@ def read_tensors(path: Path, skip: tuple[str, ...] = ()) -> dict[str, Tensor]:
                 f"{path} isn't a state dict: it must map names to tensors, but {name!r} is a "
                 f"{type(weight).__name__}; save the model's state_dict() alone"
             )
-    return {name: weight for name, weight in state.items() if not name.startswith(skip)}
-
-
-def _read_safetensors(path: Path, skip: tuple[str, ...]) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        names = [name for name in file.keys() if not name.startswith(skip)]  # noqa: SIM118
-    state = {}
-    for name in names:
-        # Opened for each tensor: a page once read stays mapped, and counts, until it is closed.
-        with safe_open(path, framework="pt") as file:
-            state[name] = file.get_tensor(name).clone()
     return state
 
 
 def _read_directory(directory: Path) -> tuple[dict[str, Tensor], dict]:
-    """What transformers' save_pretrained wrote: its config.json and one or several files."""
-    files, about = _weight_files(directory), directory / "config.json"
-    if not about.is_file():
-        raise ValueError(f"{about} is missing: copy the model's config there")
+    """What transformers' save_pretrained wrote."""
+    about, names = directory / "config.json", ("model.safetensors", "pytorch_model.bin")
+    file = next((directory / name for name in names if (directory / name).is_file()), None)
+    if file is None or not about.is_file():
+        raise ValueError(
+            f"no checkpoint in {directory}: a transformers directory has config.json and "
+            f"{' or '.join(names)}, in one piece"
+        )
     config = read_json(about)
     # What scripts/export_hf.py wrote brings our own settings along, and its tower.
     exported = config.get("cinego")
@@ -187,37 +175,7 @@ def _read_directory(directory: Path) -> tuple[dict[str, Tensor], dict]:
     is_ours = exported is not None and config.get("model_type") == "cinego"  # 2025's is so, too
     if not is_ours:
         given |= _transformers_settings(config, about)
-    state = {}
-    for file in files:
-        part = read_tensors(file, ("vision_tower.",) if is_ours else ())
-        if twice := sorted(state.keys() & part.keys()):
-            raise ValueError(f"{file} has {twice[0]}, which another file of {directory} has too")
-        state |= part
-    if is_ours:
-        state = {name.removeprefix("cinego."): state.pop(name) for name in list(state)}
-    return state, given
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (directory / name).is_file():
-            return [directory / name]
-        if not (index := directory / f"{name}.index.json").is_file():
-            continue
-        weight_map = read_json(index).get("weight_map")
-        parts = weight_map.values() if isinstance(weight_map, dict) else ()
-        if not parts or not all(isinstance(part, str) for part in parts):
-            raise ValueError(f"{index} names no files: its weight_map must map tensors to them")
-        for part in (parts := sorted(set(parts))):
-            if Path(part).name != part:
-                raise ValueError(f"{index} names files outside of {directory}")
-            if not (directory / part).is_file():
-                raise ValueError(f"{index} names {part}, which is missing: copy it there")
-        return [directory / part for part in parts]
-    raise ValueError(
-        f"no checkpoint in {directory}: a transformers directory has config.json and "
-        "model.safetensors or pytorch_model.bin"
-    )
+    return read_tensors(file), given
 
 
 def _flat_settings(about: dict, source: Path) -> dict:
@@ -246,10 +204,7 @@ def _transformers_settings(config: dict, about: Path) -> dict:
         found |= {name: config[name] for name in names if name in config}
         if found.get("num_experts_per_tok") == 1 and "n_routed_experts" in config:
             found["norm_topk_prob"] = False  # MiniMind2 never scaled a single weight
-    if wrong := [name for name, value in found.items() if not isinstance(value, int | float)]:
-        raise ValueError(f"{about}: {', '.join(wrong)} must be a number")
 
-    head_dim = found.get("hidden_size", 0) // (found.get("num_attention_heads") or 1)
     sparse_step = config.get("decoder_sparse_step", 1)
     fits = {
         f"model_type {family}": family in _FAMILIES,
@@ -258,7 +213,6 @@ def _transformers_settings(config: dict, about: Path) -> dict:
     }
     for name, value, usual in (
         ("rope_type", rope.get("rope_type", rope.get("type")), "default"),
-        ("head_dim", config.get("head_dim"), head_dim),
         ("hidden_act", config.get("hidden_act"), "silu"),
         ("scoring_func", config.get("scoring_func"), "softmax"),
     ):
@@ -280,10 +234,6 @@ def _recognise(state: dict[str, Tensor], source: Path, given: dict) -> LoadRepor
     for name in left_out:
         del state[name], plain[name]
     _check_tensors(state, source)
-    for name in ("num_attention_heads", "num_key_value_heads", "num_experts_per_tok"):
-        value = given.get(name, 1)  # these are divided by below; the model's config checks all
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{source}: {name} must be a positive number, not {value!r}")
 
     def has(*starts: str) -> bool:
         return any(name.startswith(starts) for name in plain.values())
@@ -302,24 +252,14 @@ def _recognise(state: dict[str, Tensor], source: Path, given: dict) -> LoadRepor
             new = theirs.sub(our, new)
         if has_vision and not new.startswith((LLM, PROJECTOR, SUMMARY)):
             new = LLM + new
-        for part, weight in _unfuse(new, state.pop(name)).items():
-            if part in found.state:
-                raise ValueError(f"{source} has {part} twice, the second time as {name}")
-            found.state[part] = weight
+        if new in found.state:
+            raise ValueError(f"{source} has {new} twice, the second time as {name}")
+        found.state[new] = state.pop(name)
     prefix = LLM if has_vision else ""
     head, embedding = f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"
-    tied = head in found.state and embedding not in found.state
-    if tied:  # safetensors' save_model keeps one name of a shared tensor, the first by alphabet
+    if head in found.state and embedding not in found.state:
+        # safetensors' save_model keeps one name of a shared tensor, the first by alphabet.
         found.state[embedding] = found.state.pop(head)
-    changes = {
-        "wrappers' prefixes": list(plain) != list(plain.values()),
-        "names": old or (has_vision and not ours),
-        "fused matrices": len(found.state) > len(plain),
-        "order of rotary pairs": old,
-        "head as embeddings": tied,
-    }
-    found.converted = [change for change, happened in changes.items() if happened]
-
     found.title = _infer_language_model(found, prefix)
     if has_vision:
         _infer_vision(found, ancestor)
@@ -337,15 +277,14 @@ def pair_halves(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def _check_tensors(state: dict[str, Tensor], source: Path) -> None:
-    """A crafted tensor claims a shape that its bytes don't fill: copied, it fills the memory."""
+    """Quantised weights would be read as nonsense, and a crafted tensor that claims a shape that
+    its bytes don't fill would fill the memory once it is copied."""
     floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     odd = [
         f"{name} ({weight.dtype}, {tuple(weight.shape)})"
         for name, weight in state.items()
         if weight.dtype not in floats
         or weight.layout != torch.strided
-        or weight.numel() == 0
-        or weight.ndim == 0
         or weight.nbytes > weight.untyped_storage().nbytes()
     ]
     if odd:
@@ -353,20 +292,6 @@ def _check_tensors(state: dict[str, Tensor], source: Path) -> None:
             f"{source} isn't a readable state dict: these aren't whole tensors of floating-point "
             f"numbers: {', '.join(odd[:6])}"
         )
-
-
-def _unfuse(name: str, weight: Tensor) -> dict[str, Tensor]:
-    """Some serving engines write q, k and v, or gate and up, as one matrix."""
-    if name.endswith(".qkv_proj.weight"):
-        width = weight.shape[-1]  # q's rows; the rest is half k, half v
-        parts = weight.tensor_split((width, (weight.shape[0] + width) // 2))
-        names = ("q_proj", "k_proj", "v_proj")
-    elif name.endswith(".gate_up_proj.weight"):
-        parts, names = weight.tensor_split(2), ("gate_proj", "up_proj")
-    else:
-        return {name: weight}
-    start = name.rsplit(".", 2)[0]
-    return {f"{start}.{n}.weight": part for n, part in zip(names, parts, strict=True)}
 
 
 def _matrix(found: LoadReport, name: str) -> Tensor:
@@ -407,8 +332,6 @@ def _infer_language_model(found: LoadReport, prefix: str) -> str:
         heads = given["num_attention_heads"]
     elif q_norm is not None:
         heads = width // len(q_norm)
-    elif "num_key_value_heads" in given:
-        heads = width * given["num_key_value_heads"] // kv_width
     else:
         heads = found.assumed["num_attention_heads"] = usual_heads
     found.assumed |= {"rope_theta": theta, "rms_norm_eps": eps}
