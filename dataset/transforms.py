@@ -1,7 +1,6 @@
 """From decoded frames of any size to the vision tower's normalised input."""
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -69,9 +68,6 @@ class FrameTransform:
         try:
             config = config.get("image_processor", config)
             config = {name: value for name, value in config.items() if value is not None}
-            if "size" not in config and "max_num_patches" in config:
-                # SigLIP2's NaFlex takes any grid of patches: give it the square one.
-                config["size"] = math.isqrt(config["max_num_patches"]) * config["patch_size"]
             size, crop = _edges(config["size"]), _edges(config.get("crop_size", config["size"]))
             is_crop = config.get("do_center_crop", "crop_size" in config)
             edges = {*size, *crop} if is_crop else {*size}

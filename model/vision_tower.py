@@ -5,7 +5,6 @@ Shapes: N frames, S pixels a side, P tokens a frame (CLIP: CLS first), D vision 
 
 import hashlib
 import json
-import math
 import pickle
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +15,8 @@ from torch import Tensor
 from model.config import has_cls
 
 # model_type of a directory, with or without the text half → transformers' class of the vision half.
-# Most SigLIP2 checkpoints are of SigLIP's class; "siglip2" are the NaFlex ones.
-_FAMILIES = {
-    "clip": "CLIPVisionModel",
-    "siglip": "SiglipVisionModel",
-    "siglip2": "Siglip2VisionModel",
-}
+# SigLIP2 of one size is of SigLIP's class, too; "siglip2" would be NaFlex, of any size.
+_FAMILIES = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
 _FIX = (
     "put a CLIP or SigLIP model of transformers there (config.json and model.safetensors), for "
     "example with\n  hf download openai/clip-vit-base-patch32 --local-dir {directory}"
@@ -52,21 +47,15 @@ class VisionTower:
         self.model = vision_model.requires_grad_(False).eval()
         config = vision_model.config
         self.family: str = _family(config.model_type)
-        self.patch_size: int = config.patch_size
-        # NaFlex takes any grid up to a number of patches: always give it the square one.
-        naflex = self.family == "siglip2"
-        self.grid: int = (
-            math.isqrt(config.num_patches) if naflex else config.image_size // self.patch_size
-        )
-        self.image_size: int = self.grid * self.patch_size if naflex else config.image_size
+        self.image_size: int = config.image_size
         self.hidden_size: int = config.hidden_size
-        self.tokens_per_frame: int = self.grid**2 + (self.family == "clip")
+        grid = config.image_size // config.patch_size
+        self.tokens_per_frame: int = grid**2 + (self.family == "clip")
         assert has_cls(self.tokens_per_frame) == (self.family == "clip"), "the rule of has_cls"
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "VisionTower":
-        """Loads a directory that holds a CLIP or SigLIP, whole or its vision half, in float32; or
-        the tower within a directory that scripts/export_hf.py wrote.
+        """Loads a directory that holds a CLIP or SigLIP, whole or its vision half, in float32.
 
         Raises ValueError where the directory is missing, is of another model, or lacks weights.
         """
@@ -79,8 +68,6 @@ class VisionTower:
             model_type = about["model_type"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{directory}/config.json names no model_type: {fix}") from error
-        if model_type == "cinego":
-            return cls(_exported(directory))
         if _family(model_type) not in _FAMILIES:
             raise ValueError(f"{directory} holds a {model_type!r} model, not CLIP or SigLIP: {fix}")
 
@@ -132,17 +119,8 @@ class VisionTower:
         if self.family == "clip":
             return model(pixel_values=pixel_values).last_hidden_state
         # SigLIP's last_hidden_state has passed the final norm: call what stands before it.
-        if self.family == "siglip":
-            embeds_NPD = model.embeddings(pixel_values)
-        else:
-            grid = torch.tensor([[self.grid, self.grid]], device=pixel_values.device)
-            embeds_NPD = model.embeddings(self._patches(pixel_values), grid)
+        embeds_NPD = model.embeddings(pixel_values)
         return model.encoder(inputs_embeds=embeds_NPD).last_hidden_state
-
-    def _patches(self, pixel_values: Tensor) -> Tensor:
-        """(N, P, patch·patch·3): NaFlex takes pixels patch by patch, channels last in each."""
-        tiles = pixel_values.unflatten(3, (self.grid, -1)).unflatten(2, (self.grid, -1))
-        return tiles.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
     def to(self, device: torch.device | str) -> "VisionTower":
         """Itself, moved."""
@@ -174,22 +152,3 @@ def _check_size(config, directory: Path) -> None:
 
 def _family(model_type: str) -> str:
     return str(model_type).removesuffix("_vision_model")
-
-
-def _exported(directory: Path) -> torch.nn.Module:
-    from safetensors import safe_open
-    from transformers import AutoConfig, AutoModel
-
-    prefix = "vision_tower."
-    try:
-        settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        model = AutoModel.from_config(AutoConfig.for_model(**settings["vision_config"]))
-        with safe_open(directory / "model.safetensors", "pt") as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-            state = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-        model.load_state_dict(state, strict=True)
-    except (OSError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"can't read the vision tower in {directory} ({error}): export it again"
-        ) from error
-    return model.float()

@@ -3,13 +3,12 @@
     # A video-language model with its tower, tokenizer, processor and code; it stands alone:
     python -m scripts.export_hf out/sft_videolm_512.pth out/cinego_512
 
-    # A language model as Llama (as Qwen3, where it normalises queries and keys; its experts as
-    # Qwen3-MoE):
+    # A language model without experts, as Llama (as Qwen3, where it normalises queries and keys):
     python -m scripts.export_hf out/lm_512.pth out/lm_512_llama
     python -m scripts.export_hf out/sft_videolm_512.pth out/lm_512_llama --llm_only
 
-    # Back, and the tower into a directory of its own for --vision_path:
-    python -m scripts.export_hf out/cinego_512 out/sft_videolm_512.pth --tower_to out/tower
+    # Back:
+    python -m scripts.export_hf out/cinego_512 out/sft_videolm_512.pth
 
 The first argument is anything that model/checkpoint.py loads; other generations of MiniMind come
 out in our names. docs/checkpoints.md has the table of what becomes what.
@@ -19,7 +18,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -33,7 +33,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     Qwen3Config,
-    Qwen3MoeConfig,
 )
 
 from cli import TOKENIZER_PATH, VISION_PATH, Flags, flag, launch, parse_flags
@@ -41,9 +40,9 @@ from dataset.video import FrameTransform
 from model.checkpoint import load_model, read_about, save_model
 from model.cinego import Cinego
 from model.config import LanguageModelConfig
+from model.generate import MAX_NEW_TOKENS
 from model.minimind import MiniMind
 from model.tokenizer import check_tokenizer, open_tokenizer, tokenizer_fingerprint
-from model.vision_tower import VisionTower
 from scripts.transformers_code.configuration_cinego import CinegoHubConfig
 from scripts.transformers_code.modeling_cinego import CinegoForCausalLM
 from scripts.transformers_code.processing_cinego import CinegoProcessor
@@ -52,7 +51,6 @@ ROOT = Path(__file__).resolve().parent.parent
 ENTRY_POINTS = sorted((ROOT / "scripts/transformers_code").glob("*_cinego.py"))
 # `from model.cinego import …` in our files; a directory of remote code is flat and relative.
 _OWN_IMPORT = re.compile(r"^( *)from (model|dataset)\.(\w+) import", re.MULTILINE)
-MAX_NEW_TOKENS = 128  # transformers' own default, 20, cuts captions
 
 
 @dataclass
@@ -70,14 +68,11 @@ class ExportFlags(Flags):
         None, "frames taken from a video (default: as in training, or 8)", at_least=1
     )
     llm_only: bool = flag(False, "the language model of a video-language model alone")
-    tower_to: str | None = flag(None, "with a target name.pth: a directory for the vision tower")
 
     def problems(self) -> list[str]:
         found = super().problems()
         if not (self.source and self.target):
             found.append("name two: a checkpoint, and a new directory or a file name.pth")
-        elif self.tower_to and Path(self.target).suffix != ".pth":
-            found.append("--tower_to goes with a target name.pth")
         return found
 
 
@@ -134,12 +129,10 @@ def export_video_language_model(
     ):
         type(part).register_for_auto_class(auto_class)
 
-    def write(folder: Path) -> None:
+    with whole_directory(directory) as folder:
         exported.save_pretrained(folder)
         processor.save_pretrained(folder)
         write_code(folder)
-
-    write_directory(directory, write)
 
 
 def export_language_model(
@@ -147,8 +140,7 @@ def export_language_model(
 ) -> None:
     """Writes `model` in the layout that transformers, and what reads its models, knows.
 
-    Raises ValueError for experts that no family of transformers computes, and where `directory` has
-    something in it.
+    Raises ValueError for experts, and where `directory` has something in it.
     """
     config = usual_config(model.config)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -157,21 +149,22 @@ def export_language_model(
     config.cinego = {**about, "model": "MiniMind", "model_config": model.config.to_dict()}
     config.dtype = torch.float32
 
-    def write(folder: Path) -> None:
+    with whole_directory(directory) as folder:
         config.save_pretrained(folder)
         generation_config(tokenizer).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         # Our names are these families' own, and the head is tied: there is nothing to rename.
         save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
 
-    write_directory(directory, write)
-
 
 def usual_config(ours: LanguageModelConfig) -> PreTrainedConfig:
-    """The same numbers for the family in transformers that computes the same.
-
-    ValueError where there is none: for experts without q/k norm, or with a shared one.
-    """
+    """The same numbers for the family in transformers that computes the same; ValueError for
+    experts."""
+    if ours.num_experts:
+        raise ValueError(
+            "a mixture of experts isn't written for transformers alone: convert it to a .pth, or "
+            "export the whole video-language model"
+        )
     same = (
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
         *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
@@ -183,49 +176,9 @@ def usual_config(ours: LanguageModelConfig) -> PreTrainedConfig:
         "rope_parameters": {"rope_type": "default", "rope_theta": ours.rope_theta},
         "tie_word_embeddings": True,
     }
-    if not ours.num_experts:
-        family = "Qwen3" if ours.qk_norm else "Llama"
-        config_class = Qwen3Config if ours.qk_norm else LlamaConfig
-        return config_class(**settings, architectures=[f"{family}ForCausalLM"])
-    if not ours.qk_norm or ours.num_shared_experts:
-        # Qwen2-MoE weighs its shared expert, Mixtral always scales its routed ones' weights to 1.
-        raise ValueError(
-            "transformers has one family for experts like ours, Qwen3-MoE: it normalises queries "
-            "and keys and has no shared expert. This model "
-            + ("has one" if ours.num_shared_experts else "doesn't normalise them")
-            + ": convert it to a .pth, or export the whole video-language model, which takes any"
-        )
-    return Qwen3MoeConfig(
-        **settings,
-        moe_intermediate_size=ours.intermediate_size,
-        num_experts=ours.num_experts,
-        num_experts_per_tok=ours.num_experts_per_tok,
-        norm_topk_prob=ours.norm_topk_prob,
-        router_aux_loss_coef=ours.router_aux_loss_coef,
-        architectures=["Qwen3MoeForCausalLM"],
-    )
-
-
-def export_pth(source: str, path: Path, tower_to: str | None) -> None:
-    """Any checkpoint, or exported directory, as our .pth and .json.
-
-    tower_to: a directory for the vision tower within an exported one, in the form that it once came
-    in; ValueError for other sources.
-    """
-    model = load_model(source)
-    print(model.load_report)
-    meta = {k: v for k, v in read_about(source).items() if k not in ("model", "model_config")}
-    if tower_to:
-        if not Path(source, "processor_config.json").is_file():
-            raise ValueError(
-                f"{source} has no vision tower: --tower_to is for exported directories"
-            )
-        parts = (
-            VisionTower.from_pretrained(source).model,
-            CLIPImageProcessorPil.from_pretrained(source),
-        )
-        write_directory(Path(tower_to), lambda folder: [p.save_pretrained(folder) for p in parts])
-    save_model(path, model, meta)
+    family = "Qwen3" if ours.qk_norm else "Llama"
+    config_class = Qwen3Config if ours.qk_norm else LlamaConfig
+    return config_class(**settings, architectures=[f"{family}ForCausalLM"])
 
 
 # ---- parts
@@ -275,17 +228,16 @@ def write_code(folder: Path) -> None:
         written.add(path)
 
 
-def write_directory(directory: Path, write: Callable[[Path], None]) -> None:
-    """Writes beside `directory` and renames: never half of a model, nor two mixed.
-
-    ValueError where `directory` has something in it.
-    """
+@contextmanager
+def whole_directory(directory: Path) -> Iterator[Path]:
+    """A folder beside `directory` that takes its place at the end: never half of a model, nor two
+    mixed. ValueError where `directory` has something in it."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory} is there already: remove it, or name another")
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
     try:
-        write(temporary)
+        yield temporary
         for weights in temporary.glob("*.safetensors"):  # 0600, which a web server can't read
             shutil.copymode(temporary / "config.json", weights)
         os.replace(temporary, directory)
@@ -299,12 +251,15 @@ def main(argv: list[str] | None = None) -> None:
     named = [f"--{name}={word}" for name, word in zip(("source", "target"), plain, strict=False)]
     flags = parse_flags(ExportFlags, __doc__, named + argv[len(named) :])
     target = Path(flags.target)
-    if target.suffix == ".pth":
-        export_pth(flags.source, target, flags.tower_to)
+    to_pth = target.suffix == ".pth"
+    model = load_model(flags.source, None if to_pth or flags.llm_only else flags.vision_path)
+    print(model.load_report)
+    about = read_about(flags.source)
+    if to_pth:
+        own = ("model", "model_config")  # save_model writes these again
+        save_model(target, model, {k: v for k, v in about.items() if k not in own})
     else:
-        model = load_model(flags.source, None if flags.llm_only else flags.vision_path)
-        print(model.load_report)
-        about, tokenizer = read_about(flags.source), open_tokenizer(flags.tokenizer_path)
+        tokenizer = open_tokenizer(flags.tokenizer_path)
         check_tokenizer(model, tokenizer, about, flags.accept_tokenizer)
         about.setdefault("lineage", {})["tokenizer"] = tokenizer_fingerprint(tokenizer)
         if isinstance(model, Cinego) and not flags.llm_only:

@@ -127,26 +127,12 @@ class CinegoForCausalLM(PreTrainedModel, GenerationMixin):
         **kwargs,
     ):
         """transformers' generate. Visuals are read once, however many beams and tokens follow: from
-        here on they stand in the prompt's embeddings."""
+        here on they stand in the prompt's embeddings. ValueError for use_cache=False."""
+        if not kwargs.get("use_cache", True):
+            raise ValueError("Cinego generates with a cache: leave use_cache=False out")
         visuals = self._plain(pixel_values, visual_features, frames_per_visual, visual_mask)
         embeds_BLC = self.cinego.embed(input_ids, **visuals)
         return super().generate(input_ids, inputs_embeds=embeds_BLC, **kwargs)
-
-    def prepare_inputs_for_generation(
-        self, input_ids, inputs_embeds=None, is_first_iteration=False, use_cache=True, **kwargs
-    ):
-        """transformers' own, but that a prompt is given as embeddings each time without a cache."""
-        if not use_cache:
-            answer_ids = input_ids[:, inputs_embeds.shape[1] :]
-            answer_BLC = self.get_input_embeddings()(answer_ids)
-            inputs_embeds, is_first_iteration = torch.cat([inputs_embeds, answer_BLC], 1), True
-        return super().prepare_inputs_for_generation(
-            input_ids,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            use_cache=use_cache,
-            **kwargs,
-        )
 
     def _plain(self, pixel_values, visual_features, frames_per_visual, visual_mask) -> dict:
         """As a processor gives them → as `Cinego.embed` takes them."""
