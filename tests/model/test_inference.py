@@ -61,18 +61,6 @@ def test_fewer_bits_stay_near(kind, how, alike):
     assert [len(ids) for ids in generate(ready, inputs(), 20, 96)] != [0, 0, 0]
 
 
-def test_without_torchs_private_operators_bfloat16_answers_the_same(monkeypatch):
-    """As on another version of torch, or a CPU without the instructions."""
-    model = make()
-    ready = prepare(copy.deepcopy(model), "bfloat16")
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    public = prepare(copy.deepcopy(model), "bfloat16")
-    assert public.head.packed is None
-    with torch.no_grad():
-        logits, expected = (each(**inputs()).logits.float() for each in (public, ready))
-    assert torch.cosine_similarity(expected, logits, dim=-1).min() > 0.999
-
-
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="--dtype float32 --quantize int4: choose of .* int8"):
         prepare(make(), "float32", "int4")

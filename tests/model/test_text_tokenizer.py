@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from scripts.train_tokenizer import TEXT_FILE, level_1_characters, read_sections, train
+from scripts.train_tokenizer import TEXT_FILE, read_sections, train
 
 ROOT = Path(__file__).resolve().parents[2]
 PLACEHOLDER = "<" * 25 + ">" * 25
@@ -61,12 +61,6 @@ def test_both_languages_get_about_half_of_the_merges(tokenizer):
     merged = [t.replace("Ġ", "") for t in tokenizer.convert_ids_to_tokens(range(259, 6400))]
     chinese = sum(not token.isascii() for token in merged)
     assert 0.45 < chinese / len(merged) < 0.55
-
-
-def test_level_1_of_gb2312_has_3755_characters():
-    characters = level_1_characters()
-    assert len(set(characters)) == len(characters) == 3755
-    assert characters.startswith("啊阿埃") and characters.endswith("尊遵昨左佐柞做作坐座")
 
 
 def test_training_keeps_the_rules_whatever_the_text(tmp_path):
