@@ -16,7 +16,7 @@ from model.config import LanguageModelConfig
 from model.minimind import MiniMind
 from model.tokenizer import open_tokenizer
 from model.vision_tower import VisionTower
-from trainer.checkpoint import find_state
+from trainer.checkpoint import checksum, find_state
 from trainer.config import TrainConfig
 
 MANIFEST = {"tokens_per_frame": 2, "hidden_size": 4, "dtype": "float16", "sources": {}}
@@ -40,7 +40,8 @@ def video_checkpoint_with_code() -> None:
 
 def state_with_code() -> None:
     torch.save({"identity": Malicious()}, "state.pt")
-    find_state(Path(), "state.pt", {})
+    Path("state.pt").rename(f"state-00000001-{checksum(Path('state.pt'))}.pt")
+    find_state(Path(), {})
 
 
 def features_with_code() -> None:

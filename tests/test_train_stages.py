@@ -327,6 +327,7 @@ def test_another_tokenizer_or_new_data_are_not_taken_for_a_finished_run():
 
 def test_wandb_keeps_its_own_log_on_this_machine(monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
-    command(train_pretrain, "--from_scratch --freeze_llm 0 --use_wandb --tracker_offline")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    command(train_pretrain, "--from_scratch --freeze_llm 0 --use_wandb")
     (log,) = Path("out/pretrain_videolm_32/wandb").glob("offline-run-*/*.wandb")
     assert log.read_bytes().startswith(b":W&B")  # its own process fills it, a little later

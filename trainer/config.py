@@ -53,7 +53,7 @@ class RunFlags(Flags):
 
     out_dir: str = run_flag("out", "folder of weights and run folders", "--save_dir")
     run_name: str = run_flag("run", "weights: OUT_DIR/RUN_NAME.pth; run folder: OUT_DIR/RUN_NAME")
-    resume: str = run_flag("auto", "auto: from the run's last state; never; or a state file")
+    resume: Literal["auto", "never"] = run_flag("auto", "auto: from the run's last state")
     log_interval: int = run_flag(10, "steps between lines of metrics.jsonl", at_least=1)
     eval_interval: int = run_flag(0, "steps between validations; 0: at the end only", at_least=0)
     save_interval: int = run_flag(500, "steps between checkpoints; 0: at the end only", at_least=0)
@@ -66,13 +66,10 @@ class RunFlags(Flags):
         "--max_bad",
         at_least=0,
     )
-    tracker: Literal["none", "wandb", "swanlab", "trackio", "tensorboard"] = run_flag(
+    tracker: Literal["none", "wandb", "swanlab", "trackio"] = run_flag(
         "none", "experiment tracker to log to as well"
     )
     use_wandb: bool = run_flag(False, "the same as --tracker wandb")
-    tracker_offline: bool = run_flag(
-        False, "keep the tracker's log on this machine, without an account"
-    )
     wandb_project: str = run_flag("Cinego", "the tracker's name of the project")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps", scope="process")
     num_workers: int = flag(
@@ -99,8 +96,6 @@ class TrainConfig(OptimFlags, RunFlags):
             found.append("--patience counts validations: give --eval_interval too")
         if not self.run_name or "/" in self.run_name or self.run_name in (".", ".."):
             found.append(f"--run_name is {self.run_name!r}: give a plain file name")
-        if self.use_wandb and self.tracker not in ("none", "wandb"):
-            found.append(f"--use_wandb and --tracker {self.tracker}: give one of them")
         return found
 
     def identity(self) -> dict[str, Any]:

@@ -13,7 +13,6 @@ An error in one process is reported by that process. The others only see broken 
 look into the shared store for the reason and repeat it, instead of the transport's own complaint.
 """
 
-import hashlib
 import os
 import socket
 import time
@@ -21,7 +20,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -207,25 +205,15 @@ def setup(device: str = "auto", timeout: float = 900) -> World:
     # Every batch has a new shape, and on a CPU oneDNN keeps the code that it made for 1024 of them:
     # gigabytes, which are never used again.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-    if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        raise ValueError(
-            f"Slurm starts this {os.environ['SLURM_NTASKS']} times, and each would train alone into"
-            " one --out_dir: use one task a machine (--ntasks-per-node 1) and `srun torchrun …`"
-        )
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if size == 1:
-        if (
-            chosen.type == "cuda" and chosen.index
-        ):  # else its loader would open a context on the first GPU too
+        if chosen.index:  # else its loader would open a context on the first GPU too
             torch.cuda.set_device(chosen)
         return World(chosen)
     if chosen.type == "cuda":
-        local, here = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if chosen.index is not None:
             raise ValueError(f"--device {device}: {size} processes need {size} GPUs; give cuda")
-        if local >= here:
-            raise ValueError(f"--nproc_per_node: process {local} of this machine, {here} GPUs")
-        chosen = torch.device("cuda", local)
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
     host, store, limit = socket.gethostname(), None, timedelta(seconds=timeout)
     backend, device_id = ("gloo", None) if chosen.type == "cpu" else ("cpu:gloo,cuda:nccl", chosen)
@@ -253,15 +241,6 @@ def setup(device: str = "auto", timeout: float = 900) -> World:
             "NCCL_IB_DISABLE=1 and NCCL_P2P_DISABLE=1 leave out what often fails."
         ) from None
     return World(chosen, rank, size, store)
-
-
-def code_fingerprint() -> str:
-    """16 hex digits of all that is run here: a machine with an older checkout is told apart."""
-    root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
-    for folder in (".", "model", "dataset", "trainer"):
-        for path in sorted((root / folder).glob("*.py")):
-            digest.update(f"{folder}/{path.name}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
 
 
 def is_restarted() -> bool:

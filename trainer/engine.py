@@ -6,10 +6,11 @@ and, once in a while, evaluates, logs and saves.
 
 import itertools
 import math
+import secrets
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,9 @@ from torch import Tensor, nn
 
 from device import choose_dtype
 from lock import hold_lock
-from trainer.checkpoint import (
-    explain_failed_write,
-    find_state,
-    list_states,
-    remove_leftovers,
-    save_state,
-)
+from trainer.checkpoint import find_state, list_states, remove_leftovers, save_state
 from trainer.config import TrainConfig
-from trainer.distributed import ProcessLost, World, code_fingerprint, is_restarted
+from trainer.distributed import ProcessLost, World, is_restarted
 from trainer.interrupt import StopRequest
 from trainer.logger import MetricsLogger, format_losses
 from trainer.optim import Optimizers, learning_rate_factor
@@ -60,6 +55,7 @@ class Progress:
     best_step: int = 0
     validations_since_best: int = 0
     metrics: dict[str, Any] = field(default_factory=dict)  # the last line
+    tracker_id: str = field(default_factory=lambda: secrets.token_hex(4))  # one curve, resumed too
 
     def add_validation(self, loss: float) -> bool:
         """Whether it is the lowest loss so far."""
@@ -150,7 +146,7 @@ def evaluate(
     """
     model.eval()
     loss_sum, tokens, bad = 0.0, 0, []
-    for batch in read_batches(loader):
+    for batch in loader:
         bad += batch["bad"]
         if batch["inputs"]:
             loss_sum += compute_loss(model, batch, config.dtype, world.device)
@@ -158,11 +154,6 @@ def evaluate(
     model.train()
     logger.log_bad_samples(world.gather_objects(bad))
     loss_sum, tokens = world.all_reduce_sum(float(loss_sum), tokens)
-    if not tokens:  # training continues: its weights are worth more than the figure
-        world.print_rank0(
-            "warning: no sample of the validation can be read, so there is no val_loss; "
-            f"{logger.quarantine_path} says why"
-        )
     return loss_sum / tokens if tokens else math.nan
 
 
@@ -182,136 +173,98 @@ def fit(
     `skip(batches)`. `save_weights(path, meta)` writes a checkpoint or raises OSError; `lineage`
     (what the data and the first weights are) goes into it and into the state, so that a resumed
     run is the same run. Raises TrainingStopped and StoppedBySignal as these classes say,
-    ProcessLost where another process is gone, ValueError if there is nothing to train on, the
-    processes differ, another training writes to the run's folder, or the state found in it belongs
-    to another run.
+    ProcessLost where another process is gone, ValueError if the processes differ, another training
+    writes to the run's folder, or the state found in it belongs to another run.
     """
     config.dtype = choose_dtype(config.dtype, world.device)
-    facts = {**config.shared(), **lineage, "validation": val_loader is not None}
-    facts |= {"code": code_fingerprint(), "torch": torch.__version__}
-    if config.optimizer == "muon" and world.device.type == "cuda":
-        # Its products round in another way on another GPU: the processes' weights would drift.
-        facts["GPU"] = torch.cuda.get_device_name(world.device)
-    world.check_consistent(facts)
-    with locked_run_folder(config, world) as folder:
-        return run_steps(
-            model, train_loader, val_loader, config, world, save_weights, lineage, folder
+    world.check_consistent({**config.shared(), **lineage, "validation": val_loader is not None})
+    with open_run_folder(config, world) as folder, StopRequest(verbose=world.is_main) as stop:
+        # ---- where the run stands
+        name, weights_path = config.run_name, folder.with_name(f"{config.run_name}.pth")
+        identity = {**config.identity(), **lineage}
+        state = load_state(folder, config.resume, identity, world)
+        if state and state["finished"]:
+            if world.broadcast_object(weights_path.is_file()):
+                world.print_rank0(f"{name}: already finished, {weights_path} stands")
+                return state["progress"]["metrics"]
+            state = None  # its weights were taken away: somebody wants them made again
+        # What a step is follows from the number of processes that the run started with. Others
+        # that resume it cut the same batches in another way.
+        processes = state["processes"] if state else world.size
+        parts = train_loader.batch_sampler.plan_for(processes)
+        accumulation_steps = config.accumulation_steps * parts
+        steps_per_epoch = math.ceil(len(train_loader) / accumulation_steps)
+        total_steps = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
+        if total_steps == 0:
+            raise ValueError("the training data gives no batch; add samples")
+
+        # ---- model, optimizers and log, as they were
+        model.to(world.device).train()
+        optimizers = Optimizers(model, config)
+        scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
+        # It then has a scale in a process whose first batches give no gradient, too.
+        scaler.scale(torch.zeros((), device=world.device))
+        progress = Progress()
+        if state:
+            model.load_state_dict(state["model"])
+            optimizers.load_state_dict(state["optimizers"])
+            scaler.load_state_dict(state["scaler"])
+            progress = Progress(**state["progress"])
+        world.broadcast_tensors(model.state_dict().values())
+        if world.is_main:
+            remove_leftovers(folder, weights_path, progress.step)
+        logger = MetricsLogger(
+            config, world.is_main, progress.step, total_steps, progress.tracker_id
         )
+        world.print_rank0(f"{name}: {optimizers.description}; on {world.device} in {config.dtype}")
+        world.print_rank0(f"{name}: steps {progress.step} to {total_steps}")
 
-
-@contextmanager
-def locked_run_folder(config: TrainConfig, world: World) -> Iterator[Path]:
-    """The run's folder, made if missing and held against a second training of the same name."""
-    folder, release = Path(config.out_dir) / config.run_name, None
-    if world.is_main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(
-                f"--out_dir {config.out_dir}: {folder} can't be made ({error.strerror}); give a "
-                "folder that may be written"
-            ) from None
-        release = hold_lock(folder / "lock", "training")
-    try:
-        yield folder
-    finally:
-        if release:
-            release()
-
-
-def run_steps(
-    model: nn.Module,
-    train_loader: Iterable[Batch],
-    val_loader: Iterable[Batch] | None,
-    config: TrainConfig,
-    world: World,
-    save_weights: Callable[[Path, dict[str, Any]], None],
-    lineage: dict[str, Any],
-    folder: Path,
-) -> dict[str, Any]:
-    """`fit` in the run's folder: resume or start, the loop over steps, the last line of metrics."""
-    name, weights_path = config.run_name, folder.with_name(f"{config.run_name}.pth")
-    identity = {**config.identity(), **lineage}
-    state = load_state(folder, config.resume, identity, world)
-    # What a step is follows from the number of processes that the run started with. Others that
-    # resume it cut the same batches in another way.
-    processes = state["processes"] if state else world.size
-    accumulation_steps = config.accumulation_steps * train_loader.batch_sampler.plan_for(processes)
-    steps_per_epoch = math.ceil(len(train_loader) / accumulation_steps)
-    total_steps = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
-    if total_steps == 0:
-        raise ValueError("the training data gives no batch; lower --batch_size or add samples")
-    if state and state["finished"]:
-        if world.broadcast_object(weights_path.is_file()):
-            world.print_rank0(f"{name}: already finished, {weights_path} stands; nothing to do")
-            return state["progress"]["metrics"]
-        state = None  # its weights were taken away: somebody wants them made again
-
-    model.to(world.device).train()
-    optimizers = Optimizers(model, config)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
-    # It then has a scale in a process whose first batches give no gradient, too.
-    scaler.scale(torch.zeros((), device=world.device))
-    progress = Progress()
-    if state:
-        model.load_state_dict(state["model"])
-        optimizers.load_state_dict(state["optimizers"])
-        scaler.load_state_dict(state["scaler"])
-        progress = Progress(**state["progress"])
-    world.broadcast_tensors(model.state_dict().values())
-    world.print_rank0(f"{name}: {optimizers.description}; on {world.device} in {config.dtype}")
-    world.print_rank0(f"{name}: steps {progress.step} to {total_steps}")
-    if config.warmup_iters >= total_steps:
-        world.print_rank0(
-            "warning: the run ends within its warm-up and never reaches its learning rates: lower "
-            f"--warmup_iters {config.warmup_iters}"
-        )
-    if world.is_main:
-        remove_leftovers(folder, weights_path, progress.step)
-    logger = MetricsLogger(
-        config, world.is_main, progress.step, total_steps, state and state["logger"]
-    )
-
-    def save(finished: bool) -> None:
-        """Weights, then the state that makes them part of the run."""
-        if not world.is_main:
-            return
-        logger.flush_to_disk()
-        if not config.patience or progress.best_step in (0, progress.step):  # else the best stay
-            meta = {"step": progress.step, "metrics": progress.metrics, "lineage": lineage}
-            with explain_failed_write(weights_path):
+        def save(finished: bool) -> None:
+            """Weights, then the state that makes them part of the run."""
+            if not world.is_main:
+                return
+            best = progress.best_step in (0, progress.step)
+            if best or not config.patience:  # else the best weights stay
+                meta = {"step": progress.step, "metrics": progress.metrics, "lineage": lineage}
                 save_weights(weights_path, meta)
-        state = {"identity": identity, "processes": processes, "progress": asdict(progress)}
-        state |= {"finished": finished}
-        if not finished:  # a finished run needs no more than the mark that it is finished
-            state |= {"model": model.state_dict(), "optimizers": optimizers.state_dict()}
-            state |= {"scaler": scaler.state_dict(), "logger": logger.state_dict()}
-        save_state(folder, progress.step, state, keep=1 if finished else config.keep_last)
-        logger.draw_curves()
+            state = {"identity": identity, "processes": processes, "progress": asdict(progress)}
+            state |= {"finished": finished}
+            if not finished:  # a finished run needs no more than the mark that it is finished
+                state |= {"model": model.state_dict(), "optimizers": optimizers.state_dict()}
+                state |= {"scaler": scaler.state_dict()}
+            save_state(folder, progress.step, state, keep=1 if finished else config.keep_last)
+            logger.draw_curves()
 
-    batches = None
-    with StopRequest(verbose=world.is_main) as stop, naming_last_state(folder, progress):
-        while progress.step < total_steps:
+        batches, last = None, False
+        while not last:
             # ---- once an epoch: a new order (or, resumed in its middle, the rest of the old one)
             epoch, step_in_epoch = divmod(progress.step, steps_per_epoch)
             if batches is None or step_in_epoch == 0:
                 train_loader.batch_sampler.set_epoch(epoch)
                 train_loader.batch_sampler.skip(step_in_epoch * accumulation_steps)
-                batches = read_batches(train_loader)
+                batches = iter(train_loader)
 
             # ---- one optimizer step
             started = time.perf_counter()
-            micro_batches = next_micro_batches(batches, accumulation_steps, stop)
+            micro_batches = list(itertools.islice(batches, accumulation_steps))
             waited = time.perf_counter() - started
             rate = learning_rate_factor(
                 progress.step, total_steps, config.warmup_iters, config.schedule
             )
             optimizers.set_learning_rates(rate)
+            stopping = stop.signum is not None
             stats = train_step(
-                model, micro_batches, optimizers, scaler, config, world, progress.step, stop.came()
+                model, micro_batches, optimizers, scaler, config, world, progress.step, stopping
             )
-            if stats.stopping:
-                save_and_exit(progress.step, total_steps, save, stop, world)
+            if stats.stopping:  # this process, or another one
+                signum = signal.Signals(stop.signum or signal.SIGTERM)
+                if progress.step:
+                    save(finished=False)
+                    world.print_rank0(
+                        f"{signum.name}: saved step {progress.step} of {total_steps}; the same "
+                        "command resumes from there"
+                    )
+                raise StoppedBySignal(128 + signum)
             progress.step += 1
             progress.samples_seen += int(stats.samples)
             progress.samples_bad += int(stats.bad)
@@ -345,21 +298,61 @@ def run_steps(
                 saving = saving or last or (config.patience and improved)
             progress.metrics = logger.log(metrics)
             if saving:
-                save(last)
+                save(finished=last)
             logger.restart_window()
-            if last:
-                break
 
-    logger.close()
-    if progress.step < total_steps:
-        world.print_rank0(
-            f"{name}: stopped, {progress.validations_since_best} validations without a val_loss "
-            f"under {progress.best_loss:.4f}"
+        logger.close()
+        if progress.step < total_steps:
+            world.print_rank0(
+                f"{name}: stopped, {progress.validations_since_best} validations without a "
+                f"val_loss under {progress.best_loss:.4f}"
+            )
+        of = f" of step {progress.best_step}" if config.patience and progress.best_step else ""
+        where = f"; weights{of} in {weights_path}" if weights_path.is_file() else ""  # or a dry run
+        world.print_rank0(f"{name}: {format_losses(progress.metrics)}{where}")
+        return progress.metrics
+
+
+@contextmanager
+def open_run_folder(config: TrainConfig, world: World) -> Iterator[Path]:
+    """The run's folder, made if missing and held against a second training of the same name.
+
+    What can't be written there, or handed over by the loading processes, ends the run as
+    TrainingStopped, with the state that is left.
+    """
+    folder = Path(config.out_dir) / config.run_name
+    try:
+        with ExitStack() as stack:
+            if world.is_main:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.callback(hold_lock(folder / "lock", "training"))
+            yield folder
+    except ProcessLost:
+        raise
+    except (OSError, RuntimeError) as error:
+        reason = describe_lack_of_room(error)
+        if reason is None:
+            raise
+        states = list_states(folder)
+        raise TrainingStopped(
+            f"{folder}: {reason}\nThe last good state is {states[0] if states else 'none yet'}; "
+            "the same command then resumes from there."
+        ) from error
+
+
+def describe_lack_of_room(error: OSError | RuntimeError) -> str | None:
+    """What the user can do about an error of the disk or of shared memory; None: it is another."""
+    if "shared memory" in str(error) or "</torch_" in str(error):
+        return (
+            f"the loading processes can't hand over a batch: {str(error).strip().splitlines()[-1]}"
+            "\nShared memory (/dev/shm) is too small for --num_workers batches: lower it or "
+            "--batch_size, or give the container more (docker run --ipc=host, or --shm-size 8g)"
         )
-    of = f" of step {progress.best_step}" if config.patience and progress.best_step else ""
-    where = f"; weights{of} in {weights_path}" if weights_path.is_file() else ""  # none: a dry run
-    world.print_rank0(f"{name}: {format_losses(progress.metrics)}{where}")
-    return progress.metrics
+    # torch.save makes a RuntimeError about positions in a file of a full disk.
+    reason = error if isinstance(error, OSError) else error.__context__
+    if not isinstance(reason, OSError):
+        return None
+    return f"{reason}. Free space, or fix the folder's permissions"
 
 
 def load_state(
@@ -367,40 +360,11 @@ def load_state(
 ) -> dict[str, Any] | None:
     """The state that the run resumes from, the same on all processes; None: it starts.
 
-    The main process alone reads: the others may be on machines that don't see its disk.
+    The main process alone reads: the others may be on machines that don't see its disk. A process
+    that torchrun restarted resumes, whatever the first one was told.
     """
-    state = None
-    if world.is_main:
-        # A process that torchrun restarted resumes, whatever the first one was told.
-        resume = "auto" if is_restarted() and list_states(folder) else resume
-        state = find_state(folder, resume, identity)
-    return world.broadcast_object(state)
-
-
-def read_batches(loader: Iterable[Batch]) -> Iterator[Batch]:
-    """The loader's batches. Raises OSError where its processes have no room to hand them over."""
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "shared memory" not in str(error) and "</torch_" not in str(error):
-            raise
-        reason = str(error).strip().splitlines()[-1]
-        raise OSError(
-            f"the loading processes can't hand over a batch: {reason}\nShared memory (/dev/shm) is "
-            "too small for --num_workers batches: lower it or --batch_size, or give the container "
-            "more (docker run --ipc=host, or --shm-size 8g)"
-        ) from None
-
-
-def next_micro_batches(batches: Iterator[Batch], number: int, stop: StopRequest) -> list[Batch]:
-    """The next micro-batches, fewer at an epoch's end."""
-    try:
-        return list(itertools.islice(batches, number))
-    except RuntimeError:
-        # Slurm signals every process of a job: the loader's workers are gone before we have heard.
-        if not stop.came(within=1.0):
-            raise
-        return []
+    wanted = world.is_main and (resume == "auto" or is_restarted())
+    return world.broadcast_object(find_state(folder, identity) if wanted else None)
 
 
 def count_over_processes(batches: list[Batch], stopping: bool, world: World) -> StepStats:
@@ -433,34 +397,3 @@ def describe_nonfinite_loss(
         f"step {step + 1}: loss {stats.loss}, gradient norm {stats.grad_norm}; no weight was moved."
         f" Samples: {', '.join(ids)}. Look at them, lower the learning rate or try --dtype float32"
     )
-
-
-def save_and_exit(
-    step: int, total_steps: int, save: Callable[[bool], None], stop: StopRequest, world: World
-) -> None:
-    """Ends a run that somebody wants ended; the state holds all steps done so far."""
-    name = signal.Signals(stop.signum).name if stop.signum else "a signal to another process"
-    if step:
-        save(False)
-        world.print_rank0(
-            f"{name}: saved step {step} of {total_steps}; the same command resumes from there"
-        )
-    else:
-        world.print_rank0(f"{name}: left before the first step, nothing to save")
-    raise StoppedBySignal(128 + (stop.signum or signal.SIGTERM))
-
-
-@contextmanager
-def naming_last_state(folder: Path, progress: Progress) -> Iterator[None]:
-    """What can't be written (disk full, permissions) stops the run, with the state that is left."""
-    try:
-        yield
-    except ProcessLost:
-        raise
-    except OSError as error:
-        states = list_states(folder)
-        raise TrainingStopped(
-            f"step {progress.step}: {error}\n"
-            f"The last good state is {states[0] if states else 'none yet'}. Free space or fix the "
-            "folder's permissions; the same command then resumes from there."
-        ) from error

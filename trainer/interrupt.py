@@ -13,19 +13,20 @@ SECONDS_OF_ONE_REQUEST = 3.0
 
 
 def ignore_signals_in_worker(worker_id: int) -> None:
-    """As a loader's `worker_init_fn`: its process ends when the training process says so, and at
-    nobody else's signal.
+    """As a loader's `worker_init_fn`: its process ends when the training process says so.
 
     torchrun and Slurm signal every process of a job. A loader's process that dies of it raises an
     error in the training process, at whatever line that is, before anything is saved.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True).start()
 
 
 def _wait_for_parent(parent: int) -> None:
-    while signal.sigwaitinfo(SIGNALS).si_pid != parent:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
         pass
     os._exit(0)
 
@@ -51,16 +52,9 @@ class StopRequest:
         for signum, handler in self.previous.items():
             signal.signal(signum, handler)
 
-    def came(self, within: float = 0.0) -> bool:
-        """Whether a signal has come, or comes within so many seconds."""
-        deadline = time.monotonic() + within
-        while self.signum is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        return self.signum is not None
-
     def _handle(self, signum: int, frame) -> None:
         if os.getpid() != self.pid:
-            return  # a loader's worker: the training process tells it when to end
+            return  # a loader's worker that has just been forked
         if self.signum is None:
             self.signum, self.since = signum, time.monotonic()
             if self.verbose:  # not print: the signal may have come in the middle of one

@@ -1,31 +1,30 @@
-"""What a run reports: progress bar, metrics.jsonl, quarantine.jsonl, curves.png and, if asked, a
-tracker. The curves of several runs beside each other:
+"""What a run reports: progress bar, metrics.jsonl, quarantine.jsonl, curves.png and, if asked, an
+experiment tracker."""
 
-    python -m trainer.logger out/sft_videolm_512 out/pretrain_videolm_512 --output curves.png
-"""
-
-import argparse
 import dataclasses
+import importlib
 import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from tqdm import tqdm
 
 from files import whole_file
 from trainer.config import TrainConfig
-from trainer.trackers import open_tracker
 
 
 class MetricsLogger:
     """Counts on every process (the sums it is given are global), but only the main one writes.
 
-    state: the `state_dict()` of the run that is resumed; None for one that starts. Raises OSError
-    where a line can't be written.
+    A run that resumes after `first_step` keeps the lines up to there. tracker_id: the run's own at
+    the tracker, so that it continues the same curve. Raises OSError where a line can't be written,
+    ValueError if the tracker isn't installed.
     """
 
     def __init__(
@@ -34,24 +33,23 @@ class MetricsLogger:
         is_main: bool,
         first_step: int,
         total_steps: int,
-        state: dict[str, Any] | None = None,
+        tracker_id: str,
     ):
         self.config, self.is_main = config, is_main
         self.folder = Path(config.out_dir) / config.run_name
         self.metrics_path = self.folder / "metrics.jsonl"
         self.quarantine_path = self.folder / "quarantine.jsonl"
-        self.sums = dict.fromkeys(("loss", "supervised", "real", "padded", "waited"), 0.0)
-        self.earlier = dict.fromkeys(("window_seconds", "seconds", "cpu_seconds"), 0.0)
-        if state:
-            self.sums, self.earlier = dict(state["sums"]), dict(state["earlier"])
         self.quarantined: set[tuple] = set()
+        self.tracked_step = 0  # the last one whose line the tracker has
         self.tracker = None
+        now, cpu_now = time.perf_counter(), cpu_seconds()
         if is_main:
-            last_logged = self._truncate_for_resume(first_step)
+            last = self._truncate_for_resume(first_step)
+            now, cpu_now = now - last.get("seconds", 0), cpu_now - last.get("cpu_seconds", 0)
             name = "wandb" if config.use_wandb else config.tracker
             if name != "none":
-                settings = dataclasses.asdict(config)
-                self.tracker = open_tracker(name, self.folder, settings, first_step, last_logged)
+                self.tracker = open_tracker(name, self.folder, config, tracker_id)
+        self.started, self.cpu_started = now, cpu_now
         self.bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -59,33 +57,26 @@ class MetricsLogger:
             disable=not is_main,
             mininterval=1,
         )
-        self.started, self.cpu_started = time.perf_counter(), cpu_seconds()
         self.restart_window()
 
-    def _truncate_for_resume(self, first_step: int) -> int:
-        """Keeps what the steps before `first_step` wrote; returns the last step that any line was
-        about, 0 if the run starts.
-
-        An interrupted run may have logged more steps than its last checkpoint holds; those are
-        trained again, so their lines go.
-        """
-        last_logged = 0
-        for path in (self.metrics_path, self.quarantine_path):
-            rows = read_rows(path)
-            last_logged = max([last_logged, *(row.get("step", 0) for row in rows)])
-            # An undecodable file is met again where it was met first: its line may stand.
-            kept = [row for row in rows if first_step and row.get("step", 0) <= first_step]
-            if path == self.quarantine_path:
-                self.quarantined = {_key(record) for record in kept}
-            if kept:
+    def _truncate_for_resume(self, first_step: int) -> dict[str, Any]:
+        """Drops what was written after `first_step`: those steps are trained again. Returns the
+        last line of metrics that stays."""
+        metrics = read_rows(self.metrics_path)
+        if first_step:
+            self.tracked_step = max((row["step"] for row in metrics), default=0)
+        metrics = [row for row in metrics if row["step"] <= first_step]
+        bad = read_rows(self.quarantine_path) if first_step else []
+        self.quarantined = {_key(record) for record in bad}
+        for path, rows in ((self.metrics_path, metrics), (self.quarantine_path, bad)):
+            if path.is_file():
                 with whole_file(path) as file:
-                    file.write(_as_lines(kept))
-            else:
-                path.unlink(missing_ok=True)
-        return last_logged if first_step else 0
+                    file.write(_as_lines(rows))
+        return metrics[-1] if metrics else {}
 
     def restart_window(self) -> None:
-        """The time of a validation or a save isn't taken for training time."""
+        """Starts the next line's window. A validation or a save isn't taken for training time."""
+        self.sums = dict.fromkeys(("loss", "supervised", "real", "padded", "waited"), 0.0)
         self.window_started = time.perf_counter()
 
     def count_step(self, stats: Any, waited: float) -> None:
@@ -97,8 +88,8 @@ class MetricsLogger:
         self.bar.update()
 
     def window_means(self) -> dict[str, float]:
-        """Means over the window: the steps since the last line."""
-        seconds, sums = self._elapsed()["window_seconds"], self.sums
+        """Means over the window: the steps since the last line, or since the run was resumed."""
+        seconds, sums = time.perf_counter() - self.window_started, self.sums
         return {
             "loss": sums["loss"] / max(1, sums["supervised"]),
             "tokens_per_second": sums["real"] / seconds,
@@ -107,21 +98,25 @@ class MetricsLogger:
         }
 
     def log(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Writes the row with the run's time so far (resumed: in all), and returns it. A new
-        window starts."""
-        elapsed = self._elapsed()
-        row = {**row, "seconds": elapsed["seconds"], "cpu_seconds": elapsed["cpu_seconds"]}
+        """Writes the row with the run's time up to it (resumed: in all), and returns it."""
+        row["seconds"] = time.perf_counter() - self.started
+        row["cpu_seconds"] = cpu_seconds() - self.cpu_started
         # JSON has no NaN, and float16's scaler meets infinite gradients by design.
         row = {name: value if math.isfinite(value) else None for name, value in row.items()}
         if self.is_main:
             _append(self.metrics_path, [row])
-        if self.tracker:
-            self.tracker.log(row)
+        if self.tracker and row["step"] > self.tracked_step:
+            self._track({name: value for name, value in row.items() if value is not None})
         waiting = f", {row['data_wait']:.0%} waiting for data"
         self.bar.set_postfix_str(format_losses(row) + waiting, refresh=False)
-        self.sums = dict.fromkeys(self.sums, 0.0)
-        self.earlier["window_seconds"] = 0.0
         return row
+
+    def _track(self, row: dict[str, Any]) -> None:
+        try:
+            self.tracker.log(row, step=row["step"])
+        except Exception as error:  # metrics.jsonl has the line, and a server may well be down
+            warnings.warn(f"the tracker failed and is left out from here: {error!r}", stacklevel=2)
+            self.tracker = None
 
     def log_bad_samples(self, bad: list[dict[str, Any]]) -> None:
         """Names each undecodable sample once, however many epochs meet it."""
@@ -130,35 +125,42 @@ class MetricsLogger:
             _append(self.quarantine_path, fresh.values())
         self.quarantined.update(fresh)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What the logger of a resumed run has to know, in the middle of a window too."""
-        elapsed = self._elapsed()
-        if not any(self.sums.values()):
-            elapsed["window_seconds"] = 0.0
-        return {"sums": dict(self.sums), "earlier": elapsed}
-
-    def flush_to_disk(self) -> None:
-        """Has the lines on the disk before a state that relies on them."""
-        for path in (self.metrics_path, self.quarantine_path):
-            if self.is_main and path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-
     def draw_curves(self) -> None:
+        """Draws the losses so far to curves.png."""
         if self.is_main:
             rows = read_rows(self.metrics_path)
             draw_curves({self.config.run_name: rows}, self.folder / "curves.png")
 
     def close(self) -> None:
+        """Ends the bar and the tracker's run."""
         self.bar.close()
         if self.tracker:
             self.tracker.finish()
 
-    def _elapsed(self) -> dict[str, float]:
-        now = time.perf_counter()
-        since = {"window_seconds": now - self.window_started, "seconds": now - self.started}
-        since["cpu_seconds"] = cpu_seconds() - self.cpu_started
-        return {name: value + self.earlier[name] for name, value in since.items()}
+
+def open_tracker(name: str, folder: Path, config: TrainConfig, run_id: str) -> ModuleType:
+    """The tracker's module with the run open: `log` and `finish` are the same for all of them.
+
+    Raises ValueError, with the command that fixes it, if it isn't installed.
+    """
+    try:
+        tracker = importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"--tracker {name} needs a package that isn't here: pip install {name} ({error})"
+        ) from None
+    own = {
+        "wandb": {"name": config.run_name, "id": run_id, "dir": folder},
+        "swanlab": {
+            "experiment_name": config.run_name,
+            "id": run_id,
+            "logdir": f"{folder}/swanlab",
+        },
+        "trackio": {"name": f"{config.run_name}-{run_id}"},
+    }
+    settings = dataclasses.asdict(config)
+    tracker.init(project=config.wandb_project, config=settings, resume="allow", **own[name])
+    return tracker
 
 
 def format_losses(row: dict[str, Any]) -> str:
@@ -183,8 +185,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_curves(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """One panel a run, losses over steps, as PNG; replaced at once, so a viewer never meets half
-    a picture."""
+    """One panel a run, losses over steps, as PNG."""
     from matplotlib.figure import Figure  # slow to import; not pyplot: no window, no global state
 
     figure = Figure(figsize=(5.5 * len(curves), 3.6), layout="constrained")
@@ -216,16 +217,3 @@ def _as_lines(rows: Iterable[dict[str, Any]]) -> bytes:
 
 def _key(record: dict[str, Any]) -> tuple:
     return tuple(record.get(name) for name in ("file", "line", "id", "path"))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw the curves of runs beside each other.")
-    parser.add_argument("runs", type=Path, nargs="+", help="folders with a metrics.jsonl")
-    parser.add_argument("--output", type=Path, default=Path("curves.png"))
-    args = parser.parse_args()
-    draw_curves({run.name: read_rows(run / "metrics.jsonl") for run in args.runs}, args.output)
-    print(args.output)
-
-
-if __name__ == "__main__":
-    main()

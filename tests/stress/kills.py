@@ -23,7 +23,7 @@ import torch
 
 from cli import launch
 from dataset.feature_store import FeatureStore
-from tests.trainer.processes import start
+from tests.trainer.processes import finish, start
 from trainer.logger import read_rows
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "model/text_tokenizer"
@@ -66,12 +66,6 @@ def pretrain(argv: list[str]) -> None:
 
     torch.set_num_threads(1)
     launch(lambda: train_pretrain.main(argv))
-
-
-def finish(team: list, log: Path) -> None:
-    for process in team:
-        process.join()
-        assert process.exitcode == 0, f"{log}: {log.read_text()[-2000:]}"
 
 
 def last_step(run: Path) -> int:

@@ -30,6 +30,13 @@ def start(
     return started
 
 
+def finish(team: list[multiprocessing.Process], log: Path) -> None:
+    """Waits for the processes, which have to end well."""
+    for process in team:
+        process.join()
+        assert process.exitcode == 0, f"{log}: {log.read_text()[-2000:]}"
+
+
 def _child(main: Callable, argv: list[str], log: Path, environment: dict[str, str]) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)

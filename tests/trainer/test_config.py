@@ -45,7 +45,7 @@ def test_minimind_v_s_names_are_understood():
         ("--tokens_per_batch 500", ["500 can't hold a row of --max_seq_len 1024"]),
         ("--patience 2", ["give --eval_interval too", "give --val_path too"]),
         ("--epochs 0 --learning_rate nan", ["--epochs is 0", "--learning_rate is nan"]),
-        ("--run_name a/b --use_wandb --tracker swanlab", ["plain file name", "give one of them"]),
+        ("--run_name a/b", ["plain file name"]),
     ],
 )
 def test_flags_that_contradict_each_other_are_named_at_once(flags, messages):
@@ -284,20 +284,10 @@ def test_every_flag_of_training_changes_what_comes_out():
         assert not torch.equal(results[given], results[""]) and results[given].any(), given
 
 
-def test_a_run_that_ends_within_its_warm_up_is_told(capsys):
-    command(train_pretrain, f"{RANDOM} --warmup_iters 2")
-    assert "never reaches its learning rates: lower --warmup_iters 2" in capsys.readouterr().out
-    command(train_pretrain, f"{RANDOM} --warmup_iters 1 --run_name shorter")
-    assert "warm-up" not in capsys.readouterr().out
-
-
-def test_folders_that_will_not_do_are_named_with_their_flag():
+def test_folders_that_will_not_do_are_named():
     Path("file").write_text("")
-    with pytest.raises(ValueError, match=r"--out_dir file: .*Not a directory.*; give a folder"):
+    with pytest.raises(ValueError, match="file/.*Not a directory"):
         command(train_pretrain, f"{RANDOM} --out_dir file")
-    Path("empty").mkdir()
-    with pytest.raises(ValueError, match="--tokenizer_path empty: no tokenizer.*tokenizer.json"):
-        command(train_pretrain, f"{RANDOM} --tokenizer_path empty")
     with pytest.raises(ValueError, match="--tokenizer_path nowhere: no such folder"):
         command(train_pretrain, f"{RANDOM} --tokenizer_path nowhere")
 

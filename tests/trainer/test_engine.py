@@ -2,16 +2,13 @@
 
 import json
 import math
-import multiprocessing
 import os
 import resource
-import socket
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
@@ -19,6 +16,7 @@ from dataset.samples import read_samples
 from dataset.video_dataset import LengthGroupedBatchSampler, VideoDataset, collate
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
+from tests.trainer import processes
 from trainer.config import TrainConfig
 from trainer.distributed import World, setup
 from trainer.engine import TrainingStopped, fit
@@ -131,20 +129,18 @@ SHARED = ["a", "b", "c", "d", "broken", "text1", "e", "text2"]
 TWO_WAYS = {"dense": {}, "experts": EXPERTS}
 
 
-def one_process(rank, size, port, folder):
-    os.chdir(folder)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def train_both_ways(argv):
+    """What each of the two processes runs, in the folder that `argv` names."""
+    os.chdir(*argv)
     torch.set_num_threads(1)
-    world = setup("cpu")
-    for name, settings in TWO_WAYS.items():
-        model = make_model(**settings).double()
-        if rank:
-            torch.nn.init.ones_(model.vision_proj.weight)  # replaced by the main process's weights
-        loader = make_loader(SHARED, 1, world)
-        run(model, loader, world=world, max_skipped_fraction=0.5, run_name=f"two_{name}", epochs=2)
-        torch.save(model.state_dict(), f"{name}{rank}.pth")
-    world.close()
+    with setup("cpu") as world:
+        for name, settings in TWO_WAYS.items():
+            model = make_model(**settings).double()
+            if world.rank:
+                torch.nn.init.ones_(model.vision_proj.weight)  # replaced by the main process's
+            loader, two = make_loader(SHARED, 1, world), f"two_{name}"
+            run(model, loader, world=world, max_skipped_fraction=0.5, run_name=two, epochs=2)
+            torch.save(model.state_dict(), f"{name}{world.rank}.pth")
 
 
 def test_two_processes_equal_one(workplace):
@@ -155,12 +151,8 @@ def test_two_processes_equal_one(workplace):
     is itself at the level of rounding then moves by some 1e-6 more or less, on each CPU another
     one. float64's rounding stands far below Adam's epsilon, which quenches it.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # A server that imports the slow libraries once, for both.
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "transformers"])
-    mp.start_processes(one_process, (2, port, str(workplace)), 2, start_method="forkserver")
+    log = workplace / "log"
+    processes.finish(processes.start(train_both_ways, [str(workplace)], log, 2), log)
     for name, settings in TWO_WAYS.items():
         one, two = f"one_{name}", f"two_{name}"
         model = make_model(**settings).double()
@@ -185,8 +177,6 @@ def test_the_state_of_another_run_is_refused(workplace):
     ):
         run(make_model(), loader, epochs=2)
     assert run(make_model(), loader, epochs=2, resume="never")["step"] == 4
-    with pytest.raises(ValueError, match="no such file"):
-        run(make_model(), loader, resume="elsewhere.pt")
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -229,9 +219,8 @@ def test_validation_loss_does_not_depend_on_batches(workplace):
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
-def test_a_validation_that_can_not_be_read_is_told_and_ends_nothing(workplace, capsys):
+def test_a_validation_that_can_not_be_read_ends_nothing(workplace):
     last = run(make_model(), make_loader(["a"], 1), make_loader(["broken"], 1))
-    assert "no sample of the validation can be read" in capsys.readouterr().out
     assert last["val_loss"] is None and Path("out/run.pth").is_file()
     assert [bad["id"] for bad in rows(file="quarantine.jsonl")] == ["s0"]
 
