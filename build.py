@@ -5,8 +5,6 @@ trainer/ don't know of each other; here they meet.
 """
 
 import hashlib
-import os
-import shutil
 import subprocess
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -29,7 +27,6 @@ from dataset.video_dataset import (
     VideoSource,
     collate,
 )
-from device import choose_device
 from model.checkpoint import read_about, save_model
 from model.cinego import Cinego
 from model.config import SUMMARY_ALIASES, CinegoConfig, LanguageModelConfig
@@ -70,8 +67,6 @@ class DataFlags(FrameFlags):
         found = super().problems()
         if not self.data_path:
             found.append("--data_path is missing: give one or more jsonl files")
-        if self.val_features_path and not self.use_feature:
-            found.append("--val_features_path is for features on disk: give --use_feature too")
         return found
 
 
@@ -124,8 +119,6 @@ class BuildFlags(Flags):
                 f"--from_scratch with --freeze_llm {self.freeze_llm} would keep a random language "
                 "model"
             )
-        if self.lora_alpha and not self.lora_rank:
-            found.append("--lora_alpha scales adapters: give --lora_rank too")
         if self.lora_rank and (self.from_scratch or self.freeze_llm == 1):
             found.append("--lora_rank: adapters stand beside a trained, frozen language model; ")
             found[-1] += "leave --from_scratch and --freeze_llm 1 out"
@@ -140,13 +133,8 @@ class StageConfig(DataFlags, BuildFlags, TrainConfig):
 
     def problems(self) -> list[str]:
         found = super().problems()
-        if self.patience and not self.val_path:
-            found.append("--patience watches the validation loss: give --val_path too")
-        if 0 < self.tokens_per_batch < self.max_seq_len:
-            found.append(
-                f"--tokens_per_batch {self.tokens_per_batch} can't hold a row of --max_seq_len "
-                f"{self.max_seq_len}"
-            )
+        if self.patience and not (self.val_path and self.eval_interval):
+            found.append("--patience counts validations: give --val_path and --eval_interval")
         return found
 
 
@@ -280,10 +268,7 @@ def _shape_of(model: Cinego) -> dict[str, int | bool]:
 
 
 def set_up_training(model: Cinego, config: StageConfig) -> None:
-    """What is trained of the model and how, in place; `config` takes the model's shape and name.
-
-    Raises ValueError for --compile without a compiler.
-    """
+    """What is trained of the model and how, in place; `config` takes the model's shape and name."""
     for name, value in _shape_of(model).items():
         setattr(config, name, value)
     size = f"{config.dim}" + "_moe" * config.use_moe
@@ -295,12 +280,6 @@ def set_up_training(model: Cinego, config: StageConfig) -> None:
         add_adapters(language_model, config.lora_rank, config.lora_alpha or 2 * config.lora_rank)
     language_model.gradient_checkpointing = config.gradient_checkpointing
     if config.compile:
-        compiler = os.environ.get("CXX", "g++")
-        if choose_device(config.device).type == "cpu" and not shutil.which(compiler):
-            raise ValueError(
-                f"--compile makes code for this CPU with {compiler}, which isn't here: install g++ "
-                "(or name a compiler in CXX), or leave --compile out"
-            )
         language_model.compile_layers()  # in place: the weights keep their names
 
 

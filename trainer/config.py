@@ -25,11 +25,11 @@ class OptimFlags(Flags):
     optimizer: Literal["adamw", "muon"] = flag(
         "adamw", "muon: Muon for the hidden matrices, AdamW for the rest"
     )
-    learning_rate: float = flag(4e-4, "peak learning rate of AdamW")
+    learning_rate: float = flag(4e-4, "peak learning rate of AdamW", at_least=0)
     projector_learning_rate: float = flag(
         0.0, "peak learning rate of projector and summary; 0: --learning_rate", at_least=0
     )
-    muon_learning_rate: float = flag(0.02, "peak learning rate of Muon")
+    muon_learning_rate: float = flag(0.02, "peak learning rate of Muon", at_least=0)
     schedule: Literal["cosine", "linear"] = flag("cosine", "decay to 0 after the warm-up")
     warmup_iters: int = flag(0, "steps of linear warm-up to the peak learning rate", at_least=0)
     weight_decay: float = flag(
@@ -86,17 +86,6 @@ class RunFlags(Flags):
 @dataclass
 class TrainConfig(OptimFlags, RunFlags):
     """What the training loop needs to know; model and data have their own flags."""
-
-    def problems(self) -> list[str]:
-        found = super().problems()
-        for name in ("learning_rate", "muon_learning_rate"):
-            if not getattr(self, name) > 0:
-                found.append(f"--{name} is {getattr(self, name)}: give a positive number")
-        if self.patience and not self.eval_interval:
-            found.append("--patience counts validations: give --eval_interval too")
-        if not self.run_name or "/" in self.run_name or self.run_name in (".", ".."):
-            found.append(f"--run_name is {self.run_name!r}: give a plain file name")
-        return found
 
     def identity(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the run it continues."""

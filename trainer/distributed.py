@@ -16,6 +16,7 @@ look into the shared store for the reason and repeat it, instead of the transpor
 import os
 import socket
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,16 +58,14 @@ class World:
         return self
 
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
+        if self.size == 1:
+            return
         if error is None or isinstance(error, SystemExit):
-            self.close()
-        elif self.size > 1 and not isinstance(error, ProcessLost):
-            self._report_failure(error)
-
-    def close(self) -> None:
-        if self.size > 1:
             with self._collective():
                 dist.barrier()  # the main process may still be writing the last checkpoint
             dist.destroy_process_group()
+        elif not isinstance(error, ProcessLost):
+            self._report_failure(error)
 
     def print_rank0(self, text: str) -> None:
         """Prints once, not once a process."""
@@ -131,10 +130,10 @@ class World:
         """
         everyone = self.gather_objects([(facts, socket.gethostname())])
         lines = []
-        for name in sorted({name for theirs, _ in everyone for name in theirs}):
-            sides: dict[str, list[str]] = {}
+        for name in facts:
+            sides = defaultdict(list)
             for rank, (theirs, host) in enumerate(everyone):
-                sides.setdefault(repr(theirs.get(name)), []).append(f"{rank} on {host}")
+                sides[repr(theirs.get(name))].append(f"{rank} on {host}")
             if len(sides) > 1:
                 given = (f"{value} in process {_shorten(who)}" for value, who in sides.items())
                 lines.append(f"  {name}: {'; '.join(given)}")
@@ -236,9 +235,8 @@ def setup(device: str = "auto", timeout: float = 900) -> World:
             f"process {rank} of {size} on {host} can't join the others at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {timeout:g} s "
             f"(--timeout): {who}{error}\n"
-            "Is every machine up, the main process running, the port open? GLOO_SOCKET_IFNAME and "
-            "NCCL_SOCKET_IFNAME name the network interface, NCCL_DEBUG=INFO says what NCCL tries, "
-            "NCCL_IB_DISABLE=1 and NCCL_P2P_DISABLE=1 leave out what often fails."
+            "Is every machine up, the main process running, the port open? docs/training.md says "
+            "what to try for several machines."
         ) from None
     return World(chosen, rank, size, store)
 

@@ -24,15 +24,13 @@ def dry_run(
     """Trains for two steps in a temporary folder and prints what the whole run will cost.
 
     `loader` gives the batches of the longest rows first, so the memory is the most that a batch
-    takes; its sampler has `lengths`, every row's estimated tokens. Returns the printed figures.
+    takes; its sampler has `lengths`, every row's estimated tokens. Returns the second step's line
+    of metrics.
     """
     sampler = loader.batch_sampler
     steps_per_epoch = math.ceil(len(loader) / config.accumulation_steps)
     steps = min(steps_per_epoch * config.epochs, config.max_steps or math.inf)
-    micro_batches = [sampler.lengths[batch] for batch in sampler if len(batch)]
-    real = sum(int(lengths.sum()) for lengths in micro_batches)
-    padded = sum(int(lengths.max()) * len(lengths) for lengths in micro_batches)
-    real, padded = world.all_reduce_sum(real, padded)
+    (tokens,) = world.all_reduce_sum(sum(int(sampler.lengths[batch].sum()) for batch in sampler))
 
     with tempfile.TemporaryDirectory() as folder:
         short = dataclasses.replace(
@@ -41,41 +39,27 @@ def dry_run(
             epochs=STEPS,  # an epoch has at least one
             max_steps=STEPS,
             log_interval=1,  # the figures are those of the second step alone
-            eval_interval=0,
             patience=0,
-            resume="never",
             tracker="none",
             use_wandb=False,
         )
         metrics = fit(model, loader, None, short, world, lambda path, meta: None, {})
 
-    tokens_per_step = real / steps_per_epoch
-    figures = {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "steps": steps,
-        "padding": 1 - real / padded,
-        "tokens_per_second": metrics["tokens_per_second"],
-        "data_wait": metrics["data_wait"],
-        "memory_mb": peak_memory(world.device) / 2**20,
-        "seconds": steps * tokens_per_step / metrics["tokens_per_second"],
-    }
-    reserved = ""
-    if world.device.type == "cuda":  # what the allocator took from the GPU, fragments included
-        figures["reserved_mb"] = torch.cuda.max_memory_reserved(world.device) / 2**20
-        reserved = f" ({figures['reserved_mb']:,.0f} MB reserved)"
-    hours, minutes = divmod(math.ceil(figures["seconds"] / 60), 60)
+    speed, tokens_per_step = metrics["tokens_per_second"], tokens / steps_per_epoch
+    hours, minutes = divmod(math.ceil(steps * tokens_per_step / speed / 60), 60)
+    parameters = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    memory = peak_memory(world.device) / 2**20
     world.print_rank0(
         f"dry run: {STEPS} steps with the longest rows; nothing is written\n"
-        f"  parameters  {figures['parameters']:,}, of which {figures['trainable']:,} learn\n"
-        f"  memory      {figures['memory_mb']:,.0f} MB at most{reserved}, of this process\n"
-        f"  speed       {figures['tokens_per_second']:,.0f} tokens/s, "
-        f"{figures['data_wait']:.0%} of the time waiting for data\n"
-        f"  padding     {figures['padding']:.1%} of an epoch's tokens\n"
+        f"  parameters  {parameters:,}, of which {trainable:,} learn\n"
+        f"  memory      {memory:,.0f} MB at most, of this process\n"
+        f"  speed       {speed:,.0f} tokens/s, {metrics['data_wait']:.0%} of the time waiting for "
+        "data\n"
         f"  the run     {steps:,} steps of about {tokens_per_step:,.0f} tokens: "
         f"{hours} h {minutes} min, without validation"
     )
-    return figures
+    return metrics
 
 
 def peak_memory(device: torch.device) -> int:

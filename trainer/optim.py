@@ -140,15 +140,11 @@ class Muon(torch.optim.Optimizer):
     a step. Here matrices of one shape go together, in a type that the device has.
 
     Source: Keller Jordan, "Muon: An optimizer for hidden layers in neural networks" (2024),
-    https://kellerjordan.github.io/posts/muon/. Raises ValueError for what isn't a matrix.
+    https://kellerjordan.github.io/posts/muon/.
     """
 
     def __init__(self, params: Iterable, lr: float, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.ndim != 2:
-                    raise ValueError(f"Muon is for matrices; one parameter has shape {p.shape}")
 
     @torch.no_grad()
     def step(self) -> None:
@@ -156,9 +152,12 @@ class Muon(torch.optim.Optimizer):
             by_shape = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape[p.shape, p.device].append(p)
-            for (shape, _), params in by_shape.items():
-                grads, momenta = [p.grad for p in params], [self._momentum(p) for p in params]
+                    by_shape[p.shape].append(p)
+                    if not self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+            for shape, params in by_shape.items():
+                grads = [p.grad for p in params]
+                momenta = [self.state[p]["momentum"] for p in params]
                 torch._foreach_lerp_(momenta, grads, 1 - MUON_MOMENTUM)
                 steps = orthogonalise(
                     torch.stack(torch._foreach_lerp(grads, momenta, MUON_MOMENTUM))
@@ -166,12 +165,6 @@ class Muon(torch.optim.Optimizer):
                 rate = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, steps.unbind(), alpha=-rate)
-
-    def _momentum(self, parameter: nn.Parameter) -> Tensor:
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        return state["momentum"]
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:

@@ -14,10 +14,8 @@ from build import StageConfig, open_visuals
 from cli import parse_flags
 from model.checkpoint import load_video_language_model
 from model.config import LanguageModelConfig
-from model.lora import add_adapters, merged_state
 from model.minimind import MiniMind
-from tests.test_train_stages import SIZE, command, tiny_tower, workplace  # noqa: F401
-from trainer.config import TrainConfig
+from tests.test_train_stages import SIZE, command, workplace  # noqa: F401
 from trainer.optim import Optimizers
 
 RANDOM = "--from_scratch --freeze_llm 0 --dtype float32"
@@ -41,51 +39,14 @@ def test_minimind_v_s_names_are_understood():
         ("--fps 2", ["go together"]),
         ("--sampling fps --fps 0", ["go together"]),
         ("--lora_rank 4 --freeze_llm 1", ["leave --from_scratch and --freeze_llm 1 out"]),
-        ("--lora_alpha 4 --val_features_path x", ["--lora_rank too", "--use_feature too"]),
-        ("--tokens_per_batch 500", ["500 can't hold a row of --max_seq_len 1024"]),
-        ("--patience 2", ["give --eval_interval too", "give --val_path too"]),
+        ("--patience 2", ["give --val_path and --eval_interval"]),
         ("--epochs 0 --learning_rate nan", ["--epochs is 0", "--learning_rate is nan"]),
-        ("--run_name a/b", ["plain file name"]),
     ],
 )
 def test_flags_that_contradict_each_other_are_named_at_once(flags, messages):
     with pytest.raises(ValueError) as refusal:
         parse_flags(StageConfig, argv=["--data_path", "x", *flags.split()])
     assert [words for words in messages if words not in str(refusal.value)] == []
-
-
-def test_tokens_per_batch_replaces_the_number_of_rows():
-    data = Path("data.jsonl").read_text().splitlines()
-    Path("data.jsonl").write_text("\n".join(data * 4))
-    flags = f"{RANDOM} --no-share_prefix --max_seq_len 140 --log_interval 1"
-    few = command(train_pretrain, f"{flags} --tokens_per_batch 140 --run_name few")
-    many = command(train_pretrain, f"{flags} --tokens_per_batch 500 --run_name many")
-    assert few["step"] > 2 * many["step"] > 2
-
-
-def test_a_rate_of_its_own_for_projector_and_summary():
-    command(train_pretrain, f"{RANDOM} --run_name start")
-    start = "--load_from out/start.pth --dtype float32 --learning_rate 1e-3"
-    command(train_sft, f"{start} --run_name one")
-    command(train_sft, f"{start} --run_name two --projector_learning_rate 1e-9")
-    before, one, two = (
-        load_video_language_model(f"out/{name}.pth") for name in ("start", "one", "two")
-    )
-
-    def moved(model, part):
-        old, new = before.get_submodule(part), model.get_submodule(part)
-        pairs = zip(old.parameters(), new.parameters(), strict=True)
-        return max((a - b).abs().max().item() for a, b in pairs)
-
-    for part in ("vision_proj", "video_summary"):
-        assert moved(one, part) > 5e-4 and moved(two, part) < 1e-6
-    assert moved(two, "language_model") > 5e-4
-
-    config = TrainConfig(projector_learning_rate=0.5, learning_rate=0.25)
-    (adamw,) = Optimizers(before, config).members
-    rates = {id(p): group["lr"] for group in adamw.param_groups for p in group["params"]}
-    for name, parameter in before.named_parameters():
-        assert rates[id(parameter)] == (0.25 if name.startswith("language_model") else 0.5)
 
 
 def changed(before, after):
@@ -135,13 +96,6 @@ def test_adapters_begin_as_nothing_and_learn():
     assert metrics("adapters")[0]["loss"] == pytest.approx(metrics("whole")[0]["loss"], rel=1e-6)
     losses = [row["loss"] for row in metrics("adapters")]
     assert losses[2] < losses[0]
-
-    model = load_video_language_model("out/start.pth")
-    plain = model.state_dict()
-    add_adapters(model.language_model, rank=2, alpha=8)
-    merged = merged_state(model)
-    assert merged.keys() == plain.keys()
-    assert all(torch.equal(merged[name], plain[name]) for name in plain)
 
 
 @pytest.mark.parametrize("experts", [{}, {"num_experts": 4, "num_experts_per_tok": 2}])
@@ -230,41 +184,24 @@ def test_patience_keeps_the_best_and_stops(capsys):
 
 
 def test_a_dry_run_tells_what_the_run_will_cost_and_writes_nothing(capsys):
-    figures = command(train_pretrain, f"{RANDOM} --dry_run --epochs 10 --val_path data.jsonl")
-    said = capsys.readouterr().out
-    assert not Path("out").exists()
-    assert figures["steps"] == 20 and 0 <= figures["padding"] < 0.5 and figures["seconds"] > 0
-    assert figures["tokens_per_second"] > 0 and figures["memory_mb"] > 100
-    assert f"{figures['trainable']:,} learn" in said and "0 h 1 min, without validation" in said
-    assert "weights" not in said and "in /tmp" not in said
-    full = command(train_pretrain, f"{RANDOM} --epochs 10")  # it took nothing of the run away
-    assert full["step"] == 20
+    command(train_pretrain, f"{RANDOM} --dry_run --epochs 10 --val_path data.jsonl")
+    output = capsys.readouterr().out
+    assert not Path("out").exists() and "weights" not in output and "in /tmp" not in output
+    assert "0 h 1 min, without validation" in output
+    tokens = re.search("20 steps of about (\\d+) tokens", output)[1]
+    assert command(train_pretrain, f"{RANDOM} --epochs 10")["step"] == 20
     # An epoch of two micro-batches is one step, however many might be accumulated.
-    command(train_pretrain, f"{RANDOM} --dry_run")
-    tokens = re.search("2 steps of about (\\d+) tokens", capsys.readouterr().out)[1]
     command(train_pretrain, f"{RANDOM} --dry_run --accumulation_steps 99")
     assert f"1 steps of about {2 * int(tokens)} tokens" in capsys.readouterr().out
 
 
-def test_compile_without_a_compiler_says_what_to_install(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ValueError, match="with no-such-compiler, which isn't here: install g.."):
-        command(train_pretrain, f"{RANDOM} --compile --device cpu")
-
-
 @pytest.mark.slow
-def test_compiled_layers_train_as_they_are(monkeypatch):
-    flags = f"{RANDOM} --val_path data.jsonl --epochs 2 --log_interval 1 --save_interval 2"
+def test_compiled_layers_train_as_they_are():
+    flags = f"{RANDOM} --val_path data.jsonl --epochs 2"
     plain = command(train_pretrain, f"{flags} --run_name plain")
     compiled = command(train_pretrain, f"{flags} --run_name compiled --compile")
     for name in ("loss", "val_loss", "grad_norm"):
         assert compiled[name] == pytest.approx(plain[name], rel=1e-5)
-
-    interrupt(monkeypatch, after=3)
-    with pytest.raises(KeyboardInterrupt):
-        command(train_pretrain, f"{flags} --run_name resumed --compile")
-    command(train_pretrain, f"{flags} --run_name resumed --compile")
-    assert changed("compiled", "resumed") == set() != changed("compiled", "plain")
 
 
 def test_every_flag_of_training_changes_what_comes_out():
@@ -273,6 +210,7 @@ def test_every_flag_of_training_changes_what_comes_out():
     flags += ["--optimizer muon --muon_learning_rate 0.1", "--dtype bfloat16"]
     flags += ["--batch_size 1", "--accumulation_steps 2", "--max_steps 3", "--epochs 1"]
     flags += ["--embedding_std 0.4", "--summary mean", "--no-share_prefix"]
+    flags += ["--projector_learning_rate 1e-9", "--tokens_per_batch 140 --no-share_prefix"]
     flags += ["--max_seq_len 80"]  # no room for the second question of a clip
     results = {}
     for number, given in enumerate(flags):
@@ -292,8 +230,9 @@ def test_folders_that_will_not_do_are_named():
         command(train_pretrain, f"{RANDOM} --tokenizer_path nowhere")
 
 
-def test_the_reader_of_videos_is_the_one_chosen():
-    tiny_tower("tower")
+def test_the_reader_of_videos_is_the_one_chosen(tiny_tower):
     for flags, backend in ((["--video_backend", "decord"], "decord"), ([], "pyav")):
-        config = parse_flags(StageConfig, argv=["--data_path=x", "--vision_path=tower", *flags])
+        config = parse_flags(
+            StageConfig, argv=["--data_path=x", f"--vision_path={tiny_tower}", *flags]
+        )
         assert open_visuals(config).train.backend == backend
