@@ -16,13 +16,15 @@ from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
 from inference import ChatModel, Request, Visual
+from inference.likelihood import log_likelihoods
 from model.generate import MAX_NEW_TOKENS, Sampling
 
 MANIFEST = ModelManifest("cinego", chat_class_path="cinego_lmms_eval.CinegoModel")
 
 
 class CinegoModel(lmms):
-    """Answers tasks of output_type `generate_until` that have `doc_to_messages`."""
+    """Answers tasks of output_type `generate_until` that have `doc_to_messages`, and those of
+    `multiple_choice` and `loglikelihood` whose `doc_to_visual` names files."""
 
     is_simple = False  # takes whole conversations, with media where they stand
 
@@ -78,7 +80,39 @@ class CinegoModel(lmms):
         return self.chat_model.make_request(messages, visuals, sampling, stop)
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError("Cinego takes tasks of output_type generate_until only")
+        raise NotImplementedError("Cinego takes no tasks of output_type generate_until_multi_round")
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("Cinego takes tasks of output_type generate_until only")
+        """(loss, whether the model would say just that) of each continuation of its context.
+
+        The loss is summed over tokens, and *smaller is better*: lmms-eval takes the argmin for its
+        tasks of output_type `multiple_choice`, whatever the name of this method says.
+        """
+        results = []
+        for start in tqdm(range(0, len(requests), self.batch_size), desc="ranking"):
+            encoded: dict[str, Visual] = {}
+            asked, texts, is_single = [], [], []
+            for instance in requests[start : start + self.batch_size]:
+                context, target, *about = instance.args  # without a video: unconditional likelihood
+                visuals, is_function = [], callable(target)
+                if about:
+                    doc_to_visual, doc_id, task, split = about
+                    doc = self.task_dict[task][split][doc_id]
+                    target = target(doc) if is_function else target
+                    for path in doc_to_visual(doc):
+                        if path not in encoded:
+                            encoded[path] = self.chat_model.encode_video(path)
+                        visuals.append(encoded[path])
+                tags = "".join(f"{visual.tag}\n" for visual in visuals)
+                messages = [{"role": "user", "content": tags + (context or "?")}]
+                asked.append(self.chat_model.make_request(messages, visuals))
+                texts.append([target.strip()])
+                is_single.append(is_function)
+            scores = log_likelihoods(self.chat_model, asked, texts)
+            # Only tasks of output_type `loglikelihood` read it, and they hand over a function.
+            said = self.chat_model.generate(asked) if any(is_single) else [""] * len(asked)
+            results += [
+                (-score, text == answer)
+                for ((score, _),), text, (answer,) in zip(scores, said, texts, strict=True)
+            ]
+        return results
