@@ -1,6 +1,6 @@
 """What is asked of a visual, what comes back, and which of its frames are taken."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -64,6 +64,7 @@ class Request:
     max_bytes: int
     transform: FrameTransform | None = None
     on_damage: str = "error"
+    bounds: tuple[float, float] | None = None
 
     def __post_init__(self):
         if self.num_frames < 1:
@@ -80,6 +81,12 @@ class Request:
 
     def choose(self, timestamps: np.ndarray) -> np.ndarray:
         """Indices of the frames to return, of a clip with frames at these seconds."""
+        if self.bounds is not None:
+            start, end = self.bounds
+            inside = np.flatnonzero((timestamps >= start) & (timestamps <= end))
+            if not len(inside):  # shorter than a frame, or behind the end: the nearest one
+                inside = np.abs(timestamps - start).argmin(keepdims=True)
+            return inside[replace(self, bounds=None).choose(timestamps[inside])]
         if self.sampling == "fps":
             indices = fps_indices(timestamps, self.fps)
             if len(indices) <= self.num_frames:

@@ -44,6 +44,7 @@ class Sample:
     language: str | None
     line: int
     path: str  # of the jsonl
+    bounds: tuple[float, float] | None = None  # seconds that eval.py takes frames from
 
     @property
     def where(self) -> str:
@@ -106,7 +107,8 @@ def read_samples(*paths) -> Samples:
     """The samples of one or more jsonl files; ValueError names files, lines and fixes.
 
     Fields: `conversations`; `video` or `image` (a path, a list, or paths separated by commas;
-    none is text only); optional `id`, `reverse`, `scoring`, `language`. Others are left alone.
+    none is text only); optional `id`, `reverse`, `scoring`, `language`,
+    `start` and `end` (seconds that a question of a test set is about). Others are left alone.
     """
     return Samples(paths)
 
@@ -149,7 +151,12 @@ def parse_sample(record: object, line: int, path: str) -> Sample:
         raise ValueError(f"'id' must be a string or a whole number, not {sample_id!r}")
     texts = [message["content"] for message in messages] + visuals + [str(sample_id)]
     "".join(texts).encode()  # ValueError for half of a surrogate pair
-    return Sample(str(sample_id), visuals, messages, reverse, scoring, language, line, path)
+    bounds = None
+    if record.get("start") is not None or record.get("end") is not None:
+        bounds = (record.get("start"), record.get("end"))
+        if not all(isinstance(x, int | float) for x in bounds) or not 0 <= bounds[0] < bounds[1]:
+            raise ValueError(f"'start' and 'end' must be seconds, one before the other: {bounds}")
+    return Sample(str(sample_id), visuals, messages, reverse, scoring, language, line, path, bounds)
 
 
 def split_paths(visuals: object) -> list[str]:

@@ -71,6 +71,7 @@ def read_frames(
     max_bytes: int = MAX_BYTES,
     transform: FrameTransform | None = None,
     on_damage: str = "error",
+    bounds: tuple[float, float] | None = None,
 ) -> Frames:
     """Decode at most `num_frames` frames of a video, or the one frame of an image.
 
@@ -82,6 +83,8 @@ def read_frames(
     on_damage="error" gives exact frames or VideoError, as data must be. "keep" gives what a player
     shows of a damaged video, and `damaged` then lists the seconds at which it is so: tell the
     user. Frames are still chosen by the times that the decoder gives them.
+
+    bounds: (start, end) in seconds of the part of a video that is meant; None: all of it.
 
     timeout: seconds, after which the decoding process is killed. It is kept for the next read, one
     for each thread that reads at the time. None decodes in this process: nothing to start, nothing
@@ -106,7 +109,15 @@ def read_frames(
     path = os.path.abspath(os.fsdecode(path))
     budgets = max_pixels, max_seconds, max_bytes
     request = Request(
-        path, num_frames, sampling, fps, backend, *budgets, transform=transform, on_damage=on_damage
+        path,
+        num_frames,
+        sampling,
+        fps,
+        backend,
+        *budgets,
+        transform=transform,
+        on_damage=on_damage,
+        bounds=bounds,
     )
     if "\0" in path or not os.path.isfile(path):
         raise VideoError(path, "missing", "there is no such file")

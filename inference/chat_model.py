@@ -146,14 +146,18 @@ class ChatModel:
         return self.encode_clip(str(path), self.decode_frames(path, num_frames, fps))
 
     def encode_videos(
-        self, paths: list[Path], show_progress: bool = True
+        self,
+        paths: list[Path],
+        show_progress: bool = True,
+        bounds: tuple[float, float] | None = None,
     ) -> tuple[dict[Path, Visual], dict[Path, str]]:
         """Decodes each file once, in parallel, and runs the tower once for many: visuals by path,
-        and why the others can't be used; damaged ones can't, as in training."""
+        and why the others can't be used; damaged ones can't, as in training. bounds: the part of
+        each that is meant, in seconds."""
 
         def decode(path: Path) -> Frames | VideoError:
             try:
-                return self.decode_frames(path, resize=True, on_damage="error")
+                return self.decode_frames(path, resize=True, on_damage="error", bounds=bounds)
             except VideoError as error:
                 return error
 

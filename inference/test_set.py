@@ -196,10 +196,15 @@ class _Asker:
     def answer(self, samples: list[Sample]) -> list[dict]:
         """One line a sample, as it stands in the answers' file."""
         paths = [sample.files(self.settings.images_path) for sample in samples]
-        unique = list(dict.fromkeys(chain(*paths)))
-        visuals, failures = self.chat_model.encode_videos(unique, show_progress=False)
+        visuals, failures = {}, {}  # by file and the part of it that is meant
+        for bounds in dict.fromkeys(sample.bounds for sample in samples):
+            same = [p for s, p in zip(samples, paths, strict=True) if s.bounds == bounds]
+            unique = list(dict.fromkeys(chain(*same)))
+            found = self.chat_model.encode_videos(unique, show_progress=False, bounds=bounds)
+            for every, some in zip((visuals, failures), found, strict=True):
+                every.update({(file, bounds): value for file, value in some.items()})
         lines = [
-            _line(sample, "; ".join(failures[file] for file in files if file in failures))
+            _line(sample, "; ".join(failures.get((file, sample.bounds), "") for file in files))
             for sample, files in zip(samples, paths, strict=True)
         ]
         for control, change in CONTROLS.items():
@@ -207,7 +212,8 @@ class _Asker:
             rows = [row for row, line in enumerate(lines) if self._is_asked(line, control)]
             changed = {
                 row: [
-                    self._change(visuals[file], samples[row], change, made) for file in paths[row]
+                    self._change(visuals[file, samples[row].bounds], samples[row], change, made)
+                    for file in paths[row]
                 ]
                 for row in rows
             }
@@ -307,7 +313,7 @@ class _Asker:
 
 
 def _line(sample: Sample, missing: str) -> dict:
-    turns = []
+    missing, turns = missing.strip("; "), []
     for turn, (answer, entry) in enumerate(
         zip(true_answers(sample), scoring_of(sample), strict=True)
     ):

@@ -33,7 +33,9 @@ def folder(tmp_path) -> Path:
     random = np.random.default_rng(0)
     for name in "abcdef":
         frames = [Image.fromarray(random.integers(0, 255, (112, 112, 3), np.uint8)) for _ in "1234"]
-        frames[0].save(tmp_path / f"{name}.gif", save_all=True, append_images=frames[1:])
+        frames[0].save(
+            tmp_path / f"{name}.gif", save_all=True, append_images=frames[1:], duration=100
+        )
     return tmp_path
 
 
@@ -169,6 +171,23 @@ def test_a_generated_text_is_the_option_that_it_is_closest_to(evaluate):
     again = line("a.gif", "Where?", options[0], {**CHOICE, "options": options, "right": 0})
     figures, _ = evaluate([again], "--generate", "text", name="again")
     assert figures["benchmarks"]["b"]["rows"]["generated text"]["score"] == 1
+
+
+def test_a_question_about_a_part_of_its_video_gets_that_part(chat_model, folder, evaluate):
+    """The middle half of a second of four frames: its second and third."""
+    part = chat_model.decode_frames(folder / "a.gif", bounds=(0.1, 0.2))
+    whole = chat_model.decode_frames(folder / "a.gif")
+    assert whole.timestamps.tolist() == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert np.array_equal(part.frames, whole.frames[1:3])
+    assert len(chat_model.decode_frames(folder / "a.gif", bounds=(0.11, 0.12)).frames) == 1
+    scoring = {**CHOICE, "right": 0}
+    bounds = [{}, {"start": 0.1, "end": 0.2}, {"start": 0, "end": 9}]
+    lines = [line("a.gif", "Where?", "left", scoring, id=str(i), **b) for i, b in enumerate(bounds)]
+    _, answers = evaluate(lines)
+    scores = {a["id"]: a["turns"][0]["logprobs"]["normal"] for a in answers}
+    assert scores["0"] == scores["2"] != scores["1"]
+    with pytest.raises(ValueError, match=r"test.jsonl:1: 'start' and 'end' must be seconds"):
+        evaluate([line("a.gif", "Where?", "left", scoring, start=2, end=1)])
 
 
 # ---- resuming and comparing
