@@ -9,19 +9,21 @@ from typing import BinaryIO
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+def whole_file(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
     """A binary file beside `path` that takes its place once it is complete and on the disk.
 
     What wants a name in place of a file writes to `file.name`. Where the block raises, or the disk
     is full (OSError), what stood in `path` before still stands there, and nothing beside it.
+    sync: wait for the disk, for what a power cut must not take; thousands of small files needn't.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with temporary.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -177,7 +177,7 @@ def render(rng: np.random.Generator, scene: Scene) -> list[Image.Image]:
 def write_video(path: Path, frames: list[Image.Image]) -> None:
     """H.264 in mp4, renamed into place, so that a clip that exists is a whole one. The same frames
     are the same file, to the byte. Raises OSError where it can't be written."""
-    with whole_file(path) as file, av.open(file.name, "w", format="mp4") as container:
+    with whole_file(path, sync=False) as file, av.open(file.name, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND)
         stream.width = stream.height = FRAME_SIZE
         stream.pix_fmt = "yuv420p"
