@@ -37,7 +37,8 @@ class Questions:
 
     def __init__(self):
         self.keys: list[tuple[str, int]] = []  # sample's id and turn
-        self.clusters: list[str] = []
+        self.clusters: list[str] = []  # its video, or its pair of videos
+        self.videos: set[int] = set()  # hashes of their names
         self.types: list[str] = []
         self.subsets: list[tuple[str, ...]] = []
         self.missing = array("b")
@@ -59,6 +60,7 @@ class Questions:
             return
         self.keys.append((line["id"], number))
         self.clusters.append(intern(entry.get("group") or " ".join(line["visuals"]) or line["id"]))
+        self.videos.update(map(hash, line["visuals"]))
         self.types.append(intern(entry["type"]))
         self.subsets.append(tuple(map(intern, entry.get("subsets", ()))))
         self.missing.append(bool(line["missing"]) or entry["metric"] == "faulty")
@@ -209,7 +211,7 @@ def _count_samples(path: Path) -> dict:
 def summarise_questions(questions: Questions) -> dict:
     """The figures of one benchmark."""
     result = {
-        **{"questions": len(questions.keys), "videos": len(set(questions.clusters))},
+        **{"questions": len(questions.keys), "videos": len(questions.videos)},
         **{"missing": sum(questions.missing), "judged": questions.judged},
     }
     if not questions.keys:
