@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dataset.samples import read_samples
+from demo.export_benchmarks import export
 from scripts.convert.benchmarks import BENCHMARKS, main
 
 
@@ -358,3 +359,35 @@ def test_faulty_records_count_where_asked_for(convert):
 def test_an_unknown_benchmark_is_refused():
     with pytest.raises(ValueError, match="choose one of tvbench"):
         main(["imagenet"])
+
+
+def test_the_demo_world_in_published_forms(tmp_path):
+    """What demo.export_benchmarks writes, through the converters: each clip against its reverse."""
+    clips = tmp_path / "test/clips"
+    clips.mkdir(parents=True)
+    lines = []
+    for name, answer in (("a", "left"), ("a-reversed", "right")):
+        (clips / f"{name}.mp4").touch()
+        for question, text, scoring in (
+            ("Where to?", answer, {"type": "direction", "pair": "a"}),
+            ("Describe the video.", f"A moves {answer}.", {"type": "caption", "facts": [answer]}),
+        ):
+            turns = [{"from": "human", "value": f"<video>\n{question}"}]
+            turns += [{"from": "gpt", "value": text}]
+            video = f"clips/{name}.mp4"
+            lines.append({"video": video, "language": "en", "conversations": turns})
+            lines[-1]["scoring"] = [scoring]
+    (clips.parent / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (clips.parent / "captions.jsonl").write_text("")
+    out = tmp_path / "out"
+    assert export(clips.parent, out) == {"tvbench": 2, "vitatecs": 2, "vinoground": 1}
+    for name in ("tvbench", "vitatecs", "vinoground"):
+        output = str(out / f"{name}.jsonl")
+        files = ["--data_path", str(out / name), "--images_path", str(out / "videos")]
+        main([name, *files, "--output", output])
+        for line in map(json.loads, Path(output).read_text().splitlines()):
+            options = line["scoring"][0]["options"]
+            assert len(options) == 2 and "missing" not in line
+            assert ("right" in options[line["scoring"][0]["right"]]) == (
+                "reversed" in line["video"] or "neg" in line["video"]
+            )
