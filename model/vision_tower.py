@@ -55,7 +55,8 @@ class VisionTower:
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "VisionTower":
-        """Loads a directory that holds a CLIP or SigLIP, whole or its vision half, in float32.
+        """Loads a directory that holds a CLIP or SigLIP, whole or its vision half, in float32; or
+        the tower within a directory that scripts/export_hf.py wrote.
 
         Raises ValueError where the directory is missing, is of another model, or lacks weights.
         """
@@ -68,6 +69,8 @@ class VisionTower:
             model_type = about["model_type"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{directory}/config.json names no model_type: {fix}") from error
+        if model_type == "cinego":
+            return cls(_exported(directory))
         if _family(model_type) not in _FAMILIES:
             raise ValueError(f"{directory} holds a {model_type!r} model, not CLIP or SigLIP: {fix}")
 
@@ -152,3 +155,23 @@ def _check_size(config, directory: Path) -> None:
 
 def _family(model_type: str) -> str:
     return str(model_type).removesuffix("_vision_model")
+
+
+def _exported(directory: Path) -> torch.nn.Module:
+    """The tower's weights among those of an exported model. Raises ValueError where some lack."""
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModel
+
+    prefix = "vision_tower."
+    try:
+        settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        model = AutoModel.from_config(AutoConfig.for_model(**settings["vision_config"]))
+        with safe_open(directory / "model.safetensors", "pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            state = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+        model.load_state_dict(state, strict=True)
+    except (OSError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"can't read the vision tower in {directory} ({error}): export it again"
+        ) from error
+    return model.float()
