@@ -27,6 +27,7 @@ from dataset.video_dataset import (
     VideoSource,
     collate,
 )
+from device import choose_device, choose_dtype
 from model.checkpoint import read_about, save_model
 from model.cinego import Cinego
 from model.config import SUMMARY_ALIASES, CinegoConfig, LanguageModelConfig
@@ -170,10 +171,10 @@ def open_visuals(config: StageConfig) -> Visuals:
         return Visuals(FeatureSource(store), FeatureSource(val), *size, None, made["tower"])
     tower = VisionTower.from_pretrained(config.vision_path)
     transform = FrameTransform.from_pretrained(config.vision_path, config.resize)
-    config.resize = transform.resize
+    config.resize, tower.normalize = transform.resize, transform.normalize
     source = VideoSource(
         config.images_path,
-        transform,
+        transform.resize_frames,
         config.num_frames,
         config.sampling,
         config.fps,
@@ -279,6 +280,9 @@ def set_up_training(model: Cinego, config: StageConfig) -> None:
         torch.manual_seed(config.seed)
         add_adapters(language_model, config.lora_rank, config.lora_alpha or 2 * config.lora_rank)
     language_model.gradient_checkpointing = config.gradient_checkpointing
+    if model.vision_tower:
+        dtype = choose_dtype(config.dtype, choose_device(config.device))
+        model.vision_tower.cast_matrices(getattr(torch, dtype))
     if config.compile:
         language_model.compile_layers()  # in place: the weights keep their names
 

@@ -308,10 +308,7 @@ class TowerBatches:
     def __init__(self, tower, transform, dtype: str, device: torch.device, batch_size: int):
         self.tower, self.transform, self.batch_size = tower.to(device), transform, batch_size
         self.device, self.dtype = device, getattr(torch, dtype)
-        # Where autocast computes in half precision anyway; or it casts the weights in every call.
-        for module in tower.model.modules():
-            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
-                module.to(self.dtype)
+        tower.cast_matrices(self.dtype)
 
     def __enter__(self):
         # On a GPU, one thread fetches its results while the other's batch is computed.

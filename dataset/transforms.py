@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -115,14 +116,11 @@ class FrameTransform:
 
     def normalize(self, frames: "torch.Tensor") -> "torch.Tensor":
         """(F, S, S, 3) uint8 → (F, 3, S, S) float32, (frame · rescale − mean) / std."""
-        import torch
-
         # A row of S·3 values at a time: three times faster than planes, and a convolution takes the
         # channels-last result as it is.
         num_frames, size = frames.shape[:2]
-        mean, std = torch.tensor([self.mean, self.std], device=frames.device).repeat(1, size)
-        pixels = frames.reshape(num_frames, size, size * 3).float()
-        pixels = pixels.mul_(self.rescale / std).sub_(mean / std)
+        scale, shift = _scale_and_shift(self, frames.device)
+        pixels = frames.reshape(num_frames, size, size * 3).float().mul_(scale).sub_(shift)
         return pixels.view(num_frames, size, size, 3).permute(0, 3, 1, 2)
 
     def __call__(self, frames: np.ndarray) -> "torch.Tensor":
@@ -130,6 +128,16 @@ class FrameTransform:
         import torch
 
         return self.normalize(torch.from_numpy(np.ascontiguousarray(self.resize_frames(frames))))
+
+
+@lru_cache(maxsize=8)  # copied to a device once: each copy would wait for it
+def _scale_and_shift(transform: FrameTransform, device) -> "tuple[torch.Tensor, torch.Tensor]":
+    """What a row's S·3 values are multiplied by, and what is then taken off."""
+    import torch
+
+    values = torch.tensor([transform.mean, transform.std], device=device)
+    mean, std = values.repeat(1, transform.image_size)
+    return transform.rescale / std, mean / std
 
 
 def _middle(length: int, part: int) -> slice:

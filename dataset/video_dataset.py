@@ -38,10 +38,11 @@ class FeatureSource:
 
 @dataclass
 class VideoSource:
-    """Videos and images decoded on the fly: (F, 3, S, S) a visual."""
+    """Videos and images decoded on the fly: (F, S, S, 3) uint8 a visual. The tower normalises them
+    where it runs: floats would be four times the bytes on their way there."""
 
     root: str
-    transform: Callable[[np.ndarray], torch.Tensor]
+    resize_frames: Callable[[np.ndarray], np.ndarray]
     num_frames: int = 8
     sampling: str = "uniform"
     fps: float | None = None
@@ -51,7 +52,7 @@ class VideoSource:
     def load(self, relative: str) -> torch.Tensor:
         path = resolve_under(self.root, relative)
         clip = read_frames(path, self.num_frames, self.sampling, self.fps, self.backend)
-        return self.transform(clip.frames)
+        return torch.from_numpy(np.ascontiguousarray(self.resize_frames(clip.frames)))
 
 
 # ---------------------------------------------------------------------------------------- rows

@@ -6,6 +6,7 @@ Shapes: N frames, S pixels a side, P tokens a frame (CLIP: CLS first), D vision 
 import hashlib
 import json
 import pickle
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,6 +46,9 @@ class VisionTower:
     def __init__(self, vision_model: torch.nn.Module):
         """vision_model: one of transformers' classes in `_FAMILIES`."""
         self.model = vision_model.requires_grad_(False).eval()
+        # (N, S, S, 3) uint8 → (N, 3, S, S), as the tower's preprocessor_config.json says; with it,
+        # a call takes frames as they are, too.
+        self.normalize: Callable[[Tensor], Tensor] | None = None
         config = vision_model.config
         self.family: str = _family(config.model_type)
         self.image_size: int = config.image_size
@@ -110,15 +114,20 @@ class VisionTower:
     def __call__(self, pixel_values: Tensor) -> Tensor:
         """(N, 3, S, S) → (N, P, D): what the last encoder layer gives, before the final norm.
 
-        A forward hook on the encoder sees the same (MiniMind-V). ValueError for other sizes.
+        A forward hook on the encoder sees the same (MiniMind-V). With `normalize` set, it takes
+        (N, S, S, 3) uint8 frames as well. ValueError for other sizes.
         """
+        if pixel_values.dtype == torch.uint8 and self.normalize:
+            pixel_values = self.normalize(pixel_values)
         if pixel_values.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
                 f"the vision tower takes frames of {self.image_size} x {self.image_size} pixels, "
                 f"not {pixel_values.shape[-2]} x {pixel_values.shape[-1]}: use its own "
                 "preprocessor_config.json"
             )
-        model = self.model.to(pixel_values.device)
+        model = self.model
+        if next(model.parameters()).device != pixel_values.device:
+            model.to(pixel_values.device)
         if self.family == "clip":
             return model(pixel_values=pixel_values).last_hidden_state
         # SigLIP's last_hidden_state has passed the final norm: call what stands before it.
@@ -129,6 +138,13 @@ class VisionTower:
         """Itself, moved."""
         self.model.to(device)
         return self
+
+    def cast_matrices(self, dtype: torch.dtype) -> None:
+        """Stores them as autocast takes them: weights that don't learn it would cast anew in every
+        call. The results are the same; the fingerprint isn't."""
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+                module.to(dtype)
 
     def num_parameters(self) -> int:
         """All of them: none learns."""

@@ -65,7 +65,7 @@ def sources(tmp_path_factory, tiny_tower) -> dict[str, VideoSource | FeatureSour
     )
     pack_features.main([f"--features_path={features}", f"--packed_path={packed}"])
     return {
-        "videos": VideoSource(str(root), FrameTransform.from_pretrained(tiny_tower)),
+        "videos": VideoSource(str(root), FrameTransform.from_pretrained(tiny_tower).resize_frames),
         "features": FeatureSource(FeatureStore(features)),
         "packed": FeatureSource(FeatureStore(packed)),
     }
@@ -75,6 +75,7 @@ def sources(tmp_path_factory, tiny_tower) -> dict[str, VideoSource | FeatureSour
 def test_videos_and_features_give_the_same_batches(sources, tiny_tower, share_prefix):
     data_path = Path(sources["videos"].root, "data.jsonl")
     tower = VisionTower.from_pretrained(tiny_tower)
+    tower.normalize = FrameTransform.from_pretrained(tiny_tower).normalize
 
     def batches(source, batch_size) -> list[dict]:
         tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
@@ -95,6 +96,7 @@ def test_videos_and_features_give_the_same_batches(sources, tiny_tower, share_pr
                 features = other["inputs"].pop("visual_features", None)
                 assert (pixels is None) == (features is None)
                 if pixels is not None:
+                    assert pixels.dtype == torch.uint8
                     seen = tower(pixels).half()
                     torch.testing.assert_close(seen, features, atol=2e-3, rtol=2e-3)
                 rest = {k: v for k, v in one["inputs"].items() if k != "pixel_values"}

@@ -286,7 +286,7 @@ def test_features_and_videos_come_from_their_sources(tmp_path):
     from PIL import Image
 
     Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png")
-    source = VideoSource(tmp_path, transform=torch.tensor)
+    source = VideoSource(tmp_path, resize_frames=lambda frames: frames)
     assert source.kind == "pixel_values" and source.load("a.png").shape == (1, 6, 8, 3)
     with pytest.raises(ValueError, match="b.png"):
         source.load("b.png")
