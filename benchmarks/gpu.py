@@ -1,0 +1,257 @@
+"""What a CUDA device makes of this code: is it right, what waits, how busy is it?
+
+    python benchmarks/gpu.py                       # all parts, about ten minutes
+    python benchmarks/gpu.py --parts correct syncs # the two to run first
+
+    correct   loss and gradients of a batch against float64 on the CPU, in every precision
+    syncs     where the process waits for the device in a step, line by line; kernels a step
+    mfu       tokens a second, MFU and memory over sizes of model and batch
+    extract   frames a second of a CLIP ViT-B/32, without decoding
+    generate  tokens a second of one stream and of many
+
+Data and models are made up. Without a CUDA device it says so and ends.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+
+from benchmarks.train_step import PATCHES, WIDTH, Source, make_batches, make_model, make_samples
+from cli import Flags, flag, launch, parse_flags
+from dataset.transforms import FrameTransform
+from device import choose_device
+from extract_features import TowerBatches
+from model.cinego import Cinego
+from model.config import CinegoConfig, LanguageModelConfig
+from model.generate import DecodingBatch
+from model.inference import prepare
+from model.minimind import MiniMind
+from model.vision_tower import VisionTower
+from trainer.config import TrainConfig
+from trainer.engine import compute_loss
+from trainer.optim import Optimizers
+
+CPU = torch.device("cpu")
+# name: how the weights are kept, autocast's type, and how far gradients may be off, relatively
+PRECISIONS = {
+    "float64": (torch.float64, "float32", 1e-9),
+    "float32": (torch.float32, "float32", 1e-4),
+    "bfloat16": (torch.float32, "bfloat16", 3e-2),
+    "float16": (torch.float32, "float16", 5e-3),
+}
+
+
+@dataclass
+class GpuFlags(Flags):
+    """Benchmark"""
+
+    parts: list[str] = flag(["correct", "syncs", "mfu", "extract", "generate"], "what to measure")
+    tokens: list[int] = flag([4096, 16384, 65536], "tokens a batch, for mfu")
+
+    def problems(self) -> list[str]:
+        unknown = [part for part in self.parts if part not in PARTS]
+        return [f"--parts {' '.join(unknown)}: choose of {', '.join(PARTS)}"] if unknown else []
+
+
+def seconds(work: Callable[[], object], times: int = 1) -> float:
+    """Wall time of one call, all of its kernels done."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(times):
+        work()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - started) / times
+
+
+def peak_flops(device: torch.device) -> float:
+    """Of a large bfloat16 product: what MFU is a share of, here and not on a data sheet."""
+    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    seconds(lambda: a @ a, 3)
+    return 2 * 8192**3 / seconds(lambda: a @ a, 20)
+
+
+def batches_of(tokens: int, number: int, share: bool, frames: int = 8) -> list[dict]:
+    """Pinned, as a DataLoader hands them over."""
+    with tempfile.TemporaryDirectory() as folder:
+        samples = make_samples(max(112, tokens * number // 64), folder)
+    how = {"tokens": tokens, "max_length": 1024, "share_prefix": share}
+    batches = make_batches(samples, Source(frames), number, **how)
+    for batch in batches:
+        pinned = {k: v.pin_memory() for k, v in batch["inputs"].items() if hasattr(v, "to")}
+        batch["inputs"] |= pinned
+    return batches
+
+
+def model_flops(model: Cinego, batch: dict) -> float:
+    """Of the language model's forward and backward for this batch, causal pairs only: 6 for each
+    weight and token, and no more than what has to be computed (Kaplan et al., arXiv 2001.08361)."""
+    config, packed = model.config.language_model, batch["inputs"]["packed"]
+    weights = sum(p.numel() for p in model.language_model.model.layers.parameters())
+    head = model.language_model.model.embed_tokens.weight.numel()
+    lengths = zip(packed.query_lengths, packed.key_lengths, strict=True)
+    pairs = sum(q * (k - q / 2) for q, k in lengths) * config.num_hidden_layers
+    tokens = weights * len(packed.tokens_T) + head * len(packed.targets_N)
+    return 6 * tokens + 12 * pairs * config.hidden_size
+
+
+def training_step(model: Cinego, device: torch.device) -> Callable[[dict], None]:
+    """A step in bfloat16 as the engine takes it, but for what it prints."""
+    optimizers = Optimizers(model, TrainConfig())
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+
+    def step(batch: dict) -> None:
+        loss = compute_loss(model, batch, "bfloat16", device)
+        (loss / batch["supervised_tokens"]).backward()
+        optimizers.step(scaler, optimizers.clip_gradients(scaler, max_norm=1.0))
+        optimizers.zero_grad()
+
+    return step
+
+
+def correct(device: torch.device, flags: GpuFlags) -> None:
+    kinds = {"dct": {}, "dct, qk_norm": {"qk_norm": True}, "dct, experts": {"num_experts": 4}}
+    for name, settings in {**kinds, "gpt4video": {}, "mean": {}}.items():
+        torch.manual_seed(0)
+        shape = LanguageModelConfig(hidden_size=256, num_hidden_layers=3, **settings)
+        config = CinegoConfig(shape, name.split(",")[0], WIDTH, PATCHES)
+        state = Cinego(config).state_dict()
+
+        def gradients(where, batch, weights, autocast, config=config, state=state):
+            model = Cinego(config).eval()
+            model.load_state_dict(state)
+            loss = compute_loss(model.to(where, weights), batch, autocast, where)
+            loss.backward()
+            found = [
+                p.grad.double().cpu().flatten() for p in model.parameters() if p.grad is not None
+            ]
+            return loss.item(), torch.cat(found)
+
+        for share in (True, False):
+            (batch,) = batches_of(2048, 1, share)
+            exact_loss, exact = gradients(CPU, batch, torch.float64, "float32")
+            for precision, (weights, autocast, limit) in PRECISIONS.items():
+                loss, found = gradients(device, batch, weights, autocast)
+                error = ((found - exact).norm() / exact.norm()).item()
+                verdict = "ok" if error < limit else f"WRONG: more than {limit:g}"
+                rows = "shared" if share else "single"
+                print(
+                    f"{name:14} {rows:7} {precision:9} loss {loss / exact_loss - 1:+.1e}, "
+                    f"gradient {error:.1e}  {verdict}",
+                    flush=True,
+                )
+
+
+def syncs(device: torch.device, flags: GpuFlags) -> None:
+    model = make_model(512, 8).to(device).train()
+    step, kinds = training_step(model, device), torch.profiler.ProfilerActivity
+    for share in (True, False):
+        (batch,) = batches_of(16384, 1, share)
+        step(batch), step(batch)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            step(batch)
+            torch.cuda.set_sync_debug_mode("default")
+        places = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught)
+        with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profile:
+            step(batch)
+            torch.cuda.synchronize()
+        rows = [
+            r for r in profile.key_averages() if r.device_type == torch.autograd.DeviceType.CUDA
+        ]
+        rows.sort(key=lambda row: -row.self_device_time_total)
+        busy = sum(row.self_device_time_total for row in rows) / 1e3
+        print(
+            f"{'shared' if share else 'single'} rows: {sum(places.values())} waits {dict(places)}; "
+            f"{sum(row.count for row in rows)} kernels, {busy:.1f} ms of them in a step of "
+            f"{seconds(partial(step, batch), 5) * 1e3:.1f} ms"
+        )
+        for row in rows[:12]:  # the attention path taken is among them: flash, fmha or cudnn
+            print(f"  {row.count:5} x {row.self_device_time_total / 1e3:8.2f} ms  {row.key[:84]}")
+
+
+def mfu(device: torch.device, flags: GpuFlags) -> None:
+    peak = peak_flops(device)
+    for size in ((512, 8), (768, 16)):
+        model = make_model(*size).to(device).train()
+        step = training_step(model, device)
+        for tokens in flags.tokens:
+            batches = batches_of(tokens, 6, True)
+            torch.cuda.reset_peak_memory_stats()
+            first = [seconds(partial(step, b)) for b in batches]  # each of a new shape
+            again = [seconds(partial(step, b), 3) for b in batches]
+            work = sum(model_flops(model, batch) for batch in batches)
+            real = sum(batch["real_tokens"] for batch in batches)
+            print(
+                f"{size[0]} x {size[1]}, {tokens:6} tokens: {real / sum(again):10,.0f} tokens/s, "
+                f"MFU {work / sum(again) / peak:.1%} of {peak / 1e12:.0f} TFLOP/s, new shapes "
+                f"{statistics.median(first) / statistics.median(again):.2f} x the time, "
+                f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB",
+                flush=True,
+            )
+
+
+def extract(device: torch.device, flags: GpuFlags) -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    transform, rng = FrameTransform(224, (0.5,) * 3, (0.5,) * 3), np.random.default_rng(0)
+    tower = VisionTower(CLIPVisionModel(CLIPVisionConfig(patch_size=32)))
+    clips = [rng.integers(0, 256, (8, 224, 224, 3), np.uint8) for _ in range(64)]
+    for size in (128, 512):
+        with TowerBatches(tower, transform, "bfloat16", device, size) as batches:
+            for number in (64, 512):  # the first warms up
+                decoded = ((str(i), ({}, clips[i % 60])) for i in range(number))
+                started = time.perf_counter()
+                found = {name: features for name, _, features in batches.run(decoded)}
+                taken = time.perf_counter() - started
+        same = all(torch.equal(found[str(i)], found[str(i % 60)]) for i in range(number))
+        print(f"{size:4} frames a call: {number * 8 / taken:,.0f} frames/s; a frame's features are")
+        print(f"     the same bytes wherever it stands in a batch: {same}")
+
+
+def generate(device: torch.device, flags: GpuFlags) -> None:
+    for dtype in ("float32", "bfloat16"):
+        model = prepare(MiniMind(LanguageModelConfig()).to(device), dtype)
+        for rows in (1, 16, 128):
+            batch, ids = DecodingBatch(model), torch.randint(100, 6400, (rows, 80), device=device)
+            batch.prefill({"input_ids": ids})
+            batch.decode([7] * rows)  # warms up
+            each = seconds(lambda b=batch, n=rows: b.decode([7] * n).argmax(-1).tolist(), 128)
+            print(f"{dtype} {rows:4} rows: {each * 1e3:.2f} ms a step, {rows / each:,.0f} tokens/s")
+
+
+PARTS = {part.__name__: part for part in (correct, syncs, mfu, extract, generate)}
+
+
+def main() -> None:
+    flags = parse_flags(GpuFlags, __doc__)
+    if not torch.cuda.is_available():
+        print(
+            f"no CUDA device: torch {torch.__version__} sees none, so there is nothing to measure"
+        )
+        return
+    device = choose_device("cuda")
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, "
+        f"cuDNN {torch.backends.cudnn.version()}"
+    )
+    for part in flags.parts:
+        print(f"\n{part}", flush=True)
+        PARTS[part](device, flags)
+
+
+if __name__ == "__main__":
+    launch(main)
