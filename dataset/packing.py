@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from itertools import takewhile
+from itertools import pairwise, takewhile
 
 import numpy as np
 import torch
@@ -192,12 +192,13 @@ def pack_batch(rows: list[Row]) -> PackedBatch:
     (placeholders,) = np.nonzero(np.concatenate([row.visual_mask for row in rows]))
 
     queries, keys = [], []  # of each sequence: its first token and the one after its last
+    # Not strict, here: where the last row ends stands behind it.
     for row, start, end in zip(rows, starts, starts[1:], strict=False):
         own = start + 1 + np.flatnonzero(np.diff(row.segment_ids))  # where conversations start
         bounds = [int(start), *own.tolist(), int(end)]
         # Without a prefix (all segments above 0), each conversation sees itself alone.
         has_prefix = row.segment_ids[0] == 0
-        for number, span in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for number, span in enumerate(pairwise(bounds)):
             queries.append(span)
             keys.append([(bounds[0], bounds[1]), span] if has_prefix and number else [span])
     query_lengths = [end - start for start, end in queries]

@@ -113,7 +113,7 @@ class Scheduler:
                 self._busy_since = time.monotonic()
                 self._do(*turn)
                 self._busy_since = None
-        except Exception:
+        except Exception:  # whatever it is: every waiting request has to hear of it
             log.exception("the model's device failed, so its thread ends")
         finally:
             with self._changed:

@@ -4,7 +4,7 @@
     ask_test_set(chat_model, read_samples("test.jsonl"), settings, Path("out/eval.answers.jsonl"))
 
 The first line of the answers' file says what was asked of what; then comes a line for each sample,
-in the order of their videos. A run that was killed goes on after the last whole line. Memory holds
+in the order of their videos. A run that was killed resumes after the last whole line. Memory holds
 the videos of BATCHES batches at a time, whatever the size of the test set.
 """
 
@@ -180,6 +180,7 @@ def with_letters(message: dict, entry: dict, language: str | None) -> dict:
     if "letters" in entry:  # what to ask where the likelihood is that of a description
         tags = "".join(f"{tag}\n" for tag in VISUAL_TAG.findall(message["content"]))
         lines = [tags + entry["letters"]]
+    # Not strict: there are more letters than options.
     lines += [f"{letter}. {text}" for letter, text in zip(LETTERS, entry["options"], strict=False)]
     lines.append(ONLY_LETTER["zh" if language == "zh" else "en"])
     return {**message, "content": "\n".join(lines)}

@@ -248,6 +248,7 @@ def whole_directory(directory: Path) -> Iterator[Path]:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     plain = takewhile(lambda word: not word.startswith("-"), argv)
+    # Not strict: either may be given by its flag instead.
     named = [f"--{name}={word}" for name, word in zip(("source", "target"), plain, strict=False)]
     flags = parse_flags(ExportFlags, __doc__, named + argv[len(named) :])
     target = Path(flags.target)

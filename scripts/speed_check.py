@@ -163,6 +163,7 @@ def describe(parts: list[Part], product: float, device: str) -> str:
             cells += [f"{part.flops_per_second / 1e9:.0f}", f"{share:.0%}"]
             if share < usual.get(part.name, 0):
                 slow.append(f"{part.name} ({share:.0%}, usual is {usual[part.name]:.0%} or more)")
+        # Not strict: a part without arithmetic of its own has fewer figures.
         cells = [f"{cell:>{width}}" for cell, width in zip(cells, (10, 10, 14), strict=False)]
         lines.append(f"{part.name:<10}" + "".join(cells))
     lines.append(f"a large matrix product: {product / 1e9:.0f} GFLOP/s")
