@@ -40,6 +40,7 @@ from model.inference import prepare
 from model.minimind import MiniMind
 from model.vision_tower import VisionTower
 from trainer.config import TrainConfig
+from trainer.distributed import SummedLoss
 from trainer.engine import compute_loss
 from trainer.optim import Optimizers
 
@@ -112,7 +113,7 @@ def training_step(model: Cinego, device: torch.device) -> Callable[[dict], None]
     scaler = torch.amp.GradScaler(device.type, enabled=False)
 
     def step(batch: dict) -> None:
-        loss = compute_loss(model, batch, "bfloat16", device)
+        loss = compute_loss(SummedLoss(model), batch, "bfloat16", device)
         (loss / batch["supervised_tokens"]).backward()
         optimizers.step(scaler, optimizers.clip_gradients(scaler, max_norm=1.0))
         optimizers.zero_grad()
@@ -131,7 +132,7 @@ def correct(device: torch.device, flags: GpuFlags) -> None:
         def gradients(where, batch, weights, autocast, config=config, state=state):
             model = Cinego(config).eval()
             model.load_state_dict(state)
-            loss = compute_loss(model.to(where, weights), batch, autocast, where)
+            loss = compute_loss(SummedLoss(model.to(where, weights)), batch, autocast, where)
             loss.backward()
             found = [
                 p.grad.double().cpu().flatten() for p in model.parameters() if p.grad is not None

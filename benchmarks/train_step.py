@@ -38,6 +38,7 @@ from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
 from model.tokenizer import open_tokenizer
 from trainer.config import TrainConfig
+from trainer.distributed import SummedLoss
 from trainer.dry_run import peak_memory
 from trainer.engine import compute_loss
 from trainer.optim import Optimizers
@@ -124,7 +125,7 @@ def time_step(model: Cinego, optimizers: Optimizers, batch: dict, pad_to: int, d
     if pad_to:
         loss = padded_loss(model, batch, pad_to, dtype, device)
     else:
-        loss = compute_loss(model, batch, dtype, device)
+        loss = compute_loss(SummedLoss(model), batch, dtype, device)
     (loss / batch["supervised_tokens"]).backward()
     optimizers.step(scaler, optimizers.clip_gradients(scaler, max_norm=1.0))
     optimizers.zero_grad()

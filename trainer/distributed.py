@@ -1,23 +1,22 @@
 """One process or many: the same calls, which do nothing when there is one.
 
 `torchrun --nproc_per_node N train_sft.py …` starts N processes, each with a share of every batch.
-Gradients are summed here, by hand, once a step and after its last micro-batch, instead of by
-DistributedDataParallel: a text-only batch gives the video summary no gradient, and a batch of
-undecodable videos gives none at all; both would leave DDP's peers waiting. At this model's size
-(0.1 to 0.5 GB of gradients) the overlap that DDP would buy is small.
-
-Numbers and objects travel over gloo, gradients of a GPU over NCCL: asking what others counted
-doesn't wait for the device, and gloo notices at once when a process is gone.
+torch's DistributedDataParallel sums their gradients while the backward pass still runs. Numbers and
+objects travel over gloo, gradients of a GPU over NCCL: asking what others counted doesn't wait for
+the device, and gloo notices at once when a process is gone.
 
 An error in one process is reported by that process. The others only see broken connections; they
-look into the shared store for the reason and repeat it, instead of the transport's own complaint.
+look for the reason in the store where all met, and repeat it in place of the transport's complaint.
 """
 
+import math
 import os
 import socket
+import sys
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,19 +24,45 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from torch.nn.parallel import DistributedDataParallel
 
 from device import choose_device
 
-# How long the survivors of a broken connection wait for each other before they name who is silent.
-SECONDS_TO_ANSWER = 3.0
+SECONDS_TO_ANSWER = 3.0  # a process that doesn't beat for so long is gone
+SECONDS_TO_NAME = 30.0  # whom one has waited for that long is named, though it may still come
 
 
 class ProcessLost(ConnectionError):
     """Another process failed, was killed or doesn't answer; the message says which."""
 
 
-@dataclass(frozen=True)
+class SummedLoss(nn.Module):
+    """A model's loss of a batch, from which every process can go backward.
+
+    `anchor` is 0, and no optimizer has it. With it there is a gradient where the model gives none:
+    for text under a frozen language model, or for no batch at all, as every sample is bad.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        learning = next(p for p in model.parameters() if p.requires_grad)
+        self.anchor = nn.Parameter(learning.new_zeros(()))
+
+    def forward(self, inputs: dict[str, Any]) -> Tensor:
+        return self.anchor + (self.model(**inputs).loss if inputs else 0.0)
+
+
+def sum_bucket(_, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DistributedDataParallel would take the mean of the processes' gradients; but their losses are
+    divided by all processes' tokens already."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+@dataclass
 class World:
     """This process's place among all: `rank` of `size`, and the device it computes on.
 
@@ -48,7 +73,7 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
-    store: dist.Store | None = None  # where the processes leave notes; None: alone
+    heart: "Heartbeat | None" = None  # None: alone
 
     @property
     def is_main(self) -> bool:
@@ -58,14 +83,21 @@ class World:
         return self
 
     def __exit__(self, kind, error: BaseException | None, trace) -> None:
-        if self.size == 1:
+        if self.heart is None:
             return
         if error is None or isinstance(error, SystemExit):
-            with self._collective():
+            with self.exchange():
                 dist.barrier()  # the main process may still be writing the last checkpoint
+            self.heart.stopped.set()
             dist.destroy_process_group()
         elif not isinstance(error, ProcessLost):
-            self._report_failure(error)
+            # All processes have a mistake in the flags or the data, and one of a machine prints it:
+            # the others' errors get the mark `already_reported`, which `launch` minds.
+            reason = f" on {socket.gethostname()}: {type(error).__name__}: {error}"
+            word = f"stopped because of process {self.rank}{reason}"
+            first = self.heart.leave_word(word)
+            error.already_reported = first != word and reason in first
+            get_error_handler().record_exception(error)  # for torchrun's summary
 
     def print_rank0(self, text: str) -> None:
         """Prints once, not once a process."""
@@ -76,7 +108,7 @@ class World:
         """Each value summed over the processes (float64: token counts stay exact)."""
         totals = torch.tensor(values, dtype=torch.float64)
         if self.size > 1:
-            with self._collective():
+            with self.exchange():
                 dist.all_reduce(totals)
         return totals.tolist()
 
@@ -84,43 +116,30 @@ class World:
         """The processes' lists, joined in order of rank, on every process."""
         parts: list[list[Any]] = [items] * self.size
         if self.size > 1:
-            with self._collective():
+            with self.exchange():
                 dist.all_gather_object(parts, items)
         return [item for part in parts for item in part]
 
     def broadcast_object(self, value: Any) -> Any:
         """The main process's value, on every process."""
-        box = [value]
-        if self.size > 1:
-            with self._collective():
-                dist.broadcast_object_list(box, src=0)
-        return box[0]
+        return self.gather_objects([value if self.is_main else None])[0]
 
-    def broadcast_tensors(self, tensors: Iterable[torch.Tensor]) -> None:
-        """All processes start from the main process's values."""
-        if self.size > 1:
-            with self._collective():
-                for tensor in tensors:
-                    dist.broadcast(tensor.detach(), src=0)
+    def distribute(self, model: nn.Module) -> nn.Module:
+        """A module that gives the model's loss of a batch's `inputs`, or of none.
 
-    def all_reduce_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Every gradient becomes its sum over the processes.
-
-        A parameter that got no gradient anywhere keeps None, as it would with one process: the
-        optimizer must not move it.
+        All processes get the main one's weights. While its `require_backward_grad_sync` is True, a
+        backward pass sums the gradients over the processes, and all have to do one. A parameter
+        that no process used since the last sum keeps its gradient of None, as it would with one
+        process: the optimizer must not move it. That is `find_unused_parameters`.
         """
-        if self.size == 1:
-            return
-        holders = self.all_reduce_sum(*(p.grad is not None for p in parameters))
-        used = [p for p, number in zip(parameters, holders, strict=True) if number]
-        if not used:
-            return
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in used]
-        flat = torch.cat([grad.reshape(-1) for grad in grads])
-        with self._collective():
-            dist.all_reduce(flat)
-        for p, total in zip(used, flat.split([p.numel() for p in used]), strict=True):
-            p.grad = total.view_as(p)
+        module = SummedLoss(model)
+        if self.size > 1:
+            with self.exchange():
+                module = DistributedDataParallel(
+                    module, gradient_as_bucket_view=True, find_unused_parameters=True
+                )
+            module.register_comm_hook(None, sum_bucket)
+        return module
 
     def check_consistent(self, facts: dict[str, Any]) -> None:
         """Raises ValueError, with the processes on each side, where they hold different facts.
@@ -144,61 +163,97 @@ class World:
             )
 
     @contextmanager
-    def _collective(self) -> Iterator[None]:
-        """Around a call between the processes: its failure becomes a ProcessLost that says who is
-        missing. An error of the GPU itself, which may surface in any call, stays what it is."""
+    def exchange(self) -> Iterator[None]:
+        """Around what waits for other processes: a broken connection becomes a ProcessLost that
+        says who is gone. Another error stays what it is."""
+        if self.heart is None:
+            yield
+            return
+        self.heart.entered, self.heart.waits_since = self.heart.entered + 1, time.monotonic()
         try:
             yield
-        except torch.AcceleratorError:
-            raise
         except RuntimeError as error:
-            lost = ProcessLost(self._describe_loss(error))
+            if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+                raise
+            lost = ProcessLost(self.heart.explain(error))
             lost.already_reported = f" on {socket.gethostname()}: " in str(lost)
             raise lost from None
+        finally:
+            self.heart.waits_since = math.inf
 
-    def _describe_loss(self, error: RuntimeError) -> str:
-        if self.device.type == "cpu":  # who waits for us learns of it; on a GPU, this could hang
-            dist.destroy_process_group()
+
+class Heartbeat(threading.Thread):
+    """Tells the other processes that this one lives and how many exchanges it has entered; says who
+    keeps it waiting in one, and who is gone when one breaks."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int):
+        super().__init__(daemon=True)
+        self.store, self.rank, self.others = store, rank, sorted({*range(size)} - {rank})
+        self.entered, self.waits_since = 0, math.inf
+        self.stopped = threading.Event()
+        self._beat()
+
+    def _beat(self) -> None:
+        state = f"{socket.gethostname()} {self.entered} {time.monotonic()}"
+        self.store.set(f"beat/{self.rank}", state)
+
+    def run(self) -> None:
+        try:
+            while not self.stopped.wait(SECONDS_TO_ANSWER / 5):
+                self._beat()
+                waited = time.monotonic() - self.waits_since
+                if waited > SECONDS_TO_NAME:
+                    late = _shorten(self._read_beats()[1])
+                    text = f"process {self.rank} has waited {waited:.0f} s for process {late}"
+                    print(text, file=sys.stderr, flush=True)
+                    self.waits_since = math.inf  # it is said once
+        except RuntimeError:
+            return  # the store is gone
+
+    def explain(self, error: RuntimeError) -> str:
+        """Why an exchange broke, in the words of the process that knew it first."""
         transport = f"({' '.join(str(error).split())[:200]})"
         try:
-            self.store.set(f"survivor/{self.rank}", "")
+            before, _ = self._read_beats()
             deadline = time.monotonic() + SECONDS_TO_ANSWER
             while time.monotonic() < deadline:
                 if self.store.check(["failure"]):
-                    return f"stopped because of {self.store.get('failure').decode()}"
+                    return self.store.get("failure").decode()
                 time.sleep(0.1)
-            silent = _missing(self.store, "survivor", self.size)
-            # Who has no connection to a dead process still waits: name the dead, if they are known.
-            if silent := [rank for rank in silent if _is_gone(self.store, rank)] or silent:
-                return (
-                    f"process {_shorten(_with_hosts(self.store, silent))} no longer answers: it was"
-                    f" killed (out of memory?), hangs, or the network is cut {transport}"
-                )
-            return f"the processes lost each other {transport}"
-        except RuntimeError:  # the store is gone as well: it lives with torchrun or with process 0
-            return f"torchrun or process 0 is gone; its own message says why {transport}"
-
-    def _report_failure(self, error: BaseException) -> None:
-        """For the other processes, and for torchrun's own summary of what failed first.
-
-        All processes have a mistake in the flags or the data, and one of a machine prints it: the
-        others' errors get the mark `already_reported`, which `launch` minds.
-        """
-        host, reason = socket.gethostname(), f"{type(error).__name__}: {error}"
-        try:
-            word = f"process {self.rank} on {host}: {reason}"
-            first = self.store.compare_set("failure", "", word).decode()
-            error.already_reported = first != word and f" on {host}: {reason}" in first
+            after, late = self._read_beats()
+            gone = [who for who in after if after[who] == before[who]] or late
         except RuntimeError:
-            return  # the store died before us; the reason is printed here all the same
-        get_error_handler().record_exception(error)
+            return f"torchrun or process 0 is gone; its own message says why {transport}"
+        if not gone:
+            return f"the processes lost each other {transport}"
+        return self.leave_word(
+            f"process {_shorten(gone)} no longer answers: it was killed (out of memory?), hangs, "
+            f"or the network is cut {transport}"
+        )
+
+    def leave_word(self, word: str) -> str:
+        """For the others, unless another one was first; returns the first one's."""
+        try:
+            return self.store.compare_set("failure", "", word).decode()
+        except RuntimeError:
+            return word  # the store died before us
+
+    def _read_beats(self) -> tuple[dict[str, str], list[str]]:
+        """The others' last beats, and those that haven't come to this process's last exchange."""
+        beats, late = {}, []
+        for rank in self.others:
+            host, entered, beat = self.store.get(f"beat/{rank}").decode().split()
+            beats[f"{rank} on {host}"] = beat
+            if int(entered) < self.entered:
+                late.append(f"{rank} on {host}")
+        return beats, late
 
 
 def setup(device: str = "auto", timeout: float = 900) -> World:
     """Joins the processes that torchrun started, as its environment variables say; or is alone.
 
     timeout: seconds that a process waits for another, here and in training. Raises ValueError for
-    a start that can't work, and where processes are missing (it names them) or can't exchange data.
+    a start that can't work, and where processes are missing or can't exchange data.
     """
     chosen = choose_device(device)
     # Every batch has a new shape, and on a CPU oneDNN keeps the code that it made for 1024 of them:
@@ -214,31 +269,28 @@ def setup(device: str = "auto", timeout: float = 900) -> World:
             raise ValueError(f"--device {device}: {size} processes need {size} GPUs; give cuda")
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
-    host, store, limit = socket.gethostname(), None, timedelta(seconds=timeout)
     backend, device_id = ("gloo", None) if chosen.type == "cpu" else ("cpu:gloo,cuda:nccl", chosen)
+    limit, attempt = timedelta(seconds=timeout), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
         store, *_ = next(dist.rendezvous("env://", rank, size, timeout=limit))
         # torchrun keeps its store when it restarts the processes: what the dead ones wrote there
         # must not be taken for the living's (gloo connects to addresses that nobody listens on).
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"attempt{attempt}", store)
-        store.set(f"host/{rank}", host)
-        store.set(f"pid/{rank}", str(os.getpid()))
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=size, timeout=limit, device_id=device_id
         )
+        heart = Heartbeat(store, rank, size)
         dist.all_reduce(torch.zeros(1, device=chosen))
     except RuntimeError as error:
-        missing = _missing(store, "host", size) if store else []
-        who = f"process {_shorten(missing)} is missing; " if missing else ""
         raise ValueError(
-            f"process {rank} of {size} on {host} can't join the others at "
+            f"process {rank} of {size} on {socket.gethostname()} can't join the others at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {timeout:g} s "
-            f"(--timeout): {who}{error}\n"
+            f"(--timeout): {error}\n"
             "Is every machine up, the main process running, the port open? docs/training.md says "
             "what to try for several machines."
         ) from None
-    return World(chosen, rank, size, store)
+    heart.start()
+    return World(chosen, rank, size, heart)
 
 
 def is_restarted() -> bool:
@@ -246,25 +298,6 @@ def is_restarted() -> bool:
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
-def _missing(store: dist.Store, name: str, size: int) -> list[int]:
-    return [rank for rank in range(size) if not store.check([f"{name}/{rank}"])]
-
-
-def _is_gone(store: dist.Store, rank: int) -> bool:
-    """Whether a process of this machine has ended; those of another one can't be asked."""
-    try:
-        os.kill(int(store.get(f"pid/{rank}")), 0)
-    except ProcessLookupError:
-        return store.get(f"host/{rank}").decode() == socket.gethostname()
-    except PermissionError:
-        pass
-    return False
-
-
-def _with_hosts(store: dist.Store, ranks: list[int]) -> list[str]:
-    return [f"{rank} on {store.get(f'host/{rank}').decode()}" for rank in ranks]
-
-
-def _shorten(names: list) -> str:
+def _shorten(names: list[str]) -> str:
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(map(str, names[:8])) + more
+    return ", ".join(names[:8]) + more

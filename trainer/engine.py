@@ -101,35 +101,36 @@ def train_step(
         return stats
 
     torch.manual_seed(config.seed + step * world.size + world.rank)  # dropout
-    filled = [batch for batch in micro_batches if batch["inputs"]]
     losses = []
-    for batch in filled:
+    for batch in micro_batches:
+        model.require_backward_grad_sync = batch is micro_batches[-1]
         loss = compute_loss(model, batch, config.dtype, world.device)
         # Each token weighs the same, in whichever micro-batch or process it stands.
-        if loss.requires_grad:  # text under a frozen language model teaches nothing
+        with world.exchange():
             scaler.scale(loss / stats.supervised).backward()
         losses.append(loss.detach())
 
-    world.all_reduce_gradients(optimizers.parameters)
     stats.grad_norm = optimizers.clip_gradients(scaler, config.grad_clip)
     (stats.loss,) = world.all_reduce_sum(float(sum(losses)) / stats.supervised)
     # float16 overflows now and then by design: the scaler lowers the scale, the step is skipped.
     finite_gradients = math.isfinite(stats.grad_norm) or scaler.is_enabled()
     if not math.isfinite(stats.loss) or not finite_gradients:
-        raise TrainingStopped(describe_nonfinite_loss(filled, losses, stats, step, world))
+        raise TrainingStopped(describe_nonfinite_loss(micro_batches, losses, stats, step, world))
     optimizers.step(scaler, stats.grad_norm)
     optimizers.zero_grad()
     return stats
 
 
 def compute_loss(model: nn.Module, batch: Batch, dtype: str, device: torch.device) -> Tensor:
-    """Summed loss of one batch, under autocast; the model's own loss stays in float32."""
+    """Summed loss of one batch, under autocast; the model's own loss stays in float32.
+
+    model: what `World.distribute` gave."""
     inputs = {
         name: value.to(device, non_blocking=True) if hasattr(value, "to") else value
         for name, value in batch["inputs"].items()
     }
     with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
-        return model(**inputs).loss
+        return model(inputs)
 
 
 @torch.no_grad()
@@ -148,9 +149,8 @@ def evaluate(
     loss_sum, tokens, bad = 0.0, 0, []
     for batch in loader:
         bad += batch["bad"]
-        if batch["inputs"]:
-            loss_sum += compute_loss(model, batch, config.dtype, world.device)
-            tokens += batch["supervised_tokens"]
+        loss_sum += compute_loss(model, batch, config.dtype, world.device)
+        tokens += batch["supervised_tokens"]
     model.train()
     logger.log_bad_samples(world.gather_objects(bad))
     loss_sum, tokens = world.all_reduce_sum(float(loss_sum), tokens)
@@ -210,7 +210,7 @@ def fit(
             optimizers.load_state_dict(state["optimizers"])
             scaler.load_state_dict(state["scaler"])
             progress = Progress(**state["progress"])
-        world.broadcast_tensors(model.state_dict().values())
+        trainee = world.distribute(model)
         if world.is_main:
             remove_leftovers(folder, weights_path, progress.step)
         logger = MetricsLogger(
@@ -254,7 +254,7 @@ def fit(
             optimizers.set_learning_rates(rate)
             stopping = stop.signum is not None
             stats = train_step(
-                model, micro_batches, optimizers, scaler, config, world, progress.step, stopping
+                trainee, micro_batches, optimizers, scaler, config, world, progress.step, stopping
             )
             if stats.stopping:  # this process, or another one
                 signum = signal.Signals(stop.signum or signal.SIGTERM)
@@ -292,7 +292,7 @@ def fit(
                 "bad_samples": progress.samples_bad,
             }
             if evaluating and val_loader is not None:
-                metrics["val_loss"] = evaluate(model, val_loader, config, world, logger)
+                metrics["val_loss"] = evaluate(trainee, val_loader, config, world, logger)
                 improved = progress.add_validation(metrics["val_loss"])
                 last = last or 0 < config.patience <= progress.validations_since_best
                 saving = saving or last or (config.patience and improved)

@@ -16,6 +16,7 @@ from dataset.samples import read_samples
 from dataset.video_dataset import LengthGroupedBatchSampler, VideoDataset, collate
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
+from model.lora import add_adapters
 from tests.trainer import processes
 from trainer.config import TrainConfig
 from trainer.distributed import World, setup
@@ -167,6 +168,83 @@ def test_two_processes_equal_one(workplace):
         for run_name in (one, two):
             assert [bad["id"] for bad in rows(run_name, "quarantine.jsonl")] == ["s4"]
         assert rows(two)[-1]["bad_samples"] == rows(one)[-1]["bad_samples"] == 2  # one an epoch
+
+
+# What each of four processes gets in each step: text only, nothing but broken samples, nothing at
+# all, more than the others; in the second step nobody sees a visual, in the third nobody anything.
+STEPS = [
+    [["a"], ["text1"], ["broken"], []],
+    [["text1"], [], ["text2"], ["broken"]],
+    [["broken"], [], [], ["broken"]],
+    [["b", "c", "text3"], ["broken", "d"], [], ["a"]],
+    [["text1"], ["b"], ["text2"], []],
+]
+FEW_LEARN = {"freeze_llm": 2, "weight_decay": 0.3}  # what nobody used mustn't decay either
+UNLIKE = {
+    "dense": {"weight_decay": 0.3},
+    "experts": {"weight_decay": 0.3},
+    "frozen": FEW_LEARN,
+    "adapters": {"lora_rank": 2},
+    "accumulated": {"accumulation_steps": 2, "weight_decay": 0.3},
+    "float16": FEW_LEARN | {"dtype": "float16"},
+}
+
+
+class Loader:
+    """The batches of STEPS, for however many processes share them."""
+
+    def __init__(self, world):
+        names = sorted({name for step in STEPS for part in step for name in part})
+        self.data = make_loader(names, 1, world).dataset
+        self.rows = {name: row for row, name in enumerate(names)}
+        self.world, self.batch_sampler = world, self
+        self.plan_for, self.set_epoch, self.skip = (lambda _: 1), (lambda _: None), (lambda _: None)
+
+    def __len__(self):
+        return len(STEPS)
+
+    def __iter__(self):
+        for step in STEPS:
+            mine = [name for part in step[self.world.rank :: self.world.size] for name in part]
+            yield collate([self.data[self.rows[name]] for name in mine], pad_id=0)
+
+
+def train_unlike(argv):
+    """Every case of UNLIKE in this process's share, in the folder that `argv` names."""
+    os.chdir(*argv)
+    torch.set_num_threads(1)
+    with setup("cpu") as world:
+        for name, settings in UNLIKE.items():
+            model = make_model(**EXPERTS if name == "experts" else {}).double()
+            model.set_trainable(settings.get("freeze_llm", 0))
+            if rank := settings.get("lora_rank"):
+                torch.manual_seed(0)
+                add_adapters(model.language_model, rank, 4)
+            training = {k: v for k, v in settings.items() if k not in ("freeze_llm", "lora_rank")}
+            run_name = f"{name}{world.size}"
+            training |= {"max_skipped_fraction": 1, "run_name": run_name}
+            run(model, Loader(world), world=world, **training)
+            torch.save(model.state_dict(), f"{run_name}_{world.rank}.pth")
+
+
+def test_unlike_shares_on_one_two_and_four_processes_give_the_same_weights(workplace):
+    for size in (1, 2, 4):
+        log = workplace / f"log{size}"
+        processes.finish(processes.start(train_unlike, [str(workplace)], log, size), log)
+    for name in UNLIKE:
+        one = torch.load(f"{name}1_0.pth")
+        assert any(
+            (one[key] - new).abs().max() > 1e-4
+            for key, new in make_model().state_dict().items()
+            if key in one
+        )
+        for size in (2, 4):
+            for rank in range(size):
+                other = torch.load(f"{name}{size}_{rank}.pth")
+                difference = max((one[key] - other[key]).abs().max() for key in one)
+                assert difference < (1e-3 if name == "float16" else 1e-7), (name, size, rank)
+            for a, b in zip(rows(f"{name}1"), rows(f"{name}{size}"), strict=True):
+                assert a["loss"] == pytest.approx(b["loss"], rel=1e-3), (name, size)
 
 
 def test_the_state_of_another_run_is_refused(workplace):
