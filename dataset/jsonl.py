@@ -169,4 +169,7 @@ def _one_process(path: str):
     lock = Path(tempfile.gettempdir(), f"cinego-{os.getuid()}-{_short_hash(path)}.lock")
     with open(lock, "a") as file:  # not beside the data: network disks may know no locks
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:  # whoever waits, or comes now and locks a new one, finds the index made
+            lock.unlink(missing_ok=True)

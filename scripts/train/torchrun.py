@@ -7,6 +7,7 @@
 
 import logging
 import sys
+import tempfile
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -15,7 +16,8 @@ from torch.distributed.run import parse_args, run
 if __name__ == "__main__":
     logging.disable(logging.ERROR)  # which process ended which, and by what signal
     try:
-        run(parse_args(sys.argv[1:]))
+        with tempfile.TemporaryDirectory() as folder:  # else torchrun leaves an empty one behind
+            run(parse_args(["--log_dir", folder, *sys.argv[1:]]))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:  # it had no chance to say anything
