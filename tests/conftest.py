@@ -1,6 +1,8 @@
 """What several tests need and no user does."""
 
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,15 @@ from model.checkpoint import save_model
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
 from model.tokenizer import OURS
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What tests, and the processes that they start, leave in the system's folder for temporary
+    files goes with the run; pytest's own folders stay there, for a look at a failure."""
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    folder = tempfile.TemporaryDirectory(prefix="cinego-tests-", ignore_cleanup_errors=True)
+    config.add_cleanup(folder.cleanup)
+    os.environ["TMPDIR"] = tempfile.tempdir = folder.name
 
 
 @pytest.fixture(scope="session")
