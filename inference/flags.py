@@ -93,7 +93,9 @@ class ServerFlags(SharedFlags):
     max_body_mb: float = flag(32, "MiB of a request, and of a file that it names; above: 413")
     max_prompt_tokens: int = flag(1024, "tokens of a conversation; visual tokens count")
     default_new_tokens: int = flag(MAX_NEW_TOKENS, "longest answer where a request says nothing")
-    max_queue: int = flag(64, "requests that may be under way; above: 503 with Retry-After")
+    max_queue: int = flag(
+        64, "requests under way, one client's seven eighths; above: 503 with Retry-After"
+    )
     max_batch: int = flag(16, "answers that are decoded together")
     batch_wait_ms: float = flag(5, "how long an idle model waits for a second request", at_least=0)
     request_timeout: float = flag(120, "seconds for all of a request; above: 504")

@@ -6,11 +6,12 @@ stands in (server-side request forgery).
 """
 
 import asyncio
-import base64
 import binascii
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +22,7 @@ import httpx2
 from inference.server.schema import APIError
 
 MAX_URL = 4096  # characters of one that isn't data: longer ones aren't even parsed
+PIECE = 1 << 20  # characters of base64 that are decoded at a time: no other thread runs meanwhile
 
 
 def unnamed_file() -> BinaryIO:
@@ -29,6 +31,18 @@ def unnamed_file() -> BinaryIO:
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("visual", os.MFD_CLOEXEC), "w+b")
     return tempfile.NamedTemporaryFile()
+
+
+@contextmanager
+def _new_file() -> Iterator[BinaryIO]:
+    """An unnamed file, which stays open if all goes well."""
+    file = unnamed_file()
+    try:
+        yield file
+        file.flush()
+    except BaseException:
+        file.close()
+        raise
 
 
 def path_of(file: BinaryIO) -> str:
@@ -78,14 +92,12 @@ class MediaSource:
         if comma < 0 or not url[:comma].lower().endswith(";base64"):
             raise _refused("a data: URL must read data:<type>;base64,<content>")
         try:
-            data = base64.b64decode(url[comma + 1 :], validate=True)
-        except (binascii.Error, ValueError):
+            with _new_file() as file:
+                for start in range(comma + 1, len(url), PIECE):
+                    piece = url[start : start + PIECE]
+                    file.write(binascii.a2b_base64(piece, strict_mode=True))
+        except ValueError:  # binascii.Error is one
             raise _refused("the data: URL isn't valid base64") from None
-        if len(data) > self.max_bytes:
-            raise self._too_large()
-        file = unnamed_file()
-        file.write(data)
-        file.flush()
         return file
 
     def _open_local(self, url: str) -> BinaryIO:
@@ -126,24 +138,21 @@ class MediaSource:
         # httpx connects to the host that was compared: no second parser can see another one in it.
         if not self.allowed_domains & named or target.userinfo:
             raise _refused("that host isn't allowed on this server (--allowed_media_domains)")
-        file = unnamed_file()
         try:
-            async with asyncio.timeout(self.timeout), self.http.stream("GET", target) as response:
-                if response.status_code != 200:
-                    raise _refused(f"the host answered with status {response.status_code}")
-                async for chunk in response.aiter_raw():
-                    if file.tell() + len(chunk) > self.max_bytes:
-                        raise self._too_large()
-                    file.write(chunk)
-            file.flush()
+            with _new_file() as file:
+                async with asyncio.timeout(self.timeout), self.http.stream("GET", target) as reply:
+                    if reply.status_code != 200:
+                        raise _refused(f"the host answered with status {reply.status_code}")
+                    async for chunk in reply.aiter_raw():
+                        if file.tell() + len(chunk) > self.max_bytes:
+                            raise self._too_large()
+                        file.write(chunk)
             return file
-        except BaseException as error:
-            file.close()
-            if isinstance(error, TimeoutError | httpx2.TimeoutException):
-                raise _refused(f"the download took longer than {self.timeout:g} s") from None
-            if isinstance(error, httpx2.HTTPError | OSError):
-                raise _refused("that host can't be reached") from None
-            raise
+        except (TimeoutError, httpx2.TimeoutException):
+            found = f"the download took longer than {self.timeout:g} s"
+        except (httpx2.HTTPError, OSError):
+            found = "that host can't be reached"
+        raise _refused(found)
 
     def _too_large(self) -> APIError:
         mib = self.max_bytes / 2**20

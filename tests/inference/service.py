@@ -66,17 +66,29 @@ class Server(Service):
         return self.client.chat.completions.create(messages=messages, **settings)
 
     def metric(self, name: str) -> float:
-        lines = self.raw(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        lines = self.raw(get("/metrics"))
         found = re.search(rf"^{re.escape(name)} (\S+)$", lines, re.MULTILINE)
         return float(found[1]) if found else 0.0
 
     def raw(self, request: bytes, wait: float = 30, address: str = "127.0.0.1") -> str:
-        """What comes back for these bytes, sent from this address of the machine, until the server
-        closes the connection."""
-        place = ("127.0.0.1", self.port)
-        with socket.create_connection(place, wait, source_address=(address, 0)) as connection:
+        """What comes back for these bytes until the server closes the connection."""
+        with connect(self.port, wait, address) as connection:
             connection.sendall(request)
-            return b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode()
+            return read(connection)
+
+
+def connect(port: int, wait: float = 60, address: str = "127.0.0.1") -> socket.socket:
+    """address: that it comes from; on Linux all of 127/8 is this machine."""
+    return socket.create_connection(("127.0.0.1", port), wait, source_address=(address, 0))
+
+
+def read(connection: socket.socket) -> str:
+    """All that comes until it is closed."""
+    return b"".join(iter(lambda: connection.recv(1 << 16), b"")).decode()
+
+
+def get(path: str) -> bytes:
+    return f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
 
 
 def post(body: bytes, *headers: str, length: int | None = None) -> bytes:

@@ -1,0 +1,151 @@
+"""How much of the server one request and one client may take, and for how long."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from inference.server.metrics import Metrics
+from inference.server.schema import APIError
+
+DRAIN_SECONDS = 2  # for the rest of a body that is refused
+# A request of many values takes seconds to parse, and no other thread runs meanwhile; one of the
+# same size that is a video takes milliseconds. So what begins or divides values is counted, and
+# escapes at a twentieth: PHP writes each / as \/, also in base64.
+MAX_VALUES = 50_000
+
+
+class Share:
+    """So many of a thing for all clients; one of them, by its address, gets seven eighths."""
+
+    def __init__(self, total: int, refusal: str):
+        self.total, self.most = total, max(1, total - max(1, total // 8))
+        self.refusal, self.taken = refusal, Counter()
+
+    def take(self, client: str, number: int) -> None:
+        """Raises APIError (503) where there isn't as much."""
+        own, all_clients = self.taken[client] + number, self.taken.total() + number
+        if own > self.most or all_clients > self.total:
+            raise APIError(503, self.refusal, "server_busy", headers={"Retry-After": "1"})
+        self.taken[client] = own
+
+    def give_back(self, client: str, number: int) -> None:
+        self.taken[client] -= number
+        if not self.taken[client]:
+            del self.taken[client]
+
+    @contextmanager
+    def held(self, client: str) -> Iterator[None]:
+        """One of it, within the block."""
+        self.take(client, 1)
+        try:
+            yield
+        finally:
+            self.give_back(client, 1)
+
+
+@asynccontextmanager
+async def read_body(
+    request: Request, max_bytes: int, seconds: float, memory: Share
+) -> AsyncIterator[bytes]:
+    """It counts as memory for as long as it, or what is in it, is held. Raises APIError."""
+    if not (announced := request.headers.get("content-length", "")).isdecimal():
+        # A body in chunks may have chunks of one byte each, which cost seconds to put together.
+        close = {"Connection": "close"}
+        raise APIError(411, "send the request with its Content-Length", headers=close)
+    if int(announced) > max_bytes:
+        found = f"the request is above {max_bytes / 2**20:g} MiB"
+        raise APIError(413, found, "body_too_large")
+    client, chunks, size, values = request.client.host, [], 0, 0.0
+    try:
+        async with asyncio.timeout(seconds):
+            async for chunk in request.stream():
+                memory.take(client, len(chunk))
+                size += len(chunk)
+                chunks.append(chunk)
+                values += sum(map(chunk.count, (b'"', b",", b"[", b"{"))) + chunk.count(b"\\") / 20
+                if values > MAX_VALUES:
+                    raise APIError(413, "the request has too many values", "body_too_large")
+        body = b"".join(chunks)
+        del chunks
+        yield body
+    except TimeoutError:
+        raise APIError(408, f"the request didn't arrive within {seconds:g} s") from None
+    finally:
+        memory.give_back(client, size)
+
+
+async def drain(request: Request, most: int) -> None:
+    """Reads what is left of a refused body. Most clients send all of it before they look at the
+    answer, and closing the connection in the midst of that would take the answer from them."""
+    if "expect" in request.headers or "content-length" not in request.headers:
+        return
+    # RuntimeError: it has been read.
+    with suppress(TimeoutError, ClientDisconnect, RuntimeError):
+        async with asyncio.timeout(DRAIN_SECONDS):
+            async for chunk in request.stream():
+                most -= len(chunk)
+                if most < 0:
+                    return
+
+
+@asynccontextmanager
+async def unless_gone(request: Request) -> AsyncIterator[None]:
+    """Ends what is inside, by ClientDisconnect, as soon as the client has hung up."""
+    inside, gone = asyncio.current_task(), False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        inside.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if gone and inside.uncancel() == 0:
+            raise ClientDisconnect from None
+        raise
+    finally:
+        watcher.cancel()
+
+
+class Deadline:
+    """How long a request may take in all; counts what became of it."""
+
+    def __init__(self, app: ASGIApp, seconds: float, metrics: Metrics):
+        self.app, self.seconds, self.metrics = app, seconds, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+            return await self.app(scope, receive, send)
+        status, started = 0, time.perf_counter()
+
+        async def watched(message):
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            async with asyncio.timeout(self.seconds):
+                await self.app(scope, receive, watched)
+        except TimeoutError:
+            # A stream that has begun is cut: its reader was too slow, or the answer too long.
+            error = APIError(504, f"no answer within {self.seconds:g} s", "timeout")
+            if status == 0:
+                await JSONResponse(error.body(), error.status)(scope, receive, watched)
+        except Exception:  # counted only: uvicorn logs it and answers 500
+            status = status or 500
+            raise
+        finally:
+            self.metrics.requests.labels(str(status or 499)).inc()
+            self.metrics.seconds.observe(time.perf_counter() - started)
