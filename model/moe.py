@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.attention import compute_dtype
 from model.config import LanguageModelConfig
 
 
@@ -29,29 +30,33 @@ class MixtureOfExperts(nn.Module):
         """(…, C) → (…, C). This layer's balance loss is appended to `balance_losses`.
 
         Tokens are sorted by expert, so that each expert reads its own in one piece and nobody's
-        else: as much work as the chosen experts are, however many there are.
+        else: as much work as the chosen experts are, however many there are. A GPU is asked for
+        nothing in bfloat16; in other types it is, once a layer, for the sizes of the pieces.
         """
         x_TC = x.flatten(0, -2)
         # In float32 even under autocast: rounding must not decide which expert a token meets.
-        with torch.autocast(x.device.type, enabled=False):
+        device = "cpu" if x.is_meta else x.device.type  # meta has no autocast
+        with torch.autocast(device, enabled=False):
             scores_TE = F.linear(x_TC.float(), self.gate.weight.float()).softmax(-1)
         weights_TK, experts_TK = scores_TE.topk(self.top_k)
         if self.normalise:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
 
-        order_A = experts_TK.flatten().argsort(stable=True)
-        counts_E = experts_TK.flatten().bincount(minlength=len(self.experts))
-        parts = x_TC[order_A // self.top_k].split(counts_E.tolist())
-        # In training an expert without a token runs on none and gets a gradient of zeros, not None:
-        # then all processes, and all steps, have gradients for the same parameters.
-        everyone = torch.is_grad_enabled() or not len(x_TC)
-        done_AC = torch.cat(
-            [
-                expert(part)
-                for expert, part in zip(self.experts, parts, strict=True)
-                if everyone or len(part)
-            ]
-        )
+        experts_A = experts_TK.flatten()
+        order_A = experts_A.argsort(stable=True)
+        chosen_AC = x_TC[order_A // self.top_k]
+        # Prepared for answering, or with an adapter beside it, a matrix is a module of its own.
+        if (
+            takes_grouped_products(x_TC)
+            and type(self.experts[0].up_proj) is nn.Linear
+            and len(x_TC)
+        ):
+            ids_E = torch.arange(len(self.experts), device=x.device)
+            counts_E = (experts_A[:, None] == ids_E).sum(0)  # bincount would wait for the device
+            done_AC = self._run_grouped(chosen_AC, counts_E)
+        else:
+            counts_E = experts_A.bincount(minlength=len(self.experts))
+            done_AC = self._run_in_turn(chosen_AC, counts_E)
         done_TKC = done_AC[order_A.argsort()].unflatten(0, (-1, self.top_k))
         y_TC = (done_TKC * weights_TK[..., None].to(done_TKC.dtype)).sum(1)
         for expert in getattr(self, "shared_experts", ()):
@@ -60,6 +65,33 @@ class MixtureOfExperts(nn.Module):
         if balance_losses is not None and len(x_TC) and self.gate.weight.requires_grad:
             balance_losses.append(balance_loss(scores_TE, counts_E))
         return y_TC.view_as(x)
+
+    def _run_in_turn(self, x_AC: Tensor, counts_E: Tensor) -> Tensor:
+        """Each expert's MLP on its own tokens, which lie together in x_AC."""
+        # In training an expert without a token runs on none and gets a gradient of zeros, not None:
+        # then all processes, and all steps, have gradients for the same parameters.
+        everyone = torch.is_grad_enabled() or not len(x_AC)
+        parts = zip(self.experts, x_AC.split(counts_E.tolist()), strict=True)
+        return torch.cat([expert(part) for expert, part in parts if everyone or len(part)])
+
+    def _run_grouped(self, x_AC: Tensor, counts_E: Tensor) -> Tensor:
+        """The same in one product for all experts, whose sizes stay on the device (bfloat16)."""
+        ends_E = counts_E.cumsum(0).int()
+
+        def project(name: str, x: Tensor) -> Tensor:
+            weights = [getattr(expert, name).weight for expert in self.experts]
+            return F.grouped_mm(x, torch.stack(weights).bfloat16().mT, offs=ends_E)
+
+        x_AC = x_AC.bfloat16()
+        return project("down_proj", F.silu(project("gate_proj", x_AC)) * project("up_proj", x_AC))
+
+
+def takes_grouped_products(x: Tensor) -> bool:
+    """Whether the device of x multiplies groups of rows, each by a matrix of its own, in one call:
+    CUDA in bfloat16. The meta device, which computes shapes only, does as CUDA."""
+    on_gpu = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    is_known = hasattr(F, "grouped_mm")  # since torch 2.10
+    return (on_gpu or x.is_meta) and is_known and compute_dtype(x) == torch.bfloat16
 
 
 def balance_loss(scores_TE: Tensor, counts_E: Tensor) -> Tensor:

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from model.attention import make_mask
 from model.config import CinegoConfig, LanguageModelConfig
 from model.kv_cache import KVCache
-from model.minimind import MiniMind, make_mask
+from model.minimind import MiniMind
 
 SMALL = LanguageModelConfig(
     vocab_size=97,

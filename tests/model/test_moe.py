@@ -40,6 +40,20 @@ def test_each_token_gets_its_most_probable_experts(settings):
         torch.testing.assert_close(layer(x).view(33, 32), expected)
 
 
+@pytest.mark.parametrize("settings", [MINIMIND3, MINIMIND2])
+def test_one_product_for_all_experts_is_each_in_turn(settings, monkeypatch):
+    """A GPU's way, on a CPU; an expert without a token has a gradient of zeros in both."""
+    layer = MixtureOfExperts(LanguageModelConfig(**SMALL, **settings), MLP).bfloat16()
+    x = torch.randn(3, 32).bfloat16()
+    found = []
+    for grouped in (False, True):
+        monkeypatch.setattr("model.moe.takes_grouped_products", lambda x, grouped=grouped: grouped)
+        y = layer(x)
+        found.append([y, *torch.autograd.grad((y * x).sum(), layer.parameters())])
+    for in_turn, together in zip(*found, strict=True):
+        torch.testing.assert_close(together, in_turn)
+
+
 def test_an_expert_runs_on_its_own_tokens_only():
     layer = MixtureOfExperts(LanguageModelConfig(**SMALL, **MINIMIND2), MLP)
     read = []

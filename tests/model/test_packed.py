@@ -16,6 +16,7 @@ from model.config import CinegoConfig, LanguageModelConfig
 from model.tokenizer import open_tokenizer
 
 P, D = 6, 16
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "num_shared_experts": 1}
 # What makes a GPU's process wait: reading a number, or a result as long as its values say; and a
 # tensor made of Python numbers, which is copied.
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "bincount", "unique")
@@ -135,8 +136,12 @@ class CountOperators(TorchDispatchMode):
 @pytest.mark.parametrize(
     "summary, share", [("dct", False), ("gpt4video", True), ("mean", True), ("concat", True)]
 )
-def test_nothing_is_asked_of_the_device_between_forward_and_backward(make_batch, summary, share):
-    model = make_model(summary).train()
+@pytest.mark.parametrize("moe", [{}, EXPERTS], ids=["dense", "experts"])
+def test_nothing_is_asked_of_the_device_between_forward_and_backward(
+    make_batch, summary, share, moe, monkeypatch
+):
+    monkeypatch.setattr("model.moe.takes_grouped_products", lambda x: True)  # as a GPU does
+    model = make_model(summary, **moe).train()
     inputs = make_batch(share, model.config.tokens_per_visual)
     with CountOperators() as operators:
         model(**inputs).loss.backward()
@@ -146,12 +151,14 @@ def test_nothing_is_asked_of_the_device_between_forward_and_backward(make_batch,
     assert operators.waiting["nonzero"]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "dtype, moe", [(torch.bfloat16, {}), (torch.float32, {}), (torch.bfloat16, EXPERTS)], ids=str
+)
 @pytest.mark.parametrize("share", [True, False])
-def test_a_gpu_s_way_needs_shapes_only(make_batch, share, dtype):
+def test_a_gpu_s_way_needs_shapes_only(make_batch, share, dtype, moe):
     """The meta device has no numbers: whatever read one, or had a shape that follows from numbers,
     would raise. It takes the ways of CUDA: FlashAttention in half precision, else one mask."""
-    model = make_model("gpt4video").to("meta", dtype).train()
+    model = make_model("gpt4video", **moe).to("meta", dtype).train()
     inputs = {
         name: value.to("meta") if hasattr(value, "to") else value
         for name, value in make_batch(share).items()
