@@ -29,6 +29,7 @@ from inference.summary import (
     compare_answers,
     format_comparison,
     format_summary,
+    read_results,
     summarise_answers,
     write_submissions,
 )
@@ -191,17 +192,20 @@ def score_test_set(flags: EvalFlags) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         answers = answers_path(flags.output or Path(folder, "eval.json"))
         ask_test_set(chat_model, samples, flags, answers)
-        summary = summarise_answers(answers)
+        results = read_results(answers)
+        summary = summarise_answers(results)
         for reason in list(summary["left_out"].values())[:MAX_REPORTED]:
             print(f"left out: {reason}", file=sys.stderr)
         if not summary["samples"]:
             raise ValueError(f"{', '.join(flags.data_path)}: no sample is left to ask")
         print(f"\n{format_summary(summary)}")
         if flags.against:
-            summary["against"] = compare_answers(answers, answers_path(flags.against))
+            theirs = read_results(answers_path(flags.against))
+            summary["against"] = compare_answers(results, theirs)
             print(format_comparison(summary["against"]))
         if flags.output:
-            write_submissions(answers, flags.output.parent)
+            for path in write_submissions(results, flags.output.parent):
+                print(f"{path}: for the benchmark's own judge")
     return {
         "checkpoint": str(chat_model.checkpoint),
         "data_path": flags.data_path,

@@ -29,9 +29,10 @@ COLUMNS = np.dtype(
         ("visuals", np.int16),  # how many
         ("group", np.int64),  # samples of one group can share a row; 0: stands alone
         ("answered", np.bool_),  # the last turn is the assistant's
+        ("bounded", np.bool_),  # about a part of its video
     ]
 )
-VERSION = "2"  # of COLUMNS and what is computed for them: an index of another is made again
+VERSION = "3"  # of COLUMNS and what is computed for them: an index of another is made again
 
 
 @dataclass(slots=True)
@@ -168,12 +169,13 @@ def split_paths(visuals: object) -> list[str]:
     return visuals
 
 
-def _describe(text: bytes, line: int, path: str) -> tuple[int, int, int, bool]:
-    """What COLUMNS keep of a line: tokens, visuals, group, answered."""
+def _describe(text: bytes, line: int, path: str) -> tuple[int, int, int, bool, bool]:
+    """What COLUMNS keep of a line: tokens, visuals, group, answered, bounded."""
     sample = parse_sample(text, line, path)
     group = prefix_group(sample.messages, sample.visuals, sample.reverse)
     answered = sample.messages[-1]["role"] == "assistant"
-    return estimate_tokens(sample.messages), len(sample.visuals), group, answered
+    tokens, is_bounded = estimate_tokens(sample.messages), sample.bounds is not None
+    return tokens, len(sample.visuals), group, answered, is_bounded
 
 
 @lru_cache(maxsize=4096)

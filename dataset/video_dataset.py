@@ -67,7 +67,8 @@ class VideoDataset(Dataset):
     Row r holds the samples `order[starts[r]:ends[r]]`. Arrays, since lists of lists would take
     gigabytes for millions of samples, and workers would copy them bit by bit.
 
-    Raises ValueError, with file and line, for a sample without an answer to learn from.
+    Raises ValueError, with file and line, for a sample without an answer to learn from, or about a
+    part of its video only: features are of whole videos.
     """
 
     def __init__(
@@ -85,6 +86,12 @@ class VideoDataset(Dataset):
         if not answered.all():
             where = samples[int(answered.argmin())].where
             raise ValueError(f"{where}: the last turn must be an answer to learn from")
+        if (bounded := samples.column("bounded")).any():
+            raise ValueError(
+                f"{samples[int(bounded.argmax())].where}: 'start' and 'end' are for eval.py's "
+                "questions, training sees whole videos: cut the part out "
+                "(ffmpeg -ss START -to END -i VIDEO CLIP), or delete both keys"
+            )
         if source is None and visuals.any():
             first = samples[int((visuals > 0).argmax())]
             raise ValueError(f"{first.where}: names {first.visuals}, but no source is given")

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from cli import Flags, flag, launch, parse_flags
 from dataset.scoring import format_table
 from dataset.video import read_frames
-from inference.summary import read_questions
+from inference.summary import read_results
 from trainer.logger import draw_curves, read_rows
 
 CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Zen Hei", "PingFang SC", "SimHei")
@@ -124,7 +124,7 @@ def main() -> None:
         draw_curves(curves, folder / "loss_curves.png")
     root = Path(evaluation["images_path"])
     frames = folder / "test_frames.png"
-    answers = read_questions(folder / "eval.answers.jsonl")[1]["normal"]
+    answers = read_results(folder / "eval.answers.jsonl").others["normal"]
     draw_answers(answers, root, evaluation["num_frames"], frames)
     (folder / "report.md").write_text(as_markdown(evaluation, stages), encoding="utf-8")
     print(f"{folder}/report.md: {len(stages)} stages, {evaluation['clips']} clips")

@@ -7,8 +7,8 @@ that triples the naive standard error.
 
 import math
 import re
-from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
@@ -104,17 +104,24 @@ def caption_tokens(text: str) -> str:
 # -------------------------------------------------------------------------- likelihoods and groups
 
 
-def best_option(sums: Sequence[float], tokens: Sequence[int], blank: Sequence[float] | None = None):
-    """The most probable option by each rule, from the log-likelihood of each option's text.
+def best_option(
+    sums: Sequence[float], tokens: Sequence[int], blank: Sequence[float] | None = None
+) -> dict[str, int]:
+    """The most probable option by each rule, from the log-likelihood of each option's text; -1
+    where several are equally probable: that prefers nothing.
 
-    sum: of its tokens, its end included, so the probability of that answer; mean: a token, which
-    doesn't favour short ones; blank: the sum's difference to the same with a blank video, which
-    leaves what the video adds (None without `blank`). Of equals the first.
+    likelihood: the sum over its tokens, its end included, so the probability of that answer; a
+    token: the mean, which doesn't favour short ones; - blank: the sum's difference to the same with
+    a blank video, which leaves what the video adds (only with `blank`).
     """
-    sums_K, tokens_K = np.asarray(sums), np.asarray(tokens)
-    best = {"sum": int(sums_K.argmax()), "mean": int((sums_K / tokens_K).argmax())}
-    best["blank"] = None if blank is None else int((sums_K - np.asarray(blank)).argmax())
-    return best
+    values = {"likelihood": np.asarray(sums)}
+    values["likelihood a token"] = values["likelihood"] / np.asarray(tokens)
+    if blank is not None:
+        values["likelihood - blank"] = values["likelihood"] - np.asarray(blank)
+    return {
+        rule: int(values_K.argmax()) if (values_K == values_K.max()).sum() == 1 else -1
+        for rule, values_K in values.items()
+    }
 
 
 def two_by_two(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
@@ -127,14 +134,6 @@ def two_by_two(first: Sequence[float], second: Sequence[float]) -> dict[str, flo
     (a, b), (c, d) = first, second
     text, video = a > b and d > c, a > c and d > b
     return {"text": float(text), "video": float(video), "group": float(text and video)}
-
-
-def all_right(scores: Iterable[tuple[Hashable, float]]) -> list[float]:
-    """One score a group: that of its worst answer. Groups of one are left out."""
-    groups = defaultdict(list)
-    for group, score in scores:
-        groups[group].append(score)
-    return [min(group) for group in groups.values() if len(group) > 1]
 
 
 # --------------------------------------------------------------------------------------- certainty

@@ -7,8 +7,8 @@ questions that could be asked. Memory holds numbers, not texts, of the questions
 import json
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from sys import intern
 
@@ -27,16 +27,15 @@ from inference.test_set import read_answers
 
 # The measure that stands for a benchmark where one figure is wanted: the first that it has.
 HEADLINES = ("group", "likelihood", "CIDEr", "mean IoU", "exact match")
-RULES = {"sum": "likelihood", "mean": "likelihood a token", "blank": "likelihood - blank"}
 PAIR_CHANCES = {"text": 1 / 4, "video": 1 / 4, "group": 1 / 6}  # arXiv 2204.03162
 
 
 class Questions:
     """The questions of one benchmark as columns: what they are, and a score for each way to measure
-    them under each control (NaN where a question has none)."""
+    them under each control (0 where one wasn't asked)."""
 
     def __init__(self):
-        self.keys: list[tuple[str, int]] = []  # sample's id and turn
+        self.keys: list[tuple] = []  # what is the same question in another run
         self.clusters: list[str] = []  # its video, or its pair of videos
         self.videos: set[int] = set()  # hashes of their names
         self.types: list[str] = []
@@ -45,54 +44,86 @@ class Questions:
         self.scores: dict[tuple[str, str], array] = {}  # (measure, control)
         self.parsed = array("b")  # whether a generated letter or text names an option
         # By the question's place, of those that have some:
-        self.options: dict[int, tuple[tuple[int, ...], int]] = {}  # hashes of texts; the right one
+        self.options: dict[int, tuple] = {}  # hashes of texts; the right one; the longest's score
         self.short_answers: dict[int, tuple[str, str]] = {}  # first words asked, the true answer
         self.captions: list[tuple[dict[str, str], list[str]]] = []  # by control; references
-        self.pairs: dict[str, list[tuple[int, dict]]] = defaultdict(list)  # group → its questions
+        self.groups: dict[str, dict] = defaultdict(dict)  # group → right option → its question
+        self.pairs: Questions | None = None  # two videos and two captions as one question
         self.judged = 0  # answers that aren't scored here
 
     def add(self, line: dict, number: int) -> None:
         """A turn of a line of the answers' file."""
-        turn = line["turns"][number]
+        turn, place = line["turns"][number], len(self.keys)
         entry = turn["scoring"]
         if entry["metric"] == "judge":
             self.judged += 1
             return
-        self.keys.append((line["id"], number))
+        self.keys.append(question_key(line, number))
         self.clusters.append(intern(entry.get("group") or " ".join(line["visuals"]) or line["id"]))
         self.videos.update(map(hash, line["visuals"]))
         self.types.append(intern(entry["type"]))
         self.subsets.append(tuple(map(intern, entry.get("subsets", ()))))
         self.missing.append(bool(line["missing"]) or entry["metric"] == "faulty")
         if not self.missing[-1]:
-            for (measure, control), score in score_answer(turn).items():
-                self._put(measure, control, score)
-            if (place := generated_choice(turn)) is not None:
-                self.parsed.append(place >= 0)
+            for name, score in score_answer(turn).items():
+                self.put(name, place, score)
+            if (named := generated_choice(turn)) is not None:
+                self.parsed.append(named >= 0)
         if entry["metric"] == "choice":
             options, right = entry["options"], entry["right"]
             texts = tuple(hash(normalise(text)) for text in options)
-            self.options[len(self.keys) - 1] = (texts, right)
-            self._put("floor", "longest option", floors.longest_option([options], [right]))
+            self.options[place] = texts, right, floors.longest_option([options], [right])
             if "group" in entry:
-                self.pairs[entry["group"]].append((right, turn["logprobs"]))
+                self.groups[entry["group"]][right] = self.keys[-1], turn["logprobs"]
         elif entry["metric"] == "match":
             start = intern(" ".join(turn["question"].lower().split()[:4]))
-            self.short_answers[len(self.keys) - 1] = (start, intern(normalise(turn["answer"])))
+            self.short_answers[place] = start, intern(normalise(turn["answer"]))
         elif entry["metric"] == "cider":
             self.captions.append((turn["answers"], entry["references"]))
 
-    def _put(self, measure: str, control: str, score: float) -> None:
-        column = self.scores.setdefault((measure, control), array("f"))
-        column.extend([np.nan] * (len(self.keys) - 1 - len(column)))
-        column.append(score)
+    def put(self, name: tuple[str, str], place: int, score: float) -> None:
+        column = self.scores.setdefault(name, array("d"))
+        column.extend([0.0] * (place + 1 - len(column)))
+        column[place] = score
 
     def column(self, measure: str, control: str = "normal") -> np.ndarray:
-        """The scores of all questions; what wasn't asked is 0."""
-        column = np.zeros(len(self.keys))
-        found = np.frombuffer(self.scores[measure, control], np.float32)
-        column[: len(found)] = np.nan_to_num(found)
-        return column
+        found = np.frombuffer(self.scores[measure, control])
+        return np.pad(found, (0, len(self.keys) - len(found)))
+
+    def score_together(self) -> None:
+        """What can't be scored answer by answer: captions of a set, the two videos of a pair."""
+        asked = [place for place, missing in enumerate(self.missing) if not missing]
+        some = [caption for caption in self.captions if caption[0]]
+        for control in some[0][0] if some else ():
+            scores = metrics.cider([a[control] for a, _ in some], [true for _, true in some])
+            for place, score in zip(asked, scores, strict=True):
+                self.put(("CIDEr", control), place, score)
+        for group, pair in self.groups.items():
+            if len(pair) == 2:
+                self.pairs = self.pairs or Questions()
+                (key, first), (_, second) = pair[0], pair[1]
+                self.pairs.keys.append(key)
+                self.pairs.clusters.append(group)
+                self.pairs.missing.append(not (first and second))
+                for control in first.keys() & second.keys():
+                    for name, score in metrics.two_by_two(first[control], second[control]).items():
+                        self.pairs.put((name, control), len(self.pairs.keys) - 1, score)
+
+    def headline(self) -> tuple[str | None, "Questions"]:
+        """The measure that stands for the benchmark, and the questions or pairs that it scores."""
+        for name in HEADLINES:
+            for questions in (self.pairs, self):
+                if questions and (name, "normal") in questions.scores:
+                    return name, questions
+        return None, self
+
+
+def question_key(line: dict, number: int) -> tuple[str, int, int]:
+    """The same in another run on the same data, and hardly ever in one on other data, whose ids may
+    be the same."""
+    turn = line["turns"][number]
+    words = (turn["question"], turn["answer"], *line["visuals"])
+    return line["id"], number, hash(words)
 
 
 def score_answer(turn: dict) -> dict[tuple[str, str], float]:
@@ -103,8 +134,7 @@ def score_answer(turn: dict) -> dict[tuple[str, str], float]:
         for control, sums in turn["logprobs"].items():
             blank = None if control == "no video" else turn["logprobs"].get("no video")
             for rule, place in metrics.best_option(sums, turn["tokens"], blank).items():
-                if place is not None:
-                    found[RULES[rule], control] = float(place == entry["right"])
+                found[rule, control] = float(place == entry["right"])
         if (place := generated_choice(turn)) is not None:
             kind = "generated letter" if "letter" in turn else "generated text"
             found[kind, "normal"] = float(place == entry["right"])
@@ -115,8 +145,7 @@ def score_answer(turn: dict) -> dict[tuple[str, str], float]:
             found["token F1", control] = metrics.token_f1(text, turn["answer"])
     elif entry["metric"] == "span":
         for control, text in answers.items():
-            iou = metrics.interval_iou(text, entry["seconds"])
-            found["mean IoU", control] = iou
+            iou = found["mean IoU", control] = metrics.interval_iou(text, entry["seconds"])
             for least in (0.3, 0.5, 0.7):
                 found[f"R1@{least}", control] = float(iou >= least)
     return found
@@ -137,30 +166,51 @@ def generated_choice(turn: dict) -> int | None:
 # --------------------------------------------------------------------------------------- the file
 
 
-def read_questions(path: Path) -> tuple[dict[str, Questions], dict[str, list[dict]]]:
-    """The questions of each benchmark, and for `dataset.scoring.summarise` the records of all other
-    questions by control."""
-    benchmarks, others = defaultdict(Questions), defaultdict(list)
+@dataclass
+class Results:
+    """What an answers' file holds."""
+
+    benchmarks: dict[str, Questions] = field(default_factory=lambda: defaultdict(Questions))
+    # Of questions that belong to none: records for `dataset.scoring.summarise`, by control.
+    others: dict[str, list[dict]] = field(default_factory=lambda: defaultdict(list))
+    asked: int = 0
+    unasked: int = 0
+    clips: set[int] = field(default_factory=set)  # hashes of their names
+    left_out: dict[str, str] = field(default_factory=dict)  # visuals → reason
+    submissions: dict[str, list] = field(default_factory=lambda: defaultdict(list))  # by file
+
+
+def read_results(path: Path) -> Results:
     facts = (  # a caption is scored by all facts of its test set: the file is read twice
         (line["language"], {"facts": turn["scoring"]["facts"]})
         for line in _samples(path)
         for turn in line["turns"]
         if "facts" in turn["scoring"]
     )
-    vocabulary = fact_vocabulary(facts)
+    vocabulary, results = fact_vocabulary(facts), Results()
     for line in _samples(path):
+        if line["missing"]:
+            results.unasked += 1
+            results.left_out[" ".join(line["visuals"]) or line["where"]] = line["missing"]
+        else:
+            results.asked += 1
+            results.clips.update(map(hash, line["visuals"]))
         for number, turn in enumerate(line["turns"]):
-            if "metric" in (entry := turn["scoring"]):
-                benchmarks[entry.get("benchmark", "-")].add(line, number)
+            entry = turn["scoring"]
+            if "file" in entry:
+                answer = turn["answers"].get("normal", "")
+                results.submissions[entry["file"]].append((entry, answer))
+            if "metric" in entry:
+                results.benchmarks[entry.get("benchmark", "-")].add(line, number)
                 continue
-            about = {"id": line["id"], "visuals": line["visuals"], "turn": number}
-            about["question"] = turn["question"]
+            about = {"visuals": line["visuals"], "question": turn["question"], "turn": number}
+            about["key"] = question_key(line, number)
             for control, text in turn["answers"].items():
                 score = score_turn(entry, line["language"], text, turn["answer"], vocabulary)
-                others[control].append(about | score)
-    for questions in benchmarks.values():
-        _score_captions(questions)
-    return benchmarks, others
+                results.others[control].append(about | score)
+    for questions in results.benchmarks.values():
+        questions.score_together()
+    return results
 
 
 def _samples(path: Path) -> Iterable[dict]:
@@ -169,72 +219,92 @@ def _samples(path: Path) -> Iterable[dict]:
     return lines
 
 
-def _score_captions(questions: Questions) -> None:
-    asked = [(answers, true) for answers, true in questions.captions if answers]
-    for control in asked[0][0] if asked else ():
-        scores = iter(metrics.cider([a[control] for a, _ in asked], [true for _, true in asked]))
-        column = [0.0 if missing else next(scores) for missing in questions.missing]
-        questions.scores["CIDEr", control] = array("f", column)
+def write_submissions(results: Results, folder: Path) -> list[Path]:
+    """Writes the answers that only a benchmark's own judge or server can score, in the form that it
+    reads, as `folder`/<its file>. `record` is that form with null where the answer stands."""
+    for name, answers in results.submissions.items():
+        content: list | dict = type(answers[0][0]["record"])()
+        for entry, answer in answers:
+            if "labels" in entry:
+                if not answer:  # no label stands for that
+                    continue
+                answer = entry["labels"][entry["options"].index(answer)]
+            _merge(content, _fill(entry["record"], answer))
+        text = json.dumps(content, ensure_ascii=False, indent=4)
+        (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name for name in results.submissions]
+
+
+def _fill(record: object, answer: object) -> object:
+    if isinstance(record, dict):
+        return {key: _fill(value, answer) for key, value in record.items()}
+    if isinstance(record, list):
+        return [_fill(value, answer) for value in record]
+    return answer if record is None else record
+
+
+def _merge(content: list | dict, more: list | dict) -> None:
+    if isinstance(content, list):
+        content += more
+        return
+    for key, value in more.items():
+        if key in content:
+            _merge(content[key], value)
+        else:
+            content[key] = value
 
 
 # ------------------------------------------------------------------------------------- the figures
 
 
-def summarise_answers(path: Path) -> dict:
+def summarise_answers(results: Results) -> dict:
     """All figures of an answers' file as fractions: `benchmarks` by name; of questions that belong
     to none `controls` (what `dataset.scoring.summarise` says) and the `interval` of their score."""
-    benchmarks, others = read_questions(path)
-    result = _count_samples(path)
-    result["benchmarks"] = {name: summarise_questions(q) for name, q in benchmarks.items()}
-    result["controls"] = {control: summarise(records) for control, records in others.items()}
-    if graded := [r for r in others.get("normal", ()) if r["type"] != "caption"]:
+    result = {
+        **{"samples": results.asked, "unasked": results.unasked, "clips": len(results.clips)},
+        "left_out": results.left_out,
+        "benchmarks": {name: summarise_questions(q) for name, q in results.benchmarks.items()},
+        "controls": {control: summarise(records) for control, records in results.others.items()},
+    }
+    if graded := [r for r in results.others.get("normal", ()) if r["type"] != "caption"]:
         clips = [" ".join(r["visuals"]) for r in graded]
         result["interval"] = asdict(metrics.estimate([r["score"] for r in graded], clips))
-    if "normal" in others:
+    if "normal" in results.others:
         result["accuracy"] = result["controls"]["normal"]
     return result
-
-
-def _count_samples(path: Path) -> dict:
-    """How many were asked, about how many clips, and why the others weren't."""
-    asked, unasked, clips, left_out = 0, 0, set(), {}
-    for line in _samples(path):
-        if line["missing"]:
-            unasked += 1
-            left_out[" ".join(line["visuals"]) or line["where"]] = line["missing"]
-        else:
-            asked += 1
-            clips.update(map(hash, line["visuals"]))
-    return {"samples": asked, "unasked": unasked, "clips": len(clips), "left_out": left_out}
 
 
 def summarise_questions(questions: Questions) -> dict:
     """The figures of one benchmark."""
     result = {
         **{"questions": len(questions.keys), "videos": len(questions.videos)},
-        **{"missing": sum(questions.missing), "judged": questions.judged},
+        **{"missing": sum(questions.missing), "judged": questions.judged, "rows": {}},
     }
     if not questions.keys:
-        return result | {"rows": {}}
-    every = np.arange(len(questions.keys))
-    measures = list(dict.fromkeys(measure for measure, _ in questions.scores if measure != "floor"))
-    rows = {measure: _row(questions, measure, every) for measure in measures}
-    rows = _pair_rows(questions) | rows
-    headline = next((name for name in HEADLINES if name in rows), None)
+        return result
+    rows, (headline, _) = result["rows"], questions.headline()
+    for some in filter(None, (questions.pairs, questions)):
+        for measure in dict.fromkeys(measure for measure, _ in some.scores):
+            rows[measure] = _row(some, measure, range(len(some.keys)))
     if questions.parsed:
         result["parsed"] = float(np.mean(questions.parsed))
-    if (by := "likelihood" if headline == "group" else headline) in measures:
-        types, labels = np.array(questions.types), sorted(set(questions.types))
-        rows |= {f"  {t}": _row(questions, by, np.flatnonzero(types == t)) for t in labels}
-        result["mean_of_types"] = float(np.mean([rows[f"  {t}"]["score"] for t in labels]))
-        for name in sorted({name for subsets in questions.subsets for name in subsets}):
-            members = [i for i, subsets in enumerate(questions.subsets) if name in subsets]
-            rows[f"  of {name}"] = _row(questions, by, np.array(members))
-    return result | {"headline": headline, "rows": rows}
+    if (by := "likelihood" if headline == "group" else headline) in rows:
+        places = defaultdict(list)
+        for place, (label, subsets) in enumerate(
+            zip(questions.types, questions.subsets, strict=True)
+        ):
+            for name in (f"  {label}", *(f"  of {subset}" for subset in subsets)):
+                places[name].append(place)
+        of_types = {f"  {label}" for label in questions.types}
+        for name in sorted(places, key=lambda name: (name not in of_types, name)):
+            rows[name] = _row(questions, by, places[name])
+        result["mean_of_types"] = float(np.mean([rows[name]["score"] for name in of_types]))
+    return result | {"headline": headline}
 
 
-def _row(questions: Questions, measure: str, members: np.ndarray) -> dict:
+def _row(questions: Questions, measure: str, members: Sequence[int]) -> dict:
     """One line of the table: a measure of some of the questions, their floors and controls."""
+    members = np.array(members)
     clusters = [questions.clusters[i] for i in members]
     scores = questions.column(measure)[members]
     asked = np.frombuffer(questions.missing, np.int8)[members] == 0
@@ -246,13 +316,15 @@ def _row(questions: Questions, measure: str, members: np.ndarray) -> dict:
         for name, control in questions.scores
         if name == measure and control != "normal"
     }
-    if optional := [i for i in members if i in questions.options]:
-        options, rights = zip(*(questions.options[i] for i in optional), strict=True)
+    if measure in PAIR_CHANCES:
+        row["floors"] = {"chance": PAIR_CHANCES[measure]}
+    elif optional := [i for i in members if i in questions.options]:
+        options, rights, longest = zip(*(questions.options[i] for i in optional), strict=True)
         clusters = [questions.clusters[i] for i in optional]
         row["floors"] = {
             "chance": floors.chance(options),
             "fixed letter": floors.fixed_letter(rights),
-            "longest option": float(questions.column("floor", "longest option")[optional].mean()),
+            "longest option": float(np.mean(longest)),
             "answer table": floors.answer_table(options, rights, clusters),
         }
     elif short := [i for i in members if i in questions.short_answers]:
@@ -265,38 +337,11 @@ def _row(questions: Questions, measure: str, members: np.ndarray) -> dict:
     return row
 
 
-def _pair_rows(questions: Questions) -> dict[str, dict]:
-    """Two videos and two captions, four likelihoods (Winoground, Vinoground)."""
-    pairs = {g: dict(pair) for g, pair in questions.pairs.items() if len(pair) == 2}
-    if not pairs:
-        return {}
-    found = defaultdict(lambda: defaultdict(list))
-    complete = [pair for pair in pairs.values() if pair[0] and pair[1]]
-    for pair in pairs.values():
-        for control in complete[0][0] if complete else ("normal",):
-            both = control in pair[0] and control in pair[1]
-            scores = metrics.two_by_two(pair[0][control], pair[1][control]) if both else {}
-            for name in PAIR_CHANCES:
-                found[name][control].append(scores.get(name, 0.0))
-    rows = {}
-    for name, controls in found.items():
-        row = asdict(metrics.estimate(controls["normal"], list(pairs)))
-        answered = [
-            s
-            for s, pair in zip(controls["normal"], pairs.values(), strict=True)
-            if pair[0] and pair[1]
-        ]
-        rows[name] = {
-            **{"score": row.pop("value"), **row},
-            "answered": float(np.mean(answered)) if answered else None,
-            "controls": {c: float(np.mean(s)) for c, s in controls.items() if c != "normal"},
-            "floors": {"chance": PAIR_CHANCES[name]},
-        }
-    return rows
+def compare_answers(ours: Results, theirs: Results) -> dict[str, dict]:
+    """name → both scores and the paired difference over the questions that both have.
 
-
-def compare_answers(ours: Path, theirs: Path) -> dict[str, dict]:
-    """name → both scores and the paired difference over the questions that both files hold."""
+    Raises ValueError where they share none.
+    """
     result, pairs = {}, (_headline_scores(ours), _headline_scores(theirs))
     for name in sorted(pairs[0].keys() & pairs[1].keys()):
         common = sorted(pairs[0][name].keys() & pairs[1][name].keys())
@@ -307,46 +352,26 @@ def compare_answers(ours: Path, theirs: Path) -> dict[str, dict]:
         scores = {"ours": float(np.mean(a)), "theirs": float(np.mean(b))}
         result[name] = scores | {"difference": difference.pop("value"), **difference}
     if not result:
-        raise ValueError(f"--against {theirs}: it shares no question with this test set")
+        raise ValueError(
+            "--against: those are answers to other questions (compared by id, video, question and "
+            "true answer); ask both models the same test set"
+        )
     return result
 
 
-def _headline_scores(path: Path) -> dict[str, dict[tuple, tuple[float, str]]]:
-    """test set → (id, turn) → (score, video)."""
-    benchmarks, others = read_questions(path)
-    result = {}
-    for name, questions in benchmarks.items():
-        measure = next((m for m in HEADLINES if (m, "normal") in questions.scores), None)
+def _headline_scores(results: Results) -> dict[str, dict[tuple, tuple[float, str]]]:
+    """test set → key of a question → (score, video)."""
+    found = {}
+    for name, questions in results.benchmarks.items():
+        measure, some = questions.headline()
         if measure:
-            scored = zip(questions.column(measure), questions.clusters, strict=True)
-            result[name] = dict(zip(questions.keys, scored, strict=True))
-    if "normal" in others:
-        result["questions"] = {
-            (r["id"], r["turn"]): (r["score"], " ".join(r["visuals"])) for r in others["normal"]
+            scored = zip(some.column(measure), some.clusters, strict=True)
+            found[name] = dict(zip(some.keys, scored, strict=True))
+    if "normal" in results.others:
+        found["questions"] = {
+            r["key"]: (r["score"], " ".join(r["visuals"])) for r in results.others["normal"]
         }
-    return result
-
-
-def write_submissions(path: Path, folder: Path) -> list[Path]:
-    """Writes the answers that only a benchmark's own judge can score, in the form that its code
-    reads (MLVU's and TempCompass's), as `folder`/<its file>."""
-    files: dict[str, list[tuple[dict, str]]] = defaultdict(list)
-    for line in _samples(path):
-        for turn in line["turns"]:
-            if turn["scoring"].get("metric") == "judge":
-                answer = turn["answers"].get("normal", "")
-                files[turn["scoring"]["file"]].append((turn["scoring"]["record"], answer))
-    for name, answers in files.items():
-        content: object = [record | {"pred": answer} for record, answer in answers]
-        if "dim" in answers[0][0]:  # TempCompass: video → aspect → questions
-            content = defaultdict(lambda: defaultdict(list))
-            for record, answer in answers:
-                fields = {k: v for k, v in record.items() if k not in ("video_id", "dim")}
-                place = content[record["video_id"]][record["dim"]]
-                place.append(fields | {"prediction": answer})
-        text = json.dumps(content, ensure_ascii=False, indent=4)
-        (folder / name).write_text(text, encoding="utf-8")
-    return [folder / name for name in files]
+    return found
 
 
 # ------------------------------------------------------------------------------------- the tables
@@ -376,9 +401,8 @@ def format_benchmark(name: str, summary: dict) -> str:
     rows = summary["rows"]
     if not rows:
         return head
-    first = next(row for key, row in rows.items() if key == summary["headline"])
     floor_names = list(dict.fromkeys(key for row in rows.values() for key in row.get("floors", ())))
-    control_names = list(first["controls"])
+    control_names = list(rows[summary["headline"]]["controls"]) if summary["headline"] else []
     names = ["n", "score", "95 % interval", *["answered"] * bool(summary["missing"])]
     names += [*floor_names, *control_names]
     lines = [head, f"{'':<28}" + "".join(f"{name:>15}" for name in names)]
@@ -389,7 +413,7 @@ def format_benchmark(name: str, summary: dict) -> str:
         cells += [_percent(row["controls"].get(name)) for name in control_names]
         label = f"{key} ({summary['parsed']:.0%} read)" if key.startswith("generated") else key
         lines.append(f"{label[:28]:<28}" + "".join(f"{cell:>15}" for cell in cells))
-    if "mean_of_types" in summary and len(set(rows)) > 1:
+    if "mean_of_types" in summary:
         lines.append(f"mean of the types: {_percent(summary['mean_of_types'])}")
     return "\n".join(lines)
 

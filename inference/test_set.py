@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -74,7 +75,7 @@ def ask_test_set(
     done = _resume(path, header)
     asker = _Asker(chat_model, settings)
     with path.open("ab") as file, tqdm(total=len(order), initial=done, unit="sample") as bar:
-        if not done and not file.tell():
+        if not file.tell():
             file.write(json.dumps(header).encode() + b"\n")
         at_once = BATCHES * settings.batch_size
         for start in range(done, len(order), at_once):
@@ -105,44 +106,40 @@ def read_answers(path: Path) -> Iterator[dict]:
 
 def _header(chat_model: ChatModel, samples: Samples, settings: TestSetFlags) -> dict:
     """All that the answers depend on."""
-    weights = max((p for p in _files(chat_model.checkpoint)), key=lambda p: p.stat().st_size)
+    checkpoint = chat_model.checkpoint
+    files = list(checkpoint.iterdir()) if checkpoint.is_dir() else [checkpoint]
+    weights = max((file.stat() for file in files if file.is_file()), key=lambda stat: stat.st_size)
+    names = ("data_path", "images_path", "controls", "generate", "max_new_tokens", "limit", "seed")
     return {
-        "checkpoint": str(chat_model.checkpoint),
-        "weights": [weights.stat().st_size, weights.stat().st_mtime_ns],
+        "checkpoint": str(checkpoint),
+        "weights": [weights.st_size, weights.st_mtime_ns],
         "data": samples.fingerprint,
         "num_frames": chat_model.num_frames,
         "fps": chat_model.fps,
-        **{key: getattr(settings, key) for key in ("data_path", "images_path", "controls")},
-        **{key: getattr(settings, key) for key in ("generate", "max_new_tokens", "limit", "seed")},
+        **{name: getattr(settings, name) for name in names},
     }
-
-
-def _files(checkpoint: Path) -> list[Path]:
-    return [p for p in checkpoint.iterdir() if p.is_file()] if checkpoint.is_dir() else [checkpoint]
 
 
 def _resume(path: Path, header: dict) -> int:
     """How many samples the file holds answers to. What a kill cut off is removed; the answers of
     another run are put aside."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.is_file():
-        return 0
-    lines = read_answers(path)
-    held = next(lines, {})
-    if held != header:
-        differs = ", ".join(key for key in header if held.get(key) != header[key])
-        aside = path.with_suffix(".old.jsonl")
-        os.replace(path, aside)
-        print(f"{path} held another run's answers ({differs}): now in {aside}", file=sys.stderr)
-        return 0
-    with path.open("rb+") as file:
-        count, end = 0, 0
+    held, count, end = {}, 0, 0
+    with path.open("ab+") as file:
+        file.seek(0)
         for line in file:
             if not line.endswith(b"\n"):
                 break
+            held = held or json.loads(line)
             count, end = count + 1, end + len(line)
         file.truncate(end)
-    return count - 1
+    if held in (header, {}):
+        return max(count - 1, 0)
+    differs = ", ".join(key for key in header if held.get(key) != header[key])
+    aside = path.with_suffix(".old.jsonl")
+    os.replace(path, aside)
+    print(f"{path} held another run's answers ({differs}): now in {aside}", file=sys.stderr)
+    return 0
 
 
 # ---- controls
@@ -170,10 +167,6 @@ def shuffled_order(num_frames: int, generator: torch.Generator) -> list[int]:
 # ---- asking
 
 
-def scoring_of(sample: Sample) -> list[dict]:
-    return sample.scoring or [{} for _ in true_answers(sample)]
-
-
 def with_letters(message: dict, entry: dict, language: str | None) -> dict:
     """The question with its options behind letters."""
     lines = [message["content"]]
@@ -192,7 +185,7 @@ class _Asker:
         size = chat_model.transform.image_size
         grey = chat_model.transform(np.full((1, size, size, 3), 127, np.uint8))
         self.grey = chat_model.encode_frames(grey).cpu()
-        self.without_video: dict[str, object] = {}  # question in words → answer
+        self.without_video: dict[str, dict] = {}  # question in words → its answer and likelihoods
 
     def answer(self, samples: list[Sample]) -> list[dict]:
         """One line a sample, as it stands in the answers' file."""
@@ -250,39 +243,37 @@ class _Asker:
     def _ask(self, control: str, turn: int, batch: list[tuple[Sample, dict, list[Visual]]]) -> None:
         """One turn of some samples. A later turn is asked with the model's own earlier answers
         before it, as in use; the true ones would help."""
-        texts, ranked, keys = [], [], {}
+        texts, ranked, blank = [], [], defaultdict(list)
         for sample, line, visuals in batch:
             given = [earlier["answers"][control] for earlier in line["turns"][:turn]]
             messages, now = prompt_messages(sample, given), line["turns"][turn]
-            jobs = ranked if now["scoring"].get("metric") == "choice" else texts
+            options = now["scoring"].get("options", ())
             if control == "no video":  # the same words get the same answer
-                key = json.dumps([messages, now["scoring"].get("options"), len(visuals)])
-                keys.setdefault(key, []).append(now)
-                if key in self.without_video or len(keys[key]) > 1:
+                key = json.dumps([messages, options, len(visuals)])
+                blank[key].append(now)
+                if key in self.without_video or len(blank[key]) > 1:
                     continue
-            longest = 0
-            if jobs is ranked:
-                tokenizer = self.chat_model.tokenizer
-                longest = max(len(answer_ids(tokenizer, x)) for x in now["scoring"]["options"])
-            jobs.append((sample, now, self._request(sample, messages, visuals, longest)))
+            tokenizer = self.chat_model.tokenizer
+            longest = max((len(answer_ids(tokenizer, option)) for option in options), default=0)
+            request = self._request(sample, messages, visuals, longest)
+            (ranked if options else texts).append((sample, now, request))
         if texts:
             answers = self.chat_model.generate([request for *_, request in texts])
             for (_, now, _), answer in zip(texts, answers, strict=True):
                 now["answers"][control] = answer
         if ranked:
             self._rank(control, ranked)
-        for key, turns in keys.items():
-            found = self.without_video.get(key)
-            if found is None:
-                found = {name: turns[0][name].get(control) for name in ("answers", "logprobs")}
-                self.without_video[key] = found
+        for key, turns in blank.items():
+            first = {name: turns[0][name].get(control) for name in ("answers", "logprobs")}
+            found = self.without_video.setdefault(key, first)
             for now in turns:
                 for name, value in found.items():
                     now[name][control] = value
         if len(self.without_video) > REMEMBERED:
             self.without_video.clear()
-        if control == "normal" and self.settings.generate != "none" and ranked:
-            self._generate_choice(ranked)
+        choices = [job for job in ranked if job[1]["scoring"]["metric"] == "choice"]
+        if control == "normal" and self.settings.generate != "none" and choices:
+            self._generate_choice(choices)
 
     def _rank(self, control: str, jobs: list[tuple[Sample, dict, Request]]) -> None:
         options = [now["scoring"]["options"] for _, now, _ in jobs]
@@ -314,18 +305,14 @@ class _Asker:
 
 
 def _line(sample: Sample, missing: str) -> dict:
-    missing, turns = missing.strip("; "), []
-    for turn, (answer, entry) in enumerate(
-        zip(true_answers(sample), scoring_of(sample), strict=True)
-    ):
+    """A sample's line of the answers' file, before anything is answered."""
+    answers, turns = true_answers(sample), []
+    scoring = sample.scoring or [{} for _ in answers]
+    for turn, (answer, entry) in enumerate(zip(answers, scoring, strict=True)):
         question = prompt_messages(sample, [""] * turn)[-1]["content"]
-        turn = {
-            "question": VISUAL_TAG.sub("", question).strip(),
-            "answer": answer,
-            "scoring": entry,
-        }
-        turns.append(turn | {"answers": {}, "logprobs": {}})
+        turns.append({"question": VISUAL_TAG.sub("", question).strip(), "answer": answer})
+        turns[-1] |= {"scoring": entry, "answers": {}, "logprobs": {}}
     return {
         **{"id": sample.id, "where": sample.where, "visuals": sample.visuals},
-        **{"language": sample.language or "-", "missing": missing, "turns": turns},
+        **{"language": sample.language or "-", "missing": missing.strip("; "), "turns": turns},
     }

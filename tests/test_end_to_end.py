@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from inference.summary import read_questions
+from inference.summary import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "demo/examples"
@@ -88,5 +88,5 @@ def test_the_report_says_what_the_evaluation_found(world):
         assert control in evaluation["controls"] and control in report
     # Every turn of every line was answered.
     lines = map(json.loads, (EXAMPLES / "questions.jsonl").read_text().splitlines())
-    answers = read_questions(world / "eval.answers.jsonl")[1]["normal"]
+    answers = read_results(world / "eval.answers.jsonl").others["normal"]
     assert len(answers) == sum(len(line["scoring"]) for line in lines)

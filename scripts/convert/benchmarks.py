@@ -15,14 +15,15 @@ published scorers: a score on the rest of a benchmark isn't its score.
 
 A line's `scoring` tells eval.py what to do: `metric` is `choice` (`options`, and the place of the
 `right` one), `match` (the true answer of the conversation), `cider` (`references`), `span`
-(`seconds`), `judge` (not scored: the answers are written to `file` for the benchmark's own judge)
-or `faulty` (never asked, always wrong). `type` and `subsets` are reported apart; `group` ties lines
-that count only together.
+(`seconds`), `judge` (not scored here) or `faulty` (never asked, always wrong). `type` and `subsets`
+are reported apart; `group` ties lines that count only together. An answer that the benchmark's own
+judge scores is written to `file` as `record`, in place of null; of `options` the one of `labels`.
 """
 
 import csv
 import hashlib
 import inspect
+import io
 import json
 import re
 import sys
@@ -35,10 +36,11 @@ from cli import Flags, flag, launch, parse_flags
 from dataset.samples import parse_sample
 from dataset.video import VIDEO_SUFFIXES
 from files import whole_file
+from inference.metrics import LETTERS
+from scripts.convert.common import read_rows
 from scripts.convert.media import Media
 
 MAX_REPORTED = 10  # bad records in one message
-LETTERS = "ABCDEFGHIJ"
 DESCRIBE = "Describe the video."
 CAPTION = {"en": "Describe this video in one sentence.", "zh": "用一句话描述这个视频。"}
 WHICH_CAPTION = "Which caption fits the video?"
@@ -56,33 +58,39 @@ class Question:
     bounds: tuple[float, float] | None = None  # seconds of the video that it is about
 
 
-def choice(options: list, right: int | str, kind: str, **more) -> dict:
-    """`scoring` of a question with options; right: the place of the right one, from 0, or its text.
-
-    Raises ValueError where there are no options, or none of them is right.
-    """
+def checked(options: object) -> list[str]:
     if not isinstance(options, list) or not options:
         raise ValueError("its list of options is empty")
     options = [str(option).strip() for option in options]
     if not all(options):
         raise ValueError("one of its options is empty")
+    return options
+
+
+def choose(
+    videos: list[str], text: str, options: object, right: int | str, kind: str, **more
+) -> Question:
+    """A question with options; right: the place of the right one, from 0, or its text.
+
+    Raises ValueError where there are no options, or none of them is right.
+    """
+    options = checked(options)
     if isinstance(right, str):
         if right.strip() not in options:
             raise ValueError(f"its answer {right!r} isn't one of its options {options}")
         right = options.index(right.strip())
     if not 0 <= right < len(options):
         raise ValueError(f"its answer is number {right}, its options are 0 to {len(options) - 1}")
-    return {"metric": "choice", "type": kind, "options": options, "right": right, **more}
+    scoring = {"metric": "choice", "type": kind, "options": options, "right": right, **more}
+    return Question(videos, text.strip(), options[right], scoring)
 
 
-def ask(videos: list[str], text: str, scoring: dict, **more) -> Question:
-    """The question whose answer is the right option."""
-    return Question(videos, text.strip(), scoring["options"][scoring["right"]], scoring, **more)
-
-
-def judge(file: str, kind: str, record: dict) -> dict:
-    """`scoring` of an answer that only the benchmark's own judge can score."""
-    return {"metric": "judge", "type": kind, "file": file, "record": record}
+def submit(
+    videos: list[str], text: str, kind: str, file: str, record: object, answer: str = "-", **more
+) -> Question:
+    """A question that only the benchmark's own judge or server can score."""
+    scoring = {"metric": "judge", "type": kind, "file": file, "record": record, **more}
+    return Question(videos, text, answer, scoring)
 
 
 def stems(name: str) -> list[str]:
@@ -91,8 +99,8 @@ def stems(name: str) -> list[str]:
 
 
 # ------------------------------------------------------------------------------- the benchmarks
-# Each takes a record (with `file`, the stem of the file's name, and `place`, its number there from
-# 0 or its key) and the folder, and yields questions. ValueError says what is wrong with a record.
+# Each takes a record (with `file`, the stem of the file's name, and `place`, its line, number or
+# key there) and the folder, and yields questions. ValueError says what is wrong with a record.
 
 
 def tvbench(record: dict, folder: Path) -> Iterator[Question]:
@@ -131,10 +139,11 @@ def mvbench(record: dict, folder: Path) -> Iterator[Question]:
 
 def _candidates(record: dict, video: str) -> Question:
     """MVBench's form; `start` and `end` where the question is about that part only."""
-    scoring = choice(record["candidates"], str(record["answer"]), record["file"])
-    start, end = record.get("start"), record.get("end")
-    bounds = None if start is None or end is None else (float(start), float(end))
-    return ask([video], record["question"], scoring, bounds=bounds)
+    answer, start, end = str(record["answer"]), record.get("start"), record.get("end")
+    question = choose([video], record["question"], record["candidates"], answer, record["file"])
+    if start is not None and end is not None:
+        question.bounds = float(start), float(end)
+    return question
 
 
 def vitatecs(record: dict, folder: Path) -> Iterator[Question]:
@@ -144,17 +153,19 @@ def vitatecs(record: dict, folder: Path) -> Iterator[Question]:
     # An order that depends on the texts alone: else the first would always be right.
     digest = hashlib.blake2b(f"{true}{false}".encode(), digest_size=1).digest()
     options = [true, false] if digest[0] % 2 else [false, true]
-    scoring = choice(options, true, record["aspect"], subsets=[source], letters=WHICH_CAPTION)
-    yield ask([f"{source}/{record['video_name']}"], DESCRIBE, scoring)
+    more = {"subsets": [source], "letters": WHICH_CAPTION}
+    videos = [f"{source}/{record['video_name']}"]
+    yield choose(videos, DESCRIBE, options, true, record["aspect"], **more)
 
 
 def vinoground(record: dict, folder: Path) -> Iterator[Question]:
     """vinoground.csv: two captions and two videos a line, so four likelihoods."""
     index, captions = record["index"], [record["pos_cap"], record["neg_cap"]]
     subsets = [record["major"], *filter(None, (record["minor"] or "").split(";"))]
+    more = {"subsets": subsets, "letters": WHICH_CAPTION, "group": index}
     for right, side in enumerate(("pos", "neg")):
-        scoring = choice(captions, right, "caption", subsets=subsets, letters=WHICH_CAPTION)
-        yield ask([f"vinoground_videos/{index}_{side}.mp4"], DESCRIBE, scoring | {"group": index})
+        videos = [f"vinoground_videos/{index}_{side}.mp4"]
+        yield choose(videos, DESCRIBE, captions, right, "caption", **more)
 
 
 def tempcompass(record: dict, folder: Path) -> Iterator[Question]:
@@ -171,45 +182,53 @@ def tempcompass(record: dict, folder: Path) -> Iterator[Question]:
 def _tempcompass(item: dict, task: str, video: str, aspect: str) -> Question:
     text, answer, videos = item["question"], item["answer"].strip(), stems(video)
     if task == "captioning":
-        fields = item | {"video_id": video, "dim": aspect}
-        return Question(videos, text, answer, judge("captioning.json", task, fields))
+        record = {video: {aspect: [item | {"prediction": None}]}}
+        return submit(videos, text, task, "captioning.json", record, answer)
     if task == "yes_no":
-        return ask(videos, text, choice(["yes", "no"], answer, task, subsets=[aspect]))
+        return choose(videos, text, ["yes", "no"], answer, task, subsets=[aspect])
     question, *lines = (line.strip() for line in text.split("\n"))
     if answer not in lines:
         raise ValueError(f"its answer {answer!r} isn't one of its options {lines}")
     label = r"^(?:Option|Sentence|Caption) [12AB]:\s*|^[A-D][.)]?\s+"
     options = [re.sub(label, "", line) for line in lines]
-    return ask(videos, question, choice(options, lines.index(answer), task, subsets=[aspect]))
+    return choose(videos, question, options, lines.index(answer), task, subsets=[aspect])
 
 
 def nextqa(record: dict, folder: Path) -> Iterator[Question]:
     """val.csv; and atp-hard-ct4.txt, where it is there: what one frame doesn't answer
     (arXiv 2206.01720)."""
-    options = [record[f"a{i}"] for i in range(5)]
+    text, options = record["question"].strip(" ?") + "?", [record[f"a{i}"] for i in range(5)]
     # The authors' own evaluation counts questions about what came before (TP) as TN.
     kind = {"TP": "TN"}.get(record["type"], record["type"])
-    scoring = choice(options, int(record["answer"]), kind, subsets=[kind[0]])
-    if record["file"] == "val" and record["place"] in _atp_hard(folder):
-        scoring["subsets"].append("atp_hard")
-    yield ask(stems(record["video"]), record["question"].strip(" ?") + "?", scoring)
+    # Its rows are counted from 0, lines from 1, and the first is the header.
+    is_hard = record["file"] == "val" and str(record["place"] - 2) in _atp_hard(folder)
+    subsets = [kind[0], *["atp_hard"] * is_hard]
+    right = int(record["answer"])
+    yield choose(stems(record["video"]), text, options, right, kind, subsets=subsets)
 
 
 def egoschema(record: dict, folder: Path) -> Iterator[Question]:
     """questions.json and subset_answers.json: the 500 questions with public answers."""
-    name, answers = record["q_uid"], _read_beside(folder, "subset_answers.json")
+    name, answers = record["q_uid"], _beside(folder, "subset_answers.json")
     if name in answers:
         options = [record[f"option {i}"] for i in range(5)]
-        yield ask(stems(name), record["question"], choice(options, answers[name], "all"))
+        yield choose(stems(name), record["question"], options, answers[name], "all")
+
+
+def egoschema_full(record: dict, folder: Path) -> Iterator[Question]:
+    """questions.json: all 5,031, for its server or Kaggle."""
+    name, options = record["q_uid"], checked([record[f"option {i}"] for i in range(5)])
+    more = {"options": options, "labels": list(range(5))}
+    yield submit(stems(name), record["question"], "all", "egoschema.json", {name: None}, **more)
 
 
 def videomme(record: dict, folder: Path) -> Iterator[Question]:
     """The parquet of 2,700 questions; videos are named after `videoID`."""
     options = [re.sub(r"^[A-D]\.\s*", "", option) for option in record["options"]]
     right = LETTERS.find(record["answer"]) if record["answer"] else -1
-    scoring = choice(options, right, record["task_type"])
-    scoring["subsets"] = [record["duration"], record["domain"]]
-    yield ask(stems(record["videoID"]), record["question"], scoring)
+    subsets = [record["duration"], record["domain"]]
+    videos, kind = stems(record["videoID"]), record["task_type"]
+    yield choose(videos, record["question"], options, right, kind, subsets=subsets)
 
 
 def mlvu(record: dict, folder: Path) -> Iterator[Question]:
@@ -218,22 +237,29 @@ def mlvu(record: dict, folder: Path) -> Iterator[Question]:
     videos = [f"{record['file']}/{video}", f"{record['file'].partition('_')[2]}/{video}", video]
     kind = record["question_type"]
     if kind in ("subPlot", "summary"):
-        fields = {"video_name": PurePosixPath(video).name, "Q": text, "A": answer}
-        yield Question(videos, text, answer, judge(f"{kind.lower()}_all.json", kind, fields))
+        about = {"video_name": PurePosixPath(video).name, "Q": text, "A": answer, "pred": None}
+        yield submit(videos, text, kind, f"{kind.lower()}_all.json", [about], answer)
     else:
-        yield ask(videos, text, choice(record["candidates"], answer, kind))
+        yield choose(videos, text, record["candidates"], answer, kind)
 
 
 def longvideobench(record: dict, folder: Path) -> Iterator[Question]:
     """lvb_val.json; subtitles aren't used."""
-    scoring = choice(record["candidates"], record["correct_choice"], record["question_category"])
-    scoring["subsets"] = [f"{record['duration_group']} s"]
-    yield ask([record["video_path"]], record["question"], scoring)
+    subsets, kind = [f"{record['duration_group']} s"], record["question_category"]
+    about = [record["video_path"]], record["question"], record["candidates"]
+    yield choose(*about, record["correct_choice"], kind, subsets=subsets)
+
+
+def longvideobench_test(record: dict, folder: Path) -> Iterator[Question]:
+    """lvb_test_wo_gt.json: for its leaderboard."""
+    more = {"options": checked(record["candidates"]), "labels": list(LETTERS)}
+    about = [record["video_path"]], record["question"], record["question_category"]
+    yield submit(*about, "longvideobench_test.json", {record["id"]: None}, **more)
 
 
 def msvd_qa(record: dict, folder: Path) -> Iterator[Question]:
     """test_qa.json, and youtube_mapping.txt (`name vid1` a line), which names the videos."""
-    names, key = _youtube_names(folder), f"vid{record['video_id']}"
+    names, key = _beside(folder, "youtube_mapping.txt"), f"vid{record['video_id']}"
     if key not in names:
         raise ValueError(f"youtube_mapping.txt doesn't name {key}")
     yield _short_answer(record, names[key], record["question"].split()[0])
@@ -253,7 +279,7 @@ ACTIVITYNET_TYPES = (
 def activitynet_qa(record: dict, folder: Path) -> Iterator[Question]:
     """test_q.json and test_a.json."""
     file, key = f"{record['file'].removesuffix('_q')}_a.json", record["question_id"]
-    answer = _by_question(folder, file).get(key)
+    answer = _beside(folder, file).get(key)
     if answer is None:
         raise ValueError(f"{file} has no answer to {key}")
     if not 0 <= answer["type"] < len(ACTIVITYNET_TYPES):
@@ -306,6 +332,7 @@ BENCHMARKS: dict[str, tuple[Callable[[dict, Path], Iterator[Question]], tuple[st
     "tempcompass": (tempcompass, ("questions/*.json",)),
     "nextqa": (nextqa, ("{split}.csv",)),
     "egoschema": (egoschema, ("questions.json",)),
+    "egoschema_full": (egoschema_full, ("questions.json",)),
     "msvd_qa": (msvd_qa, ("{split}_qa.json",)),
     "msrvtt_qa": (msrvtt_qa, ("{split}_qa.json",)),
     "activitynet_qa": (activitynet_qa, ("{split}_q.json",)),
@@ -316,6 +343,7 @@ BENCHMARKS: dict[str, tuple[Callable[[dict, Path], Iterator[Question]], tuple[st
     "videomme": (videomme, ("*.parquet",)),
     "mlvu": (mlvu, ("[1-9]_*.json",)),
     "longvideobench": (longvideobench, ("lvb_val.json",)),
+    "longvideobench_test": (longvideobench_test, ("lvb_test_wo_gt.json",)),
 }
 
 
@@ -333,36 +361,24 @@ def find_files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 def read_records(path: Path) -> Iterator[tuple[str, dict]]:
     """(where it stands, record) of a published file; ValueError names the file if it is broken."""
     if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-        numbered = [(f"{path}: row {place}", place, row) for place, row in enumerate(rows)]
-    elif path.suffix == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            numbered = [(f"{path}:{reader.line_num}", i, row) for i, row in enumerate(reader)]
-    elif path.suffix in (".jsonl", ".txt"):
-        lines = enumerate(path.read_text(encoding="utf-8-sig").splitlines())
-        numbered = [
-            (
-                f"{path}:{i + 1}",
-                i,
-                _parse(path, line) if path.suffix == ".jsonl" else {"line": line},
-            )
-            for i, line in lines
-            if line.strip()
-        ]
+        numbered, where = read_rows(path), "{}: row {}"
     else:
-        content = _parse(path, path.read_text(encoding="utf-8-sig"))
-        items = content.items() if isinstance(content, dict) else enumerate(content)
-        numbered = [
-            (f"{path}: item {key + 1 if isinstance(key, int) else key}", key, item)
-            for key, item in items
-        ]
-    for where, place, record in numbered:
+        text, where = path.read_text(encoding="utf-8-sig"), "{}:{}"
+        lines = ((n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip())
+        if path.suffix == ".csv":
+            reader = csv.DictReader(io.StringIO(text, newline=""))
+            numbered = ((reader.line_num, row) for row in reader)
+        elif path.suffix == ".txt":
+            numbered = ((n, {"line": line}) for n, line in lines)
+        elif path.suffix == ".jsonl":
+            numbered = ((n, _parse(path, line)) for n, line in lines)
+        else:
+            content, where = _parse(path, text), "{}: item {}"
+            numbered = content.items() if isinstance(content, dict) else enumerate(content, 1)
+    for place, record in numbered:
         if not isinstance(record, dict):
-            raise ValueError(f"{where}: not a JSON object; download the file again")
-        yield where, record | {"file": path.stem, "place": place}
+            raise ValueError(f"{where.format(path, place)}: not a JSON object; download it again")
+        yield where.format(path, place), record | {"file": path.stem, "place": place}
 
 
 def _parse(path: Path, text: str) -> object:
@@ -373,30 +389,25 @@ def _parse(path: Path, text: str) -> object:
 
 
 @lru_cache(maxsize=4)
-def _read_beside(folder: Path, name: str) -> object:
-    """What a JSON file that goes with the questions holds, or the text of another file."""
+def _beside(folder: Path, name: str) -> dict:
+    """What a file that goes with the questions holds: a JSON object, a list of answers by their
+    question_id, or the first word of each line by the last."""
     path = find_files(folder, (name,))[0]
     text = path.read_text(encoding="utf-8-sig")
-    return _parse(path, text) if path.suffix == ".json" else text
+    if path.suffix == ".txt":
+        return {words[-1]: words[0] for words in map(str.split, text.splitlines()) if words}
+    content = _parse(path, text)
+    if isinstance(content, list):
+        return {answer["question_id"]: answer for answer in content}
+    return content
 
 
 @lru_cache(maxsize=1)
-def _by_question(folder: Path, name: str) -> dict[str, dict]:
-    return {answer["question_id"]: answer for answer in _read_beside(folder, name)}
-
-
-@lru_cache(maxsize=1)
-def _youtube_names(folder: Path) -> dict[str, str]:
-    lines = _read_beside(folder, "youtube_mapping.txt").splitlines()
-    return {key: name for name, key in (line.split() for line in lines if line.strip())}
-
-
-@lru_cache(maxsize=1)
-def _atp_hard(folder: Path) -> set[int]:
+def _atp_hard(folder: Path) -> dict:
     try:
-        return set(map(int, re.findall(r"\d+", _read_beside(folder, "atp-hard-ct4.txt"))))
+        return _beside(folder, "atp-hard-ct4.txt")
     except ValueError:  # the split is published elsewhere, and may not be wanted
-        return set()
+        return {}
 
 
 # ------------------------------------------------------------------------------------- the command
@@ -420,22 +431,24 @@ def convert(
     split = split or ("val" if name == "nextqa" else "test")
     paths = find_files(folder, tuple(pattern.format(split=split) for pattern in patterns))
     count, absent, missing, problems = 0, 0, {}, []
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(output) as file:
+
+    def converted() -> Iterator[dict]:
         for where, record in (pair for path in paths for pair in read_records(path)):
             try:
                 for question in benchmark(record, folder):
-                    count += 1
-                    line = _line(f"{name}-{count}", name, question, media, missing)
-                    absent += "missing" in line
-                    file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+                    yield _line(name, question, media, missing)
             except (KeyError, ValueError, TypeError, AttributeError) as error:
                 reason = f"the key {error} is missing" if isinstance(error, KeyError) else error
                 problems.append(f"{where}: {reason}")
-                count += 1
                 faulty = Question([], problems[-1], "-", {"metric": "faulty", "type": "faulty"})
-                line = _line(f"{name}-{count}", name, faulty, media, missing)
-                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+                yield _line(name, faulty, media, missing)
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(output) as file:
+        for count, line in enumerate(converted(), 1):
+            line = {"id": f"{name}-{count}", **line}
+            absent += "missing" in line
+            file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         some = "\n".join(problems[:MAX_REPORTED])
         if problems and not keep_faulty:
             raise ValueError(
@@ -463,12 +476,14 @@ def convert(
     return "\n".join(lines)
 
 
-def _line(id: str, name: str, question: Question, media: Media, missing: dict[str, str]) -> dict:
-    line = {"id": id, "language": question.language}
+def _line(name: str, question: Question, media: Media, missing: dict[str, str]) -> dict:
+    """A line of the output; a video that isn't found joins `missing`, with the reason."""
+    line = {"language": question.language}
     if question.videos:
         line["video"] = question.videos[0]
+    asked = "<video>\n" * bool(question.videos) + question.text
     line["conversations"] = [
-        {"from": "human", "value": "<video>\n" * bool(question.videos) + question.text},
+        {"from": "human", "value": asked},
         {"from": "gpt", "value": question.answer},
     ]
     line["scoring"] = [{"benchmark": name, **question.scoring}]
@@ -513,7 +528,7 @@ def main(argv: list[str] | None = None) -> None:
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         first = {key: inspect.getdoc(f).splitlines()[0] for key, (f, _) in BENCHMARKS.items()}
-        names = "\n".join(f"    {key:<16}{files}" for key, files in first.items())
+        names = "\n".join(f"    {key:<20}{files}" for key, files in first.items())
         print(f"{__doc__}\nBenchmarks, and the files of each:\n{names}")
         return
     if name not in BENCHMARKS:

@@ -109,10 +109,19 @@ def test_a_conversation_that_is_too_long_is_cut_or_reported(make):
     assert reported.input_ids == [] and "--max_seq_len" in reported.bad[0]["reason"]
 
 
-def test_a_sample_without_an_answer_stops_at_once(make):
-    question = {"conversations": [{"from": "human", "value": "What?"}]}
-    with pytest.raises(ValueError, match=r"data\.jsonl:2: the last turn must be an answer"):
-        make(line(), question)
+@pytest.mark.parametrize(
+    "sample, reason",
+    [
+        (
+            {"conversations": [{"from": "human", "value": "What?"}]},
+            "the last turn must be an answer",
+        ),
+        (line(video="3.mp4", start=1, end=2.5), "training sees whole videos: cut the part out"),
+    ],
+)
+def test_a_sample_that_nothing_can_be_learnt_from_stops_at_once(make, sample, reason):
+    with pytest.raises(ValueError, match=rf"data\.jsonl:2: .*{reason}"):
+        make(line(), sample)
 
 
 # ------------------------------------------------------------------------------- shared prefix

@@ -7,7 +7,6 @@ import pytest
 
 from inference import floors
 from inference.metrics import (
-    all_right,
     best_option,
     caption_tokens,
     cider,
@@ -70,8 +69,8 @@ def test_cider():
 
 def test_the_three_rules_of_likelihood_can_differ():
     best = best_option([-4, -6, -5], tokens=[2, 6, 2], blank=[-4, -6, -9])
-    assert best == {"sum": 0, "mean": 1, "blank": 2}
-    assert best_option([-4, -6], [1, 1])["blank"] is None
+    assert best == {"likelihood": 0, "likelihood a token": 1, "likelihood - blank": 2}
+    assert best_option([-4, -4], [1, 2]) == {"likelihood": -1, "likelihood a token": 1}
 
 
 def test_two_by_two_needs_each_preference():
@@ -82,10 +81,6 @@ def test_two_by_two_needs_each_preference():
     by_chance = [two_by_two(*rng.normal(size=(2, 2))) for _ in range(6000)]
     for name, expected in {"text": 0.25, "video": 0.25, "group": 1 / 6}.items():
         assert np.mean([each[name] for each in by_chance]) == pytest.approx(expected, abs=0.02)
-
-
-def test_a_group_is_right_only_together():
-    assert all_right([("x", 1), ("y", 1), ("x", 0), ("y", 1), ("alone", 0)]) == [0, 1]
 
 
 # --------------------------------------------------------------------------------------- certainty

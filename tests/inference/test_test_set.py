@@ -16,7 +16,6 @@ from PIL import Image
 import eval as evaluation
 from inference import ROOT, ChatModel
 from inference.likelihood import answer_ids, log_likelihoods
-from inference.summary import compare_answers, read_questions, summarise_answers
 from inference.test_set import read_answers
 
 CHOICE = {"benchmark": "b", "metric": "choice", "type": "t", "options": ["left", "to the right"]}
@@ -120,7 +119,10 @@ def test_each_metric_from_file_to_figures(evaluate, folder, capsys):
     def lines(choice: int, said: str) -> list[dict]:
         group = {**CHOICE, "benchmark": "pairs", "options": ["up", "down"]}
         match, span = ({"benchmark": n, "metric": n, "type": "t"} for n in ("match", "span"))
-        judge = {"benchmark": "b", "metric": "judge", "type": "s", "file": "summary_all.json"}
+        judge = {"benchmark": "b", "metric": "judge", "type": "s"}
+        listed = {"file": "list.json", "record": [{"Q": "Sum up.", "pred": None}]}
+        nested = {"file": "nested.json", "record": {"v": {"order": [{"prediction": None}]}}}
+        ranked = {"file": "server.json", "options": ["up", "down"], "labels": [0, 1]}
         captions = {"benchmark": "captions", "metric": "cider", "type": "c"}
         return [
             line("a.gif", "Where?", "left", {**CHOICE, "right": choice, "subsets": ["short"]}),
@@ -131,9 +133,10 @@ def test_each_metric_from_file_to_figures(evaluate, folder, capsys):
             line("a.gif", "When?", "1 - 2", {**span, "seconds": [1, 2]}),
             line("a.gif", "Describe.", "x", {**captions, "references": [said, "other words"]}),
             line("b.gif", "Describe.", "x", {**captions, "references": ["a dog runs"]}),
-            line(
-                "a.gif", "Sum up.", "x", judge | {"record": {"video_name": "a.gif", "Q": "Sum up."}}
-            ),
+            line("a.gif", "Sum up.", "x", judge | listed),
+            *[line("a.gif", "Sum up.", "x", judge | nested)] * 2,
+            line("b.gif", "Where?", "-", judge | ranked | {"record": {"uid": None}}),
+            line("gone.gif", "Where?", "-", judge | ranked | {"record": {"gone": None}}),
             line("a.gif", "?", "-", {"benchmark": "b", "metric": "faulty", "type": "faulty"}),
         ]
 
@@ -144,7 +147,7 @@ def test_each_metric_from_file_to_figures(evaluate, folder, capsys):
     said = first["What is it?"]["answers"]["normal"]
     figures, _ = evaluate(lines(int(np.argmax(sums)), said), "--controls")
     b = figures["benchmarks"]["b"]
-    assert (b["questions"], b["missing"], b["judged"], b["headline"]) == (3, 2, 1, "likelihood")
+    assert (b["questions"], b["missing"], b["judged"], b["headline"]) == (3, 2, 5, "likelihood")
     row = b["rows"]["likelihood"]
     assert row["score"] == pytest.approx(1 / 3) and row["answered"] == 1 and row["n"] == 3
     assert set(row["controls"]) == {"no video", "first frame", "shuffled", "reversed"}
@@ -155,10 +158,13 @@ def test_each_metric_from_file_to_figures(evaluate, folder, capsys):
     assert figures["benchmarks"]["match"]["rows"]["exact match"]["score"] == 1
     assert figures["benchmarks"]["span"]["rows"]["mean IoU"]["score"] == 0
     assert figures["benchmarks"]["captions"]["rows"]["CIDEr"]["score"] >= 0
-    told = json.loads((folder / "summary_all.json").read_text())
-    assert told == [
-        {"video_name": "a.gif", "Q": "Sum up.", "pred": first["Sum up."]["answers"]["normal"]}
-    ]
+    said, files = first["Sum up."]["answers"]["normal"], ("list", "nested", "server")
+    listed, nested, ranked = (json.loads((folder / f"{file}.json").read_text()) for file in files)
+    assert listed == [{"Q": "Sum up.", "pred": said}]
+    assert nested == {"v": {"order": [{"prediction": said}] * 2}}
+    pair = next(a["turns"][0] for a in answers if a["turns"][0]["answer"] == "up")
+    # None for the missing video.
+    assert ranked == {"uid": int(np.argmax(pair["logprobs"]["normal"]))}
     printed = capsys.readouterr().out
     assert "2 (66.7%) COULD NOT BE ASKED and count as wrong" in printed
 
@@ -234,12 +240,11 @@ def test_two_runs_are_compared_over_the_questions_that_both_answered(evaluate, f
     found = figures["against"]["b"]
     assert found["n"] == 40 and found["ours"] == found["theirs"] and found["difference"] == 0
     assert "no difference shown" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="eval.py --output writes them"):
-        compare_answers(folder / "ours.answers.jsonl", folder / "none.answers.jsonl")
-
-
-def test_the_summary_reads_the_answers_alone(evaluate, folder):
-    figures, _ = evaluate(many(7), name="eval")
-    assert summarise_answers(folder / "eval.answers.jsonl")["benchmarks"] == figures["benchmarks"]
-    benchmarks, others = read_questions(folder / "eval.answers.jsonl")
-    assert list(benchmarks) == ["b"] and not others
+    for lines, against, reason in (
+        (many(1), "none.json", "eval.py --output writes them"),
+        # The same ids, other questions.
+        ([line("a.gif", "What?", "x", id="q0")], "ours.json", "answers to other questions"),
+        ([line("a.gif", "What?", "left", many(1)[0]["scoring"][0], id="q0")], "ours.json", "other"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            evaluate(lines, "--against", folder / against, name="other")

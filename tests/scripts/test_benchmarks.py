@@ -170,6 +170,11 @@ CASES = {
         "subset_answers.json": {EGOSCHEMA["q_uid"]: 3}},
         [(f"{EGOSCHEMA['q_uid']}.mp4", "What is C doing?", "C does thing 3.", {"right": 3})],
     ),
+    "egoschema_full": (
+        {"questions.json": [EGOSCHEMA]},
+        [(f"{EGOSCHEMA['q_uid']}.mp4", "What is C doing?", "-",
+          {"metric": "judge", "record": {EGOSCHEMA["q_uid"]: None}, "labels": [0, 1, 2, 3, 4]})],
+    ),
     "msvd_qa": (
         {"test_qa.json": [MSVD],
         "youtube_mapping.txt": "-4wsuPCjDBc_5_15 vid1\n7NNg0_n-bS8_21_30 vid1301\n"},
@@ -212,14 +217,20 @@ CASES = {
              "right": 0}),
             ("9_summary/217.mp4", "Please summarize this video.", "Waves lap.",
              {"metric": "judge", "file": "summary_all.json",
-              "record": {"video_name": "217.mp4", "Q": "Please summarize this video.",
-              "A": "Waves lap."}}),
+              "record": [{"video_name": "217.mp4", "Q": "Please summarize this video.",
+              "A": "Waves lap.", "pred": None}]}),
         ],
     ),
     "longvideobench": (
         {"lvb_val.json": [LONGVIDEO]},
         [("86CxyhFV9MI.mp4", "In the video, who comes?", "a cat", {"type": "T2E", "right": 1,
         "subsets": ["15 s"]})],
+    ),
+    "longvideobench_test": (
+        {"lvb_test_wo_gt.json": [LONGVIDEO]},
+        [("86CxyhFV9MI.mp4", "In the video, who comes?", "-",
+          {"metric": "judge", "options": LONGVIDEO["candidates"],
+          "record": {LONGVIDEO["id"]: None}})],
     ),
 }  # fmt: skip
 
