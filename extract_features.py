@@ -9,7 +9,7 @@
 
 Processes of their own decode files while the tower runs; frames of many clips fill each of its
 batches. The same command again resumes where an earlier one was killed, or adds what is new.
-Several shards share nothing but the store's folder, and the last one to finish writes its manifest.
+Shards share nothing but the store's folder; the last one to finish writes index and manifest.
 The bytes of a clip's features don't depend on which clips came with it: see docs/features.md.
 """
 
@@ -22,7 +22,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cli import VISION_PATH, FrameFlags, flag, launch, parse_flags
+from cli import VISION_PATH, Flags, FrameFlags, flag, launch, parse_flags
 from dataset.feature_store import FeatureStore
 from dataset.parallel import in_any_order, num_cores
 from dataset.samples import read_samples, resolve_under
@@ -41,11 +41,24 @@ from device import choose_device, choose_dtype
 from model.vision_tower import VisionTower
 from trainer.logger import cpu_seconds
 
-LISTED_FAILURES = 20  # on the terminal; the manifest names all
+LISTED_FAILURES = 20  # on the terminal; the store's journals name all
 
 
 @dataclass
-class ExtractFlags(FrameFlags):
+class ShardFlags(Flags):
+    """Division of the work"""
+
+    shard: str = flag("0/1", "i/n: only each n-th visual from the i-th on")
+
+    def problems(self) -> list[str]:
+        i, _, n = self.shard.partition("/")
+        is_shard = i.isdecimal() and n.isdecimal() and int(i) < int(n)
+        wrong = f"--shard {self.shard}: write i/n with 0 <= i < n, as 0/4"
+        return super().problems() + ([] if is_shard else [wrong])
+
+
+@dataclass
+class ExtractFlags(FrameFlags, ShardFlags):
     """Extraction"""
 
     data_path: list[str] = flag([], "jsonl files: all visuals that they name")
@@ -69,13 +82,6 @@ class ExtractFlags(FrameFlags):
         "auto", "of the tower's arithmetic; auto: what the device is fastest in"
     )
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
-    shard: str = flag("0/1", "i/n: only each n-th visual from the i-th on")
-
-    def problems(self) -> list[str]:
-        i, _, n = self.shard.partition("/")
-        is_shard = i.isdecimal() and n.isdecimal() and int(i) < int(n)
-        wrong = f"--shard {self.shard}: write i/n with 0 <= i < n, as 0/4"
-        return super().problems() + ([] if is_shard else [wrong])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -90,15 +96,15 @@ def main(argv: list[str] | None = None) -> None:
     device = choose_device(f"cuda:{local_rank}" if uses_cuda else flags.device)
     dtype = choose_dtype(flags.dtype, device)
     batch_size = flags.batch_size or (128 if device.type == "cuda" else 16)
-    num_workers = flags.num_workers
-    if num_workers is None:
-        num_workers = max(1, num_cores() // local_size)
+    num_workers = max(1, num_cores() // local_size)
+    if flags.num_workers is not None:
+        num_workers = flags.num_workers
 
     root, store = Path(flags.images_path), FeatureStore(flags.features_path)
     rel_paths = list_visuals(flags.data_path, flags.videos, root)
     transform = FrameTransform.from_pretrained(flags.vision_path, flags.resize)
     tower = VisionTower.from_pretrained(flags.vision_path)
-    sources, failures = store.begin(
+    store.begin(
         {
             "tower": tower.fingerprint(),
             "tower_name": Path(flags.vision_path).resolve().name,
@@ -117,12 +123,8 @@ def main(argv: list[str] | None = None) -> None:
         # What makes all that is missing, for whoever finds the store unfinished.
         command=shlex.join(["python", "extract_features.py", *arguments, "--shard", "0/1"]),
     )
-    made = {rel for rel in sources if store.has(rel, sources[rel].get("frames", 0))}
-    todo = [
-        rel
-        for rel in rel_paths[shard::num_shards]
-        if not (rel in made and is_unchanged(root / rel, sources[rel]))
-    ]
+    records = ((rel, store.find(rel) or {}) for rel in rel_paths[shard::num_shards])
+    todo = {rel: record for rel, record in records if not is_current(root / rel, record)}
     in_shard = f" in shard {shard}/{num_shards}" if num_shards > 1 else ""
     print(
         f"{len(rel_paths)} visuals, {len(todo)} to do{in_shard}; tower {flags.vision_path}, "
@@ -130,30 +132,13 @@ def main(argv: list[str] | None = None) -> None:
         flush=True,
     )
 
-    read = partial(
-        read_frames,
-        num_frames=flags.num_frames,
-        sampling=flags.sampling,
-        fps=flags.fps,
-        backend=flags.video_backend,
-        timeout=flags.decode_seconds,
-        transform=transform,
-    )
-    decode = partial(
-        decode_visual, root=root, read=read, made={rel: sources[rel] for rel in made & {*todo}}
-    )
+    decode = partial(decode_visual, flags=flags, transform=transform, known=todo)
     decoded = in_any_order(decode, todo, min(num_workers, len(todo)))
     started, cpu_before = time.perf_counter(), cpu_seconds()
     num_frames, failed = 0, {}
-    bar = tqdm(
-        total=len(todo),
-        unit=" clips",
-        smoothing=0.1,
-        disable=not todo,
-        desc=in_shard,
-        position=local_rank,
-        mininterval=0.2 if sys.stderr.isatty() else 20,  # a job's log keeps every line
-    )
+    interval = 0.2 if sys.stderr.isatty() else 20  # a job's log keeps every line
+    about = {"desc": in_shard, "position": local_rank, "disable": not todo}
+    bar = tqdm(total=len(todo), unit=" clips", smoothing=0.1, mininterval=interval, **about)
     batches = TowerBatches(tower, transform, dtype, device, batch_size)
     with bar, closing(store), batches, ending_workers(), closing(decoded):
         for rel, record, features in batches.run(decoded):
@@ -161,62 +146,44 @@ def main(argv: list[str] | None = None) -> None:
                 record = {"reason": "not_finite", "detail": "the tower gave NaN or infinity"}
             if "reason" in record:
                 failed[rel] = record
-                if rel in sources:  # of what the file was before
-                    store.path(rel).unlink(missing_ok=True)
-            elif features is not None:  # None where the file is the same with another date
-                store.write(rel, features)
+            if features is not None and "reason" not in record:
+                store.write(rel, features, **record)
                 num_frames += len(features)
-            if failures.get(rel) != record:
+            elif not record.items() <= todo[rel].items():
                 store.record(rel, record)
             bar.update()
             rate = num_frames / (time.perf_counter() - started)
             bar.set_postfix_str(f"{rate:.1f} frames/s, {len(failed)} failed", refresh=False)
 
-        seconds, num_clips = time.perf_counter() - started, len(todo) - len(failed)
         if todo:
+            seconds, num_clips = time.perf_counter() - started, len(todo) - len(failed)
             print(
                 f"{num_clips} visuals, {num_frames} frames in {seconds:.1f} s "
                 f"({num_clips / seconds:.2f} clips/s, {num_frames / seconds:.1f} frames/s; "
                 f"{cpu_seconds() - cpu_before:.1f} CPU-seconds), {len(failed)} failed"
             )
-        list_failures(failed)
+        if failed:
+            reasons = Counter(record["reason"] for record in failed.values())
+            print("failed: " + ", ".join(f"{number} {name}" for name, number in reasons.items()))
+        for rel, record in sorted(failed.items())[:LISTED_FAILURES]:
+            print(f"  {rel}: {record['reason']}: {record['detail']}")
+        if len(failed) > LISTED_FAILURES:
+            print(f"  all {len(failed)}: lines with a 'reason' in {store.directory}/*.jsonl")
         finish(store, rel_paths, num_shards)
 
 
 def finish(store: FeatureStore, rel_paths: list[str], num_shards: int) -> None:
-    """Write the manifest if all visuals are done, by this process or others; else say what isn't.
-
-    Two that finish together both see all of it and write the same; none has to wait for another.
-    ValueError if not one visual could be decoded.
-    """
+    """Complete the store if all of it is done, by this process or others; else say what isn't.
+    ValueError if no source has features."""
     if store.is_complete:  # nothing was new
         return
-    sources, failures = store.recorded()
-    lacking = [i for i, rel in enumerate(rel_paths) if rel not in sources and rel not in failures]
-    if lacking:
-        shards = sorted({i % num_shards for i in lacking})
+    if lacking := set(store.finish(rel_paths)):
+        shards = sorted({i % num_shards for i, rel in enumerate(rel_paths) if rel in lacking})
         print(
             f"{store.directory} is incomplete: {len(lacking)} visuals aren't done, of shards "
             + ", ".join(f"{i}/{num_shards}" for i in shards)
-            + ". The last shard to finish writes the manifest; without --shard, the same command "
-            "does all that is missing"
+            + ". The same command without --shard does all that is missing"
         )
-    elif not sources:
-        raise ValueError(
-            f"none of {len(rel_paths)} visuals could be decoded; see the reasons above"
-        )
-    else:
-        store.finish(sources, failures)
-
-
-def list_failures(failed: dict[str, dict]) -> None:
-    reasons = Counter(record["reason"] for record in failed.values())
-    if reasons:
-        print("failed: " + ", ".join(f"{number} {reason}" for reason, number in reasons.items()))
-    for rel, record in sorted(failed.items())[:LISTED_FAILURES]:
-        print(f"  {rel}: {record['reason']}: {record['detail']}")
-    if len(failed) > LISTED_FAILURES:
-        print(f"  … and {len(failed) - LISTED_FAILURES} more: 'failures' in the manifest")
 
 
 def list_visuals(data_paths: list[str], videos: list[str], root: Path) -> list[str]:
@@ -248,8 +215,10 @@ def list_visuals(data_paths: list[str], videos: list[str], root: Path) -> list[s
     return list(rel_paths)
 
 
-def is_unchanged(path: Path, record: dict) -> bool:
-    """Whether a source has the size and date that its features were made from."""
+def is_current(path: Path, record: dict) -> bool:
+    """Whether a source has features, made from a file of the size and date that it has now."""
+    if "frames" not in record:
+        return False
     try:
         stat = path.stat()
     except OSError:
@@ -260,40 +229,32 @@ def is_unchanged(path: Path, record: dict) -> bool:
 # ----------------------------------------------------------------------- decoding, in threads
 
 
-def decode_visual(rel: str, root: Path, read, made: dict[str, dict]) -> tuple[dict, np.ndarray]:
-    """(record for the manifest, frames (F, S, S, 3) uint8 or None). Damage is an error: features
-    are data. `made`: the records of files with features, which aren't decoded again if the content
-    is the same. Raises nothing: not even one in a million files may stop the others."""
+def decode_visual(
+    rel: str, flags: ExtractFlags, transform: FrameTransform, known: dict[str, dict]
+) -> tuple[dict, np.ndarray | None]:
+    """(record for the store, frames (F, S, S, 3) uint8 or None). Damage is an error: features are
+    data. `known`: the records so far; a file with features isn't decoded again if its content is
+    the same. Raises nothing: not even one in a million files may stop the others."""
     try:
-        path = resolve_under(root, rel)
+        path = resolve_under(flags.images_path, rel)
         if not path.is_file():
             return {"reason": "missing", "detail": "there is no such file"}, None
         with path.open("rb") as file:
             stat, digest = path.stat(), hashlib.file_digest(file, "sha256").hexdigest()
         record = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest}
-        if made.get(rel, {}).get("sha256") == digest:  # copied or touched, but not changed
-            return {**made[rel], **record}, None
-        frames = read(path).frames
+        if "frames" in known[rel] and known[rel].get("sha256") == digest:  # copied, not changed
+            return known[rel] | record, None
+        how = flags.num_frames, flags.sampling, flags.fps, flags.video_backend, flags.decode_seconds
+        return record, read_frames(path, *how, transform=transform).frames
     except VideoError as error:
         return {"reason": error.reason, "detail": error.detail}, None
     except (ValueError, OSError) as error:
         return {"reason": "bad_path", "detail": str(error)}, None
     except Exception as error:
         return {"reason": "unexpected", "detail": f"{type(error).__name__}: {error}"}, None
-    return {**record, "frames": len(frames)}, frames
 
 
 # -------------------------------------------------------------------- the tower, in batches
-
-
-@dataclass(eq=False)
-class Clip:
-    """A clip on its way through the batches, which may divide it."""
-
-    rel: str
-    record: dict
-    missing: int  # frames without features so far
-    features: list[Tensor] = field(default_factory=list)
 
 
 class TowerBatches:
@@ -324,42 +285,37 @@ class TowerBatches:
 
     def run(self, decoded: Iterable) -> Iterator[tuple[str, dict, Tensor | None]]:
         """(path, (record, frames or None)) → (path, record, features (F, P, D) or None)"""
-        running = deque()  # (future of a batch's features, [(clip, its number of frames in it)])
+        running, clips = deque(), deque()  # batches' futures; (path, record, number of frames)
+        rows = torch.empty(0, self.tower.tokens_per_frame, self.tower.hidden_size).half()  # of them
 
         def collect() -> Iterator:
-            future, layout = running.popleft()
-            features, start = future.result(), 0
-            for clip, number in layout:
-                clip.features.append(features[start : start + number])
-                clip.missing -= number
-                start += number
-                if not clip.missing:
-                    yield clip.rel, clip.record, torch.cat(clip.features)
+            nonlocal rows
+            rows = torch.cat([rows, running.popleft().result()])
+            while clips and len(rows) >= clips[0][2]:
+                path, record, number = clips.popleft()
+                yield path, record, rows[:number]
+                rows = rows[number:]
 
-        batch, layout, filled = self._empty_batch(), [], 0
-        for rel, (record, frames) in decoded:
+        size, filled = self.transform.image_size, 0
+        batch = np.zeros((self.batch_size, size, size, 3), np.uint8)
+        for path, (record, frames) in decoded:
             if frames is None:
-                yield rel, record, None
+                yield path, record, None
                 continue
-            clip = Clip(rel, record, len(frames))
+            clips.append((path, record, len(frames)))
             while len(frames):
                 part, frames = np.split(frames, [self.batch_size - filled])
                 batch[filled : filled + len(part)] = part
-                layout.append((clip, len(part)))
                 filled += len(part)
                 if filled == self.batch_size:
-                    running.append((self.pool.submit(self._features, batch), layout))
-                    batch, layout, filled = self._empty_batch(), [], 0
-            while running and (running[0][0].done() or len(running) > 2 * self.num_threads):
+                    running.append(self.pool.submit(self._features, batch))
+                    batch, filled = np.zeros_like(batch), 0
+            while running and (running[0].done() or len(running) > 2 * self.num_threads):
                 yield from collect()
-        if layout:
-            running.append((self.pool.submit(self._features, batch), layout))
+        if filled:
+            running.append(self.pool.submit(self._features, batch))
         while running:
             yield from collect()
-
-    def _empty_batch(self) -> np.ndarray:
-        size = self.transform.image_size
-        return np.zeros((self.batch_size, size, size, 3), np.uint8)
 
     @torch.inference_mode()
     def _features(self, frames: np.ndarray) -> Tensor:

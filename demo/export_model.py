@@ -81,7 +81,7 @@ def make_examples(out: Path) -> None:
 
 def read_features(directory: str) -> list[Tensor]:
     store = FeatureStore(directory)
-    return [store.read(path) for path in store.manifest["sources"]]
+    return [store.read(path) for path in store.paths() if "reason" not in store.find(path)]
 
 
 @dataclass

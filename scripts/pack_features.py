@@ -1,88 +1,55 @@
-"""Join the features of a store in a few large files, for many machines or a slow file system.
+"""Copy a feature store: one of November 2026 or older becomes packed, or float16 becomes int8.
 
     python -m scripts.pack_features --features_path out/features --packed_path out/features_packed
     python -m scripts.pack_features … --features_dtype int8     # half the bytes
+    python -m scripts.pack_features … --shard 3/8               # one job of an array of 8
 
-A million small files take hours to copy and a look-up each to read. Here they become files of about
-`--shard_gib`, mapped into memory, so that some frames of a clip cost no more than their own bytes.
-Training takes `--features_path out/features_packed` like any other store. To add clips, extract
-into the original store and pack again.
+What was superseded is left out. The same command again resumes.
 """
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 from tqdm import tqdm
 
-from cli import Flags, flag, launch, parse_flags
-from dataset.feature_store import FLOAT16, INT8, MANIFEST, FeatureStore, quantize, row_type
-from files import whole_file
+from cli import flag, launch, parse_flags
+from dataset.feature_store import FLOAT16, INT8, FeatureStore
+from extract_features import ShardFlags, finish
+
+OF_ONE_STORE = ("sources", "failures", "packed", "journals")  # what a copy doesn't take over
 
 
 @dataclass
-class PackFlags(Flags):
+class PackFlags(ShardFlags):
     """Packing"""
 
     features_path: str = flag("out/features", "folder of a complete feature store")
-    packed_path: str = flag("out/features_packed", "folder of the packed one")
+    packed_path: str = flag("out/features_packed", "folder of the copy")
     features_dtype: Literal["float16", "int8"] | None = flag(None, "default: as it is")
-    shard_gib: float = flag(1.0, "size of a file, about", at_least=0)
 
 
 def main(argv: list[str] | None = None) -> None:
     flags = parse_flags(PackFlags, __doc__, argv)
     store, packed = FeatureStore(flags.features_path), FeatureStore(flags.packed_path)
-    manifest = store.manifest
-    stored_as = manifest.get("dtype", FLOAT16)
-    dtype = flags.features_dtype or stored_as
-    if (packed.directory / MANIFEST).exists():
-        raise ValueError(f"{packed.directory} is a feature store already; choose another folder")
-    if dtype == FLOAT16 and stored_as == INT8:
+    settings, paths = dict(store.manifest), store.paths()
+    dtype = flags.features_dtype or settings.get("dtype", FLOAT16)
+    if dtype == FLOAT16 and settings.get("dtype") == INT8:
         raise ValueError("int8 features don't become float16 again; extract them again")
-
-    row = row_type(dtype, manifest["tokens_per_frame"], manifest["hidden_size"])
-    shards = list(in_shards(manifest["sources"], int(flags.shard_gib * 2**30) // row.itemsize))
-    packed.directory.mkdir(parents=True, exist_ok=True)
-    sources, size = {}, 0
-    with tqdm(total=len(manifest["sources"]), unit=" clips", smoothing=0.1) as bar:
-        for number, names in enumerate(shards):
-            frames = [manifest["sources"][name]["frames"] for name in names]
-            path, shape = packed.shard_path(number), (sum(frames), *row.shape)
-            with whole_file(path) as file:
-                rows = np.lib.format.open_memmap(file.name, "w+", row.base, shape)
-                start = 0
-                for name, count in zip(names, frames, strict=True):
-                    own = store.rows(name)
-                    if len(own) != count:
-                        raise ValueError(f"{store.path(name)}: {len(own)} frames, not {count}")
-                    rows[start : start + count] = own if dtype == stored_as else quantize(own)
-                    sources[name] = {**manifest["sources"][name], "shard": number, "row": start}
-                    start += count
-                    bar.update()
-                rows.flush()
-            size += path.stat().st_size
-
-    manifest = {**manifest, "dtype": dtype, "packed": len(shards), "sources": sources}
-    with whole_file(packed.directory / MANIFEST) as file:
-        file.write(json.dumps(manifest, indent=1, sort_keys=True).encode())
-    print(f"{len(sources)} visuals in {len(shards)} files, {size / 2**20:.1f} MiB, {dtype}")
-
-
-def in_shards(sources: dict, rows_per_shard: int) -> Iterator[list[str]]:
-    """Names in order, divided so that no part has more frames than asked, if a clip allows it."""
-    names, rows = [], 0
-    for name in sorted(sources):
-        frames = sources[name]["frames"]
-        if names and rows + frames > rows_per_shard:
-            yield names
-            names, rows = [], 0
-        names.append(name)
-        rows += frames
-    if names:
-        yield names
+    shard, num_shards = map(int, flags.shard.split("/"))
+    settings = {k: v for k, v in settings.items() if k not in OF_ONE_STORE}
+    command = f"--features_path {store.directory} --packed_path {packed.directory}"
+    packed.begin(
+        {**settings, "dtype": dtype},
+        (shard, num_shards),
+        visuals=len(paths),
+        command=f"python -m scripts.pack_features {command} --features_dtype {dtype}",
+    )
+    for path in tqdm(paths[shard::num_shards], unit=" visuals", smoothing=0.1):
+        if packed.find(path) is None and "reason" in (record := store.find(path)):
+            packed.record(path, record)
+        elif packed.find(path) is None:
+            packed.write(path, store.rows(path), **record)
+    finish(packed, paths, num_shards)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from dataset.video_dataset import (
     collate,
 )
 from model.vision_tower import VisionTower
-from scripts import pack_features
 from tests.clips import make_numbered_clip
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "model/text_tokenizer"
@@ -58,16 +57,14 @@ def sources(tmp_path_factory, tiny_tower) -> dict[str, VideoSource | FeatureSour
         turns += [{"role": "assistant", "content": f"Answer {number}."}]
         lines.append(json.dumps(sample | {"id": str(number), "conversations": turns}))
     (root / "data.jsonl").write_text("\n".join(lines))
-    features, packed = root / "features", root / "packed"
+    features = root / "features"
     extract_features.main(
         [f"--data_path={root}/data.jsonl", f"--images_path={root}", f"--vision_path={tiny_tower}"]
         + [f"--features_path={features}", "--num_workers=0", "--dtype=float32"]
     )
-    pack_features.main([f"--features_path={features}", f"--packed_path={packed}"])
     return {
         "videos": VideoSource(str(root), FrameTransform.from_pretrained(tiny_tower).resize_frames),
         "features": FeatureSource(FeatureStore(features)),
-        "packed": FeatureSource(FeatureStore(packed)),
     }
 
 
@@ -88,28 +85,25 @@ def test_videos_and_features_give_the_same_batches(sources, tiny_tower, share_pr
         )
 
     for batch_size in (2, len(SAMPLES)):  # the second: all kinds in one batch
-        raw, *others = [batches(source, batch_size) for source in sources.values()]
-        for made in others:
-            assert len(made) == len(raw)
-            for one, other in zip(raw, made, strict=True):
-                pixels = one["inputs"].get("pixel_values")
-                features = other["inputs"].pop("visual_features", None)
-                assert (pixels is None) == (features is None)
-                if pixels is not None:
-                    assert pixels.dtype == torch.uint8
-                    seen = tower(pixels).half()
-                    torch.testing.assert_close(seen, features, atol=2e-3, rtol=2e-3)
-                rest = {k: v for k, v in one["inputs"].items() if k != "pixel_values"}
-                assert rest.keys() == other["inputs"].keys()
-                ours, theirs = (vars(inputs.pop("packed")) for inputs in (rest, other["inputs"]))
-                assert str(ours) == str(theirs)
-                for name, value in rest.items():
-                    assert torch.equal(
-                        torch.as_tensor(value), torch.as_tensor(other["inputs"][name])
-                    )
-                assert [bad["id"] for bad in one["bad"]] == [bad["id"] for bad in other["bad"]]
-                for count in ("sample_ids", "supervised_tokens", "real_tokens", "padded_tokens"):
-                    assert one[count] == other[count]
+        raw, made = [batches(source, batch_size) for source in sources.values()]
+        assert len(made) == len(raw)
+        for one, other in zip(raw, made, strict=True):
+            pixels = one["inputs"].get("pixel_values")
+            features = other["inputs"].pop("visual_features", None)
+            assert (pixels is None) == (features is None)
+            if pixels is not None:
+                assert pixels.dtype == torch.uint8
+                seen = tower(pixels).half()
+                torch.testing.assert_close(seen, features, atol=2e-3, rtol=2e-3)
+            rest = {k: v for k, v in one["inputs"].items() if k != "pixel_values"}
+            assert rest.keys() == other["inputs"].keys()
+            ours, theirs = (vars(inputs.pop("packed")) for inputs in (rest, other["inputs"]))
+            assert str(ours) == str(theirs)
+            for name, value in rest.items():
+                assert torch.equal(torch.as_tensor(value), torch.as_tensor(other["inputs"][name]))
+            assert [bad["id"] for bad in one["bad"]] == [bad["id"] for bad in other["bad"]]
+            for count in ("sample_ids", "supervised_tokens", "real_tokens", "padded_tokens"):
+                assert one[count] == other[count]
     (whole,) = raw
     assert sorted(whole["sample_ids"]) == [str(i) for i in range(8)]
     assert [bad["id"] for bad in whole["bad"]] == ["8"]

@@ -40,7 +40,7 @@ def write_features(folder, **changes):
     for i, name in enumerate(names):
         generator = torch.Generator().manual_seed(i)
         store.write(name, torch.randn(FRAMES, TOKENS, WIDTH, generator=generator))
-    store.finish({name: {} for name in names}, {})
+    store.finish()
 
 
 @pytest.fixture(autouse=True)
@@ -171,7 +171,7 @@ def test_raw_images_give_the_loss_of_their_features(tiny_tower):
         pixels = np.random.default_rng(i).integers(0, 256, (28, 28, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(f"{name}.png")
         store.write(f"{name}.png", tower(transform(pixels[None])))
-    store.finish({f"{name}.png": {} for name in "abc"}, {})
+    store.finish()
     Path("images.jsonl").write_text(Path("data.jsonl").read_text().replace(".mp4", ".png"))
 
     random = "--from_scratch --freeze_llm 0 --dtype float32 --data_path images.jsonl"

@@ -32,7 +32,7 @@ MEASURED = ("seconds", "cpu_seconds", "tokens_per_second", "data_wait")  # diffe
 
 
 def make_data(folder: Path) -> None:
-    """Captions of 40 clips with random features; the file of clip 7 is cut off."""
+    """Captions of 40 clips with random features; clip 7 couldn't be decoded."""
     store = FeatureStore(folder / "features")
     size = {"tower": "made up", "tokens_per_frame": TOKENS, "hidden_size": WIDTH}
     store.begin({**size, "transform": {}, "num_frames": FRAMES, "sampling": "uniform"})
@@ -43,9 +43,8 @@ def make_data(folder: Path) -> None:
         turns = [("human", "<video>\nwhat is it?"), ("gpt", f"thing {i}" + " moves" * (i % 5))]
         turns = [{"from": who, "value": text} for who, text in turns]
         lines.append(json.dumps({"id": f"s{i}", "video": f"{i}.mp4", "conversations": turns}))
-    broken = store.path("7.mp4")
-    broken.write_bytes(broken.read_bytes()[:100])
-    store.finish({f"{i}.mp4": {} for i in range(CLIPS)}, {})
+    store.record("7.mp4", {"reason": "corrupt", "detail": "cut off"})
+    store.finish()
     (folder / "data.jsonl").write_text("\n".join(lines))
 
 
