@@ -10,15 +10,17 @@ combinations.
 """
 
 import json
+import shutil
 import tempfile
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cli import Flags, flag, launch, parse_flags
 from dataset.feature_store import FeatureStore
-from demo.known_world import distance, fit_known_frames, save_known_frames
+from demo.known_world import distance, fit_known_frames, statistics_of
 from demo.world import make_clip
 from inference import DEMO_MODEL
 from model.checkpoint import load_video_language_model, read_about, save_model
@@ -54,7 +56,7 @@ def export_model(checkpoint: Path, known: list[Tensor], held_out: list[Tensor], 
     meta = {key: about[key] for key in ("commit", "lineage", "step") if key in about}
     training["vision_path"] = "demo/tower"
     save_model(out, model, {**meta, "training": training, "known_frames": measured})
-    save_known_frames(out, statistics)
+    save_file(statistics, statistics_of(out))
     return measured
 
 
@@ -62,18 +64,15 @@ def make_examples(out: Path) -> None:
     """Writes one clip of each type in EXAMPLES, the first also backwards, and questions.jsonl."""
     out.mkdir(parents=True, exist_ok=True)
     lines = []
-    for name, index in EXAMPLES.items():
-        with tempfile.TemporaryDirectory(dir=out) as folder:
-            (Path(folder) / "clips").mkdir()
-            _, questions = make_clip(index, "test", EXAMPLES_SEED, Path(folder))
-            for line in questions:
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        (Path(folder) / "clips").mkdir()
+        for name, index in EXAMPLES.items():
+            for line in make_clip(index, "test", EXAMPLES_SEED, Path(folder))[1]:
                 backwards = line["video"].endswith("-reversed.mp4")
-                file = f"{name}{'-reversed' * backwards}.mp4"
-                if backwards and name != next(iter(EXAMPLES)):
+                if backwards and name != "order":
                     continue
-                source = Path(folder, line["video"])
-                if source.exists():
-                    source.rename(out / file)
+                file = f"{name}{'-reversed' * backwards}.mp4"
+                shutil.copyfile(Path(folder, line["video"]), out / file)
                 lines.append(line | {"video": file})
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     (out / "questions.jsonl").write_text(text, encoding="utf-8")

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from model.checkpoint import read_about
@@ -24,7 +24,7 @@ def fit_known_frames(clips: Iterable[Tensor]) -> dict[str, Tensor]:
     # A little in every direction: those in which training frames never differed count, not rule.
     covariance += torch.eye(width) * (1e-4 * covariance.trace() / width + 1e-6)
     whitening = torch.linalg.cholesky(torch.linalg.inv(covariance))
-    return {"mean": frames_ND.mean(0).half(), "whitening": whitening.half()}
+    return {"mean": frames_ND.mean(0).half(), "whitening": whitening.half().contiguous()}
 
 
 def distance(features_FPD: Tensor, known: dict[str, Tensor]) -> float:
@@ -38,9 +38,7 @@ def warn_unlike_training(checkpoint: str | Path, features_FPD: Tensor) -> str | 
     None where they do, and for a model that has no such statistics beside it (all but the small one
     that ships). features_FPD: what the model's own tower gives."""
     measured = read_about(checkpoint).get("known_frames")
-    if measured is None:
-        return None
-    if distance(features_FPD, _read_known(statistics_of(checkpoint))) <= measured["threshold"]:
+    if not measured or distance(features_FPD, _read_known(checkpoint)) <= measured["threshold"]:
         return None
     return (
         "These frames look nothing like those that this model was trained on; its answer means "
@@ -52,12 +50,6 @@ def statistics_of(checkpoint: str | Path) -> Path:
     return Path(checkpoint).with_suffix(".known_frames.safetensors")
 
 
-def save_known_frames(checkpoint: str | Path, known: dict[str, Tensor]) -> None:
-    save_file(
-        {name: tensor.contiguous() for name, tensor in known.items()}, statistics_of(checkpoint)
-    )
-
-
 @lru_cache(4)
-def _read_known(path: Path) -> dict[str, Tensor]:
-    return load_file(path)
+def _read_known(checkpoint: str | Path) -> dict[str, Tensor]:
+    return load_file(statistics_of(checkpoint))

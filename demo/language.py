@@ -32,53 +32,36 @@ NUMBERS = {1: ("one", "一个"), 2: ("two", "两个"), 3: ("three", "三个"), 4
 
 # Two ways to ask each question; `{x}` is the object that it names.
 QUESTIONS = {
-    "caption": {
-        "en": ["Describe the video.", "What happens in this video?"],
-        "zh": ["描述这个视频。", "这个视频里发生了什么?"],
+    "en": {
+        "caption": ["Describe the video.", "What happens in this video?"],
+        "object": ["What is in the video?", "What do you see?"],
+        "colour": ["What colour is the {x}?", "Which colour does the {x} have?"],
+        "direction": ["Which way does the {x} move?", "In which direction does the {x} go?"],
+        "motion": ["What does the {x} do?", "What happens to the {x}?"],
+        "two_step": [
+            "What does the {x} do first, and what next?",
+            "Which two things does the {x} do?",
+        ],
+        "first": ["What moves first?", "Which one is the first to move?"],
+        "last": ["What moves last?", "Which one is the last to move?"],
+        "first_way": ["Which way does the first one move?", "Where does the first to move go?"],
+        "last_way": ["Which way does the last one move?", "Where does the last to move go?"],
+        "count": ["How many {x} are there?", "Count the {x}."],
+        "total": ["How many things are there in all?", "Count everything."],
     },
-    "object": {
-        "en": ["What is in the video?", "What do you see?"],
-        "zh": ["视频里有什么?", "你看到了什么?"],
-    },
-    "colour": {
-        "en": ["What colour is the {x}?", "Which colour does the {x} have?"],
-        "zh": ["{x}是什么颜色?", "{x}是哪种颜色的?"],
-    },
-    "direction": {
-        "en": ["Which way does the {x} move?", "In which direction does the {x} go?"],
-        "zh": ["{x}往哪个方向移动?", "{x}朝哪边走?"],
-    },
-    "motion": {
-        "en": ["What does the {x} do?", "What happens to the {x}?"],
-        "zh": ["{x}在做什么?", "{x}怎么了?"],
-    },
-    "two_step": {
-        "en": ["What does the {x} do first, and what next?", "Which two things does the {x} do?"],
-        "zh": ["{x}先做什么,再做什么?", "{x}做了哪两件事?"],
-    },
-    "first": {
-        "en": ["What moves first?", "Which one is the first to move?"],
-        "zh": ["什么先动?", "哪一个最先移动?"],
-    },
-    "last": {
-        "en": ["What moves last?", "Which one is the last to move?"],
-        "zh": ["什么后动?", "哪一个最后移动?"],
-    },
-    "first_way": {
-        "en": ["Which way does the first one move?", "Where does the first to move go?"],
-        "zh": ["先动的往哪个方向移动?", "最先移动的朝哪边走?"],
-    },
-    "last_way": {
-        "en": ["Which way does the last one move?", "Where does the last to move go?"],
-        "zh": ["后动的往哪个方向移动?", "最后移动的朝哪边走?"],
-    },
-    "count": {
-        "en": ["How many {x} are there?", "Count the {x}."],
-        "zh": ["有几个{x}?", "数一数{x}。"],
-    },
-    "total": {
-        "en": ["How many things are there in all?", "Count everything."],
-        "zh": ["一共有几个东西?", "数一数所有的东西。"],
+    "zh": {
+        "caption": ["描述这个视频。", "这个视频里发生了什么?"],
+        "object": ["视频里有什么?", "你看到了什么?"],
+        "colour": ["{x}是什么颜色?", "{x}是哪种颜色的?"],
+        "direction": ["{x}往哪个方向移动?", "{x}朝哪边走?"],
+        "motion": ["{x}在做什么?", "{x}怎么了?"],
+        "two_step": ["{x}先做什么,再做什么?", "{x}做了哪两件事?"],
+        "first": ["什么先动?", "哪一个最先移动?"],
+        "last": ["什么后动?", "哪一个最后移动?"],
+        "first_way": ["先动的往哪个方向移动?", "最先移动的朝哪边走?"],
+        "last_way": ["后动的往哪个方向移动?", "最后移动的朝哪边走?"],
+        "count": ["有几个{x}?", "数一数{x}。"],
+        "total": ["一共有几个东西?", "数一数所有的东西。"],
     },
 }
 LEARNT_LAST = ("first", "last", "count", "total", "caption")
@@ -212,7 +195,7 @@ def make_turn(
 ) -> tuple[str, str, dict]:
     """Question, answer and scoring entry; with `pronoun` the question names nothing but "it"."""
     scored_as, named, answer = answers(scene, language)[key]
-    question = QUESTIONS[key][language][wording]
+    question = QUESTIONS[language][key][wording]
     if pronoun:
         question, named = question.replace("the {x}", "{x}"), PRONOUN[language]
     entry = {"type": scored_as}

@@ -21,28 +21,11 @@ COLOURS = {
     "purple": ("紫色", (152, 52, 190)),
     "white": ("白色", (252, 252, 252)),
 }
-SHAPES = {
-    "circle": "圆形",
-    "square": "方块",
-    "triangle": "三角形",
-    "star": "星星",
-    "heart": "爱心",
-    "ring": "圆环",
-}
-ICONS = {
-    "house": "房子",
-    "tree": "树",
-    "car": "汽车",
-    "fish": "鱼",
-    "flower": "花",
-    "boat": "船",
-    "mushroom": "蘑菇",
-    "rocket": "火箭",
-    "cup": "杯子",
-    "key": "钥匙",
-    "moon": "月亮",
-    "umbrella": "雨伞",
-}
+SHAPES = {"circle": "圆形", "square": "方块", "triangle": "三角形", "star": "星星", "heart": "爱心"}
+SHAPES |= {"ring": "圆环"}
+ICONS = {"house": "房子", "tree": "树", "car": "汽车", "fish": "鱼", "flower": "花", "boat": "船"}
+ICONS |= {"mushroom": "蘑菇", "rocket": "火箭", "cup": "杯子", "key": "钥匙", "moon": "月亮"}
+ICONS |= {"umbrella": "雨伞"}
 # Turning an object by 360° / order gives the same picture; 0 means that turning never shows.
 ROTATION_ORDER = {"circle": 0, "ring": 0, "square": 4, "triangle": 3, "star": 5, "flower": 6}
 
@@ -90,11 +73,8 @@ def _box(left: float, top: float, right: float, bottom: float) -> list[Point]:
 
 def _star(corners: int, inner: float = 1.0) -> list[Point]:
     """A star with `inner` as the radius between its points; 1: the regular polygon."""
-    radii = [1.0, inner] if inner < 1 else [1.0]
-    angles = [
-        math.radians(-90 + 360 * i / (corners * len(radii))) for i in range(corners * len(radii))
-    ]
-    radii *= corners
+    radii = ([1.0, inner] if inner < 1 else [1.0]) * corners
+    angles = [math.radians(-90 + 360 * i / len(radii)) for i in range(len(radii))]
     return [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
 
 
@@ -112,6 +92,7 @@ def _heart() -> list[Point]:
 
 
 BROWN, GOLD, BLUE_GREY, POLE = (120, 80, 45), (205, 150, 40), (60, 70, 90), (80, 60, 50)
+SILVER, _OUTER, _INNER = (205, 212, 222), range(50, 311, 6), range(285, 74, -6)  # the moon's edges
 DRAWINGS: dict[str, list[tuple]] = {
     "circle": [(_disc(0, 0, 0.9), None)],
     "square": [(_box(-0.8, -0.8, 0.8, 0.8), None)],
@@ -153,18 +134,14 @@ DRAWINGS: dict[str, list[tuple]] = {
     "mushroom": [
         (_box(-0.28, 0.0, 0.28, 0.92), (240, 228, 205)),
         (_arc(0, 0.1, 1, -1, range(0, 181, 6)), (200, 40, 60)),
-        *(
-            (_disc(x, y, 0.16), (250, 245, 240))
-            for x, y in ((-0.5, -0.25), (0.05, -0.6), (0.5, -0.2))
-        ),
+        (_disc(-0.5, -0.25, 0.16), (250, 245, 240)),
+        (_disc(0.05, -0.6, 0.16), (250, 245, 240)),
+        (_disc(0.5, -0.2, 0.16), (250, 245, 240)),
     ],
     "rocket": [
         ([(-0.3, 0.5), (0.3, 0.5), (0.0, 0.98)], (250, 170, 40)),
         ([(-0.7, 0.65), (-0.3, 0.0), (0.3, 0.0), (0.7, 0.65)], (70, 90, 120)),
-        (
-            [(-0.32, 0.5), (-0.32, -0.45), (0, -0.98), (0.32, -0.45), (0.32, 0.5)],
-            (205, 212, 222),
-        ),
+        ([(-0.32, 0.5), (-0.32, -0.45), (0, -0.98), (0.32, -0.45), (0.32, 0.5)], SILVER),
         (Ellipse(-0.17, -0.37, 0.17, -0.03), (60, 130, 210)),
     ],
     "cup": [
@@ -181,11 +158,7 @@ DRAWINGS: dict[str, list[tuple]] = {
         (Ellipse(-0.68, -0.2, -0.28, 0.2), TRANSPARENT),
     ],
     "moon": [
-        (
-            _arc(0, 0, 0.95, 0.95, range(50, 311, 6))
-            + _arc(0.45, 0, 0.75, 0.75, range(285, 74, -6)),
-            (250, 232, 150),
-        )
+        (_arc(0, 0, 0.95, 0.95, _OUTER) + _arc(0.45, 0, 0.75, 0.75, _INNER), (250, 232, 150)),
     ],
     "umbrella": [
         (_box(-0.06, -0.1, 0.06, 0.8), POLE),

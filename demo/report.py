@@ -25,16 +25,20 @@ from trainer.logger import draw_curves, read_rows
 CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Zen Hei", "PingFang SC", "SimHei")
 
 
-def pick_answers(answers: list[dict], count: int) -> list[dict]:
-    """One answer of each type in turn, about clips not shown yet."""
-    waiting = [answer for answer in answers if len(answer["visuals"]) == 1 and answer["turn"] == 0]
-    picked, types, clips = [], [], set()
-    while waiting and len(picked) < count:
-        best = min(waiting, key=lambda a: (a["visuals"][0] in clips, types.count(a["type"])))
-        waiting.remove(best)
-        picked.append(best)
-        types.append(best["type"])
-        clips.add(best["visuals"][0])
+ROWS = 8  # of frames in test_frames.png
+
+
+def pick_answers(answers: list[dict]) -> list[dict]:
+    """Up to ROWS answers, of all types in turn, about as many clips as there are."""
+    first_turns, picked = [answer for answer in answers if answer["turn"] == 0], []
+
+    def shown(answer: dict) -> tuple[bool, int]:
+        clips, types = [a["visuals"] for a in picked], [a["type"] for a in picked]
+        return answer["visuals"] in clips, types.count(answer["type"])
+
+    while first_turns and len(picked) < ROWS:
+        picked.append(min(first_turns, key=shown))
+        first_turns.remove(picked[-1])
     return picked
 
 
@@ -44,7 +48,7 @@ def draw_answers(answers: list[dict], root: Path, num_frames: int, path: Path) -
     fonts = [font for font in CJK_FONTS if font in installed]
     if not fonts:  # without such a font each Chinese character is an empty box
         answers = [a for a in answers if (a["question"] + a["answer"] + a["prediction"]).isascii()]
-    answers = pick_answers(answers, 8)
+    answers = pick_answers(answers)
     rows, width = max(1, len(answers)), 1.4 * num_frames
     figure = Figure(figsize=(width, 1.9 * rows))
     axes = figure.subplots(rows, num_frames, squeeze=False)
@@ -57,11 +61,11 @@ def draw_answers(answers: list[dict], root: Path, num_frames: int, path: Path) -
         frames = read_frames(root / answer["visuals"][0], num_frames=num_frames).frames
         for axis, frame in zip(row, frames, strict=False):
             axis.imshow(frame)
-        right = answer["score"] == 1
-        truth = "" if right else f"   (true: {answer['answer']})"
-        text = f"{answer['question']}\n→ {answer['prediction']}{truth}"
-        style = {"fontsize": 9, "color": "black" if right else "firebrick"}
-        row[0].set_title(text, loc="left", family=[*fonts[:1], "DejaVu Sans"], **style)
+        text, colour = f"{answer['question']}\n→ {answer['prediction']}", "black"
+        if answer["score"] != 1:
+            text, colour = f"{text}   (true: {answer['answer']})", "firebrick"
+        style = {"family": [*fonts[:1], "DejaVu Sans"], "fontsize": 9, "color": colour}
+        row[0].set_title(text, loc="left", **style)
     figure.savefig(path, dpi=100)
 
 
@@ -122,8 +126,7 @@ def main() -> None:
     curves = {file.parent.name: read_rows(file) for file in in_order("*/metrics.jsonl")}
     if curves:
         draw_curves(curves, folder / "loss_curves.png")
-    root = Path(evaluation["images_path"])
-    frames = folder / "test_frames.png"
+    root, frames = Path(evaluation["images_path"]), folder / "test_frames.png"
     answers = read_results(folder / "eval.answers.jsonl").others["normal"]
     draw_answers(answers, root, evaluation["num_frames"], frames)
     (folder / "report.md").write_text(as_markdown(evaluation, stages), encoding="utf-8")

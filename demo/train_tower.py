@@ -23,10 +23,9 @@ import io
 import json
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -51,8 +50,10 @@ from demo.objects import (
 )
 from demo.scene import split_of
 from demo.world import FRAME_SIZE, background, paste
+from device import choose_dtype
 from model.vision_tower import VisionTower
 
+WIDTH, LAYERS = 128, 5  # the features are WIDTH wide
 PATCH_SIZE = 16
 GRID = FRAME_SIZE // PATCH_SIZE
 BACKGROUND = len(OBJECTS)  # label of a patch that shows no object
@@ -103,13 +104,11 @@ def _sample_places(rng: np.random.Generator, number: int) -> list[tuple[float, f
         places = []
         for _ in range(60):
             if len(places) == number:
-                break
+                return places
             d = rng.uniform(15, 50) if number == 1 else rng.uniform(16, 31)
             x, y = rng.uniform(d / 2, FRAME_SIZE - d / 2, 2)
             if all(math.hypot(x - a, y - b) > (d + c) / 2 + 2 for a, b, c in places):
                 places.append((x, y, d))
-        if len(places) == number:
-            return places
 
 
 def make_still(rng: np.random.Generator, split: str = "train") -> dict[str, np.ndarray]:
@@ -191,42 +190,38 @@ def make_distractor(rng: np.random.Generator) -> Image.Image:
 # ---- the tower and its training
 
 
-def build_tower(width: int, layers: int) -> CLIPVisionModel:
+def build_tower() -> CLIPVisionModel:
     config = CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 32,
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=WIDTH // 32,
         image_size=FRAME_SIZE,
         patch_size=PATCH_SIZE,
     )
     tower = CLIPVisionModel(config)
     # The default positions (std 0.02) drown in patch embeddings of about 0.5: a tower trained
-    # from zero would not learn where things are.
-    with torch.no_grad():
-        tower.embeddings.position_embedding.weight[1:] = 0.5 * sine_positions(GRID, width)
-    return tower
-
-
-def sine_positions(grid: int, width: int) -> Tensor:
-    """2-D sine-cosine positions (grid², width): a quarter each for sin, cos of row, column."""
-    frequency = 100.0 ** (-torch.arange(width // 4) / (width // 4))
-    row, column = (torch.arange(grid * grid) // grid, torch.arange(grid * grid) % grid)
+    # from zero would not learn where things are. So: a quarter each of sin, cos of row, column.
+    frequency = 100.0 ** (-torch.arange(WIDTH // 4) / (WIDTH // 4))
+    row, column = torch.arange(GRID * GRID) // GRID, torch.arange(GRID * GRID) % GRID
     waves = [axis[:, None] * frequency * math.pi / 2 for axis in (row, column)]
-    return torch.cat([f(wave) for wave in waves for f in (torch.sin, torch.cos)], dim=1)
+    positions = torch.cat([f(wave) for wave in waves for f in (torch.sin, torch.cos)], dim=1)
+    with torch.no_grad():
+        tower.embeddings.position_embedding.weight[1:] = 0.5 * positions
+    return tower
 
 
 class Heads(nn.Module):
     """What is predicted from the tower's features while it learns, and thrown away afterwards."""
 
-    def __init__(self, width: int):
+    def __init__(self):
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.patch = nn.Linear(width, len(OBJECTS) + 1)
-        self.centre = nn.Linear(width, 6)
-        self.present = nn.Linear(width, len(OBJECTS))
-        self.total = nn.Linear(width, MAX_COUNT + 1)
-        self.middle = nn.Linear(width, 3)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.patch = nn.Linear(WIDTH, len(OBJECTS) + 1)
+        self.centre = nn.Linear(WIDTH, 6)
+        self.present = nn.Linear(WIDTH, len(OBJECTS))
+        self.total = nn.Linear(WIDTH, MAX_COUNT + 1)
+        self.middle = nn.Linear(WIDTH, 3)
 
     def forward(self, features_NPD: Tensor) -> dict[str, Tensor]:
         hidden = self.norm(features_NPD)
@@ -270,50 +265,32 @@ def score(tower, heads, batches: list[dict], unseen: list[dict]) -> dict[str, fl
 
     The total is scored on combinations (object, count) of the test set, which training never shows.
     """
-    results: dict[str, list[Tensor]] = {}
-
-    def collect(scores: dict[str, Tensor]) -> None:
-        for key, value in scores.items():
-            results.setdefault(key, []).append(value.float().flatten())
-
+    results = defaultdict(list)
     for batch in batches:
         out = heads(encode(tower, batch["picture"]))
         right = out["patch"].argmax(2) == batch["patch"]
         shown = (batch["patch"] != BACKGROUND) & (batch["patch"] != IGNORED)
         off = (out["middle"] - batch["middle"])[batch["total"] == 1][:, :2].abs() * FRAME_SIZE
-        collect(
-            {
-                "patch": right[shown],
-                "background": right[batch["patch"] == BACKGROUND],
-                "present": ((out["present"] > 0) == batch["present"].bool()).all(1),
-                "middle (px)": off,
-            }
-        )
+        results["patch"].append(right[shown])
+        results["background"].append(right[batch["patch"] == BACKGROUND])
+        results["present"].append(((out["present"] > 0) == batch["present"].bool()).all(1))
+        results["middle (px)"].append(off)
     for batch in unseen:
         total = batch["total"]
         right = heads(encode(tower, batch["picture"]))["total"].argmax(1) == total
-        collect({f"unseen total {n}": right[total == n] for n in range(1, MAX_COUNT + 1)})
-        collect({"unseen total of one class": right[batch["one_class"]]})
-    return {key: torch.cat(values).mean().item() for key, values in results.items()}
+        for n in range(1, MAX_COUNT + 1):
+            results[f"unseen total {n}"].append(right[total == n])
+        results["unseen total of one class"].append(right[batch["one_class"]])
+    return {key: torch.cat(values).float().mean().item() for key, values in results.items()}
 
 
 def save(tower: CLIPVisionModel, directory: Path, trained: dict) -> None:
     """A directory as CLIP's: fp16 weights, config, preprocessor; and how it was trained."""
     copy.deepcopy(tower).half().save_pretrained(directory)
-    preprocessor = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": FRAME_SIZE},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": FRAME_SIZE, "width": FRAME_SIZE},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": MEAN,
-        "image_std": STD,
-        "do_convert_rgb": True,
-    }
+    preprocessor = {"image_processor_type": "CLIPImageProcessor"}  # and its defaults, but for
+    preprocessor["size"] = {"shortest_edge": FRAME_SIZE}
+    preprocessor["crop_size"] = {"height": FRAME_SIZE, "width": FRAME_SIZE}
+    preprocessor |= {"image_mean": MEAN, "image_std": STD}
     for name, values in (("preprocessor_config", preprocessor), ("training", trained)):
         (directory / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n")
 
@@ -326,44 +303,26 @@ class TowerFlags(Flags):
     start_from: Path | None = flag(
         None, "tower of this script to train further; give another --seed for new stills"
     )
-    width: int = flag(128, "hidden size; the features are this wide")
-    layers: int = flag(5, "layers of the tower")
     steps: int = flag(2000, "training steps", at_least=1)
     batch_size: int = flag(128, "stills a step", at_least=1)
     learning_rate: float = flag(2e-3, "AdamW's: embeddings, norms, heads")
     muon_learning_rate: float = flag(1e-2, "Muon's: matrices of the layers")
-    dtype: Literal["float32", "bfloat16"] = flag("bfloat16", "of autocast")
     seed: int = flag(0, "of weights and stills")
-
-
-def load_start(flags: TowerFlags) -> tuple[dict, dict]:
-    """State dict of --start_from, and how it was trained. Raises ValueError for another size."""
-    model = VisionTower.from_pretrained(flags.start_from).model
-    size = (model.config.hidden_size, model.config.num_hidden_layers)
-    if size != (flags.width, flags.layers):
-        raise ValueError(f"--start_from has --width {size[0]} --layers {size[1]}: give these")
-    trained = json.loads((flags.start_from / "training.json").read_text())
-    return model.state_dict(), {"before": trained}
 
 
 def main() -> None:
     flags = parse_flags(TowerFlags, __doc__)
     torch.manual_seed(flags.seed)
-    tower, before = build_tower(flags.width, flags.layers), {}
+    tower, heads, before = build_tower(), Heads(), {}
     if flags.start_from:
-        state, before = load_start(flags)
-        tower.load_state_dict(state)
-    heads = Heads(flags.width)
+        tower.load_state_dict(VisionTower.from_pretrained(flags.start_from).model.state_dict())
+        before = {"before": json.loads((flags.start_from / "training.json").read_text())}
     matrices = [p for p in tower.encoder.parameters() if p.ndim == 2]
-    of_muon = {id(p) for p in matrices}
     parameters = [*tower.parameters(), *heads.parameters()]
-    others = [p for p in parameters if id(p) not in of_muon]
-    optimizers = [
-        torch.optim.Muon(
-            matrices, lr=flags.muon_learning_rate, weight_decay=0.01, adjust_lr_fn="original"
-        ),
-        torch.optim.AdamW(others, lr=flags.learning_rate, weight_decay=0.01, betas=(0.9, 0.98)),
-    ]
+    others = [p for p in parameters if not any(p is matrix for matrix in matrices)]
+    muon = {"lr": flags.muon_learning_rate, "weight_decay": 0.01, "adjust_lr_fn": "original"}
+    adamw = {"lr": flags.learning_rate, "weight_decay": 0.01, "betas": (0.9, 0.98)}
+    optimizers = [torch.optim.Muon(matrices, **muon), torch.optim.AdamW(others, **adamw)]
 
     def schedule(step: int) -> float:
         return min((step + 1) / 100, 1 - step / flags.steps)
@@ -375,10 +334,11 @@ def main() -> None:
     held_out = [[next(batches) for _ in range(5)] for batches in streams]
     stills = Stills(flags.seed, flags.batch_size)
     loader = iter(DataLoader(stills, batch_size=None, num_workers=1, prefetch_factor=8))
+    in_bfloat16 = choose_dtype("auto", torch.device("cpu")) == "bfloat16"
     started = time.process_time()
     for step in (bar := tqdm(range(flags.steps), desc="tower", unit="step")):
         batch = next(loader)
-        with torch.autocast("cpu", torch.bfloat16, enabled=flags.dtype == "bfloat16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
             out = heads(encode(tower, batch["picture"]))
         parts = losses({key: value.float() for key, value in out.items()}, batch)
         sum(parts.values()).backward()

@@ -90,14 +90,12 @@ def place(rng: np.random.Generator, scene: Scene) -> list[Track]:
         for actor in scene.actors:
             pace_rng = rng if shared_seed is None else np.random.default_rng(shared_seed)
             track = _track(pace_rng, actor, rng.uniform(22, largest))
-            for _ in range(30):
-                moved = _shift_inside(rng, track)
-                if all(_apart(moved, other) for other in tracks):
-                    tracks.append(moved)
-                    break
-            else:
+            shifted = (_shift_inside(rng, track) for _ in range(30))
+            fits = (it for it in shifted if all(_apart(it, other) for other in tracks))
+            if (fitting := next(fits, None)) is None:
                 break  # it fits nowhere: start the whole scene again
-        if len(tracks) == len(scene.actors):
+            tracks.append(fitting)
+        else:
             return tracks
 
 
@@ -130,13 +128,8 @@ def background(rng: np.random.Generator) -> Image.Image:
         colour = tuple(int(c) for c in np.clip(here + rng.uniform(-24, 24, 3), 0, 255))
         width, height = rng.integers(4, 40, 2)
         box = [int(x - width / 2), int(y - height / 2), int(x + width / 2), int(y + height / 2)]
-        form = rng.integers(3)
-        if form == 0:
-            draw.ellipse(box, fill=colour)
-        elif form == 1:
-            draw.rectangle(box, fill=colour)
-        else:
-            draw.line(box, fill=colour, width=int(rng.integers(2, 6)))
+        form = (draw.ellipse, draw.rectangle, draw.line)[rng.integers(3)]
+        form(box, fill=colour, width=int(rng.integers(2, 6)) if form == draw.line else 1)
     return picture.filter(ImageFilter.BoxBlur(1))
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from demo import figures
 from demo.export_model import export_model, make_examples
 from demo.known_world import warn_unlike_training
 from inference import DEMO_MODEL
@@ -53,3 +54,9 @@ def test_what_ships_is_small_and_says_what_it_knows():
     measured = read_about(DEMO_MODEL)["known_frames"]
     assert "demo world" in measured["note"]
     assert measured["false_alarms"] < 0.01 * measured["held_out_clips"]
+
+
+def test_the_pictures_of_the_documentation_show_two_answers(tmp_path, capsys):
+    figures.main(["--out", str(tmp_path)])
+    assert "['the blue triangle', 'the white square']" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["filters.png", "reversed.gif"]
