@@ -64,12 +64,6 @@ class DataFlags(FrameFlags):
     max_seq_len: int = flag(1024, "longest row in tokens; visual tokens count", at_least=1)
     share_prefix: bool = flag(True, "all samples of one visual share a row, the visual comes once")
 
-    def problems(self) -> list[str]:
-        found = super().problems()
-        if not self.data_path:
-            found.append("--data_path is missing: give one or more jsonl files")
-        return found
-
 
 @dataclass
 class BuildFlags(Flags):
@@ -110,21 +104,6 @@ class BuildFlags(Flags):
     )
     compile: bool = run_flag(False, "torch.compile the layers; the first steps are slow")
 
-    def __post_init__(self):
-        self.summary = SUMMARY_ALIASES.get(self.summary, self.summary)
-
-    def problems(self) -> list[str]:
-        found = super().problems()
-        if self.from_scratch and self.freeze_llm:
-            found.append(
-                f"--from_scratch with --freeze_llm {self.freeze_llm} would keep a random language "
-                "model"
-            )
-        if self.lora_rank and (self.from_scratch or self.freeze_llm == 1):
-            found.append("--lora_rank: adapters stand beside a trained, frozen language model; ")
-            found[-1] += "leave --from_scratch and --freeze_llm 1 out"
-        return found
-
 
 @dataclass
 class StageConfig(DataFlags, BuildFlags, TrainConfig):
@@ -132,8 +111,19 @@ class StageConfig(DataFlags, BuildFlags, TrainConfig):
 
     dry_run: bool = run_flag(False, "two steps, and what the whole run will cost; nothing else")
 
+    def __post_init__(self):
+        self.summary = SUMMARY_ALIASES.get(self.summary, self.summary)
+
     def problems(self) -> list[str]:
         found = super().problems()
+        if not self.data_path:
+            found.append("--data_path is missing: give one or more jsonl files")
+        if self.from_scratch and self.freeze_llm:
+            frozen = f"--freeze_llm {self.freeze_llm}"
+            found.append(f"--from_scratch with {frozen} would keep a random language model")
+        if self.lora_rank and (self.from_scratch or self.freeze_llm == 1):
+            found.append("--lora_rank: adapters stand beside a trained, frozen language model; ")
+            found[-1] += "leave --from_scratch and --freeze_llm 1 out"
         if self.patience and not (self.val_path and self.eval_interval):
             found.append("--patience counts validations: give --val_path and --eval_interval")
         return found
@@ -157,15 +147,14 @@ def open_visuals(config: StageConfig) -> Visuals:
     Raises ValueError where there is none, or where the features were made with other settings.
     """
     if config.use_feature:
-        store = FeatureStore(config.features_path)
-        store.check({name: getattr(config, name) for name in ("num_frames", "sampling", "fps")})
+        store, frames = FeatureStore(config.features_path), ("num_frames", "sampling", "fps")
+        store.check({name: getattr(config, name) for name in frames})
         val = FeatureStore(config.val_features_path) if config.val_features_path else store
         made = store.manifest
         if config.resize != "tower":
             store.check({"transform": {**made["transform"], "resize": config.resize}})
         config.resize = made["transform"].get("resize", "tower")  # eval.py resizes alike
-        alike = ("tower", "tokens_per_frame", "hidden_size", "transform", "num_frames", "sampling")
-        alike += ("fps",)
+        alike = ("tower", "tokens_per_frame", "hidden_size", "transform", *frames)
         val.check({key: made.get(key) for key in alike})
         size = (made["tokens_per_frame"], made["hidden_size"])
         return Visuals(FeatureSource(store), FeatureSource(val), *size, None, made["tower"])
@@ -235,13 +224,12 @@ def check_start(
 ) -> None:
     """Raises ValueError where the weights in `start` don't go with the flags, the tokenizer or the
     visuals; it names all that differs."""
-    about = read_about(start)
+    about, tower = read_about(start), visuals.tower_fingerprint
     check_tokenizer(model, tokenizer, about, config.accept_tokenizer)
-    tower = visuals.tower_fingerprint
-    given = {name: getattr(config, name) for name in _shape_of(model)}
+    shape = _shape_of(model).items()
     pairs = {
         # Flags of the shape are for random weights; where they are given, they must be right.
-        **{f"--{name}": (has, given[name] or has) for name, has in _shape_of(model).items()},
+        **{f"--{name}": (has, getattr(config, name) or has) for name, has in shape},
         "--tokenizer_path: placeholder": (
             list(model.config.image_ids or ()),  # a list or a tuple, as its file has it
             placeholder_ids(tokenizer, visuals.tokens_per_frame),
@@ -300,28 +288,17 @@ def build_loader(
 
     Raises ValueError for a file of samples that can't be read, and names the line.
     """
-    dataset = VideoDataset(
-        read_samples(*paths),
-        tokenizer,
-        source,
-        num_tokens=model.config.tokens_per_visual,
-        max_length=config.max_seq_len,
-        share_prefix=config.share_prefix,
-    )
+    length = {"num_tokens": model.config.tokens_per_visual, "max_length": config.max_seq_len}
+    samples = read_samples(*paths)
+    dataset = VideoDataset(samples, tokenizer, source, **length, share_prefix=config.share_prefix)
+    size = (config.batch_size, config.seed, world.rank, world.size)
     batches = LengthGroupedBatchSampler(
-        dataset.lengths,
-        config.batch_size,
-        config.seed,
-        world.rank,
-        world.size,
-        shuffle=shuffle,
-        tokens_per_batch=config.tokens_per_batch,
+        dataset.lengths, *size, shuffle=shuffle, tokens_per_batch=config.tokens_per_batch
     )
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=partial(collate, pad_id=pad_id),
+        collate_fn=partial(collate, pad_id=tokenizer.pad_token_id or 0),
         num_workers=config.num_workers,
         worker_init_fn=ignore_signals_in_worker,
         persistent_workers=shuffle and config.num_workers > 0,
@@ -355,10 +332,9 @@ def fingerprint(paths: list[str | Path]) -> str:
     for path in map(Path, paths):
         if not path.exists():
             raise ValueError(f"{path}: no such file")
-        for part in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if part.is_file():
-                with open(part, "rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        for part in sorted(p for p in (path, *path.rglob("*")) if p.is_file()):
+            with open(part, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
 
 

@@ -76,13 +76,13 @@ def draw_filters(frames: np.ndarray, features_FPD: torch.Tensor, grid: int) -> p
     for k in range(4):
         left.plot(times, filters_KF[k] * len(frames), "o-", markersize=3, label=f"k = {k}")
     left.set_ylim(-1.6, 2.2)
-    orders_K = torch.arange(NUM_FILTERS)
+    orders_K = np.arange(NUM_FILTERS)
     for label, line, colour, shift, course in (
         ("forwards", "o-", FORWARDS, -0.2, course_F),
         ("backwards", "o--", BACKWARDS, 0.2, course_F.flip(0)),
     ):
         middle.plot(times, course, line, color=colour, label=label)
-        right.bar(orders_K + shift, filters_KF @ course, 0.4, color=colour, label=label)
+        right.bar(orders_K + shift, (filters_KF @ course).numpy(), 0.4, color=colour, label=label)
     right.axhline(0, color="black", linewidth=0.8)
     right.set_xticks(orders_K)
     for axes, title, label in (
