@@ -19,12 +19,15 @@ from inference import ChatModel, Request, Visual
 from inference.likelihood import log_likelihoods
 from model.generate import MAX_NEW_TOKENS, Sampling
 
-MANIFEST = ModelManifest("cinego", chat_class_path="cinego_lmms_eval.CinegoModel")
+MANIFEST = ModelManifest(
+    "cinego",
+    simple_class_path="cinego_lmms_eval.CinegoRanker",  # --force_simple
+    chat_class_path="cinego_lmms_eval.CinegoModel",
+)
 
 
 class CinegoModel(lmms):
-    """Answers tasks of output_type `generate_until` that have `doc_to_messages`, and those of
-    `multiple_choice` and `loglikelihood` whose `doc_to_visual` names files."""
+    """Answers tasks of output_type `generate_until` that have `doc_to_messages`."""
 
     is_simple = False  # takes whole conversations, with media where they stand
 
@@ -81,6 +84,21 @@ class CinegoModel(lmms):
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise NotImplementedError("Cinego takes no tasks of output_type generate_until_multi_round")
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        raise NotImplementedError("Cinego ranks options with --force_simple")
+
+
+class CinegoRanker(CinegoModel):
+    """Answers tasks of output_type `multiple_choice` and `loglikelihood` whose `doc_to_visual`
+    names files: lmms-eval hands those to models that take no conversations."""
+
+    is_simple = True
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        raise NotImplementedError(
+            "Cinego takes tasks of output_type generate_until as a chat model"
+        )
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """(loss, whether the model would say just that) of each continuation of its context.
