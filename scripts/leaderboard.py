@@ -50,22 +50,17 @@ def read_entries(path: Path) -> list[Entry]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not what eval.py --output writes ({error})") from error
     entries = []
-    for name, summary in benchmarks.items():
-        if (measure := summary.get("headline")) is None:
-            continue
-        row = summary["rows"][measure]
-        floors = row.get("floors", {}) | {
-            name: row["controls"][name]
-            for name in ("no video", "first frame")
-            if name in row["controls"]
-        }
-        figures = (row["score"], row["low"], row["high"], row["n"], summary["missing"])
-        entries.append(Entry(model, name, measure, *figures, floors))
+    for test_set, summary in benchmarks.items():
+        if measure := summary.get("headline"):
+            row, missing = summary["rows"][measure], summary["missing"]
+            controls, without_order = row["controls"], ("no video", "first frame")
+            blind = {name: controls[name] for name in without_order if name in controls}
+            figures = (row["score"], row["low"], row["high"], row["n"], missing)
+            entries.append(Entry(model, test_set, measure, *figures, row.get("floors", {}) | blind))
     if "interval" in result:
-        found, accuracy = result["interval"], result["accuracy"]
-        blank = result["controls"].get("no video")
-        floors = {"most frequent": accuracy["majority"]["all"]}
-        floors |= {"no video": blank["all"]} if blank else {}
+        found, controls = result["interval"], result["controls"]
+        floors = {"most frequent": result["accuracy"]["majority"]["all"]}
+        floors |= {"no video": controls["no video"]["all"]} if "no video" in controls else {}
         figures = (found["value"], found["low"], found["high"], found["n"], 0)
         data = ", ".join(Path(file).stem for file in result["data_path"])
         entries.append(Entry(model, data, "exact match", *figures, floors))
@@ -83,16 +78,12 @@ def as_markdown(entries: list[Entry]) -> str:
         for entry in same:
             name, floor = max(entry.floors.items(), key=lambda item: item[1], default=("-", 0.0))
             # Below its floors a score says nothing about video, however high it is.
-            score = (
-                f"**{100 * entry.score:.1f}**" if entry.low > floor else f"{100 * entry.score:.1f}"
+            bold = "**" if entry.low > floor else ""
+            lines.append(
+                f"| {entry.model} | {entry.measure} | {bold}{100 * entry.score:.1f}{bold} "
+                f"| {100 * entry.low:.1f} to {100 * entry.high:.1f} | {100 * floor:.1f} ({name}) "
+                f"| {entry.n:,} | {entry.missing:,} |"
             )
-            cells = [entry.model, entry.measure, score]
-            cells += [
-                f"{100 * entry.low:.1f} to {100 * entry.high:.1f}",
-                f"{100 * floor:.1f} ({name})",
-            ]
-            cells += [f"{entry.n:,}", f"{entry.missing:,}"]
-            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", "Bold: the whole interval lies above the highest floor.", ""])
 
 

@@ -31,7 +31,6 @@ from model.vision_tower import VisionTower
 from trainer.config import TrainConfig
 from trainer.optim import Optimizers
 
-VIDEOS = 24
 # Share of the matrix product's speed below which something is wrong. Measured on 2 cores of a CPU
 # with AVX-512: tower 0.88, step 0.71; on the same machine with six times the work that it has cores
 # for, tower 0.40. Of GPUs nothing was measured: their shares are shown without a verdict.
@@ -66,13 +65,12 @@ class CachedSource:
     kind = "visual_features"
 
     def __init__(self, folder: str, num_frames: int):
-        self.folder = Path(folder)
+        self.path = Path(folder, "features.npy")
         features = np.random.default_rng(0).standard_normal((num_frames, 50, 768))
-        for number in range(VIDEOS):
-            np.save(self.folder / f"{number}.npy", features.astype(np.float16))
+        np.save(self.path, features.astype(np.float16))
 
     def load(self, name: str) -> torch.Tensor:
-        return torch.from_numpy(np.load(self.folder / f"{int(name) % VIDEOS}.npy"))
+        return torch.from_numpy(np.load(self.path))
 
 
 def measure_rate(run: Callable[[], int], device: torch.device, seconds: float) -> float:
@@ -137,16 +135,14 @@ def measure_loader_and_step(
     loader = Part("loader", rate / torch.get_num_threads() * (os.cpu_count() or 1))
     model = make_model(flags.dim, flags.n_layers).to(device)
     optimizers = Optimizers(model, TrainConfig())
-    with FlopCounterMode(display=False) as counter:
-        for batch in batches:
-            time_step(model, optimizers, batch, 0, flags.dtype, device)
-    videos = sum(len(batch["inputs"]["frames_per_visual"]) for batch in batches)
 
     def step() -> int:
         for batch in batches:
             time_step(model, optimizers, batch, 0, flags.dtype, device)
-        return videos
+        return sum(len(batch["inputs"]["frames_per_visual"]) for batch in batches)
 
+    with FlopCounterMode(display=False) as counter:
+        videos = step()
     rate = measure_rate(step, device, flags.seconds)
     return loader, Part("step", rate, rate * counter.get_total_flops() / videos)
 

@@ -62,49 +62,34 @@ class ConvertFlags(Flags):
 
 def main(description: str, convert: Convert, argv: list[str] | None = None) -> None:
     """A converter's command line."""
-
-    def convert_all() -> None:
-        flags = parse_flags(ConvertFlags, description, argv)
-        held_out = (flags.val_output, flags.val_share) if flags.val_output else None
-        print(run(convert, flags.data_path, flags.images_path, flags.output, held_out))
-
-    launch(convert_all)
+    launch(lambda: print(run(convert, parse_flags(ConvertFlags, description, argv))))
 
 
-def run(
-    convert: Convert,
-    data_path: list[str],
-    images_path: str | None,
-    output: str,
-    held_out: tuple[str, float] | None = None,
-) -> str:
-    """Convert all of `data_path` into the jsonl `output`; returns a report in words.
+def run(convert: Convert, flags: ConvertFlags) -> str:
+    """Convert all of `--data_path`; returns a report in words.
 
-    held_out: another jsonl, and the share of the visuals whose samples go there instead. What is
-    dropped goes to `<output>.dropped.jsonl` with file, line and reason. Part of an output never
-    bears its name. Raises ValueError where a file can't be read to its end, or where nothing is
-    left to write.
+    What is dropped goes to `<output>.dropped.jsonl` with file, line and reason. Part of an output
+    never bears its name. Raises ValueError where a file can't be read to its end, or where nothing
+    is left to write.
     """
-    paths, output = list_files(data_path), Path(output)
-    val_output, val_share = held_out or (None, 0.0)
-    outputs = [output, Path(val_output)] if val_output else [output]
-    for path in outputs:
-        if path.resolve() in map(Path.resolve, paths):
-            raise ValueError(f"--output {path} is an input too; give it another name")
+    paths, output = list_files(flags.data_path), Path(flags.output)
+    outputs = [output, Path(flags.val_output)] if flags.val_output else [output]
+    if same := {path.resolve() for path in outputs} & {path.resolve() for path in paths}:
+        raise ValueError(f"--output {same.pop().name} is an input too; give it another name")
+    root = flags.images_path
     holds_pictures = any(path.suffix == ".parquet" for path in paths)  # which make the folder
-    if images_path and not Path(images_path).is_dir() and not holds_pictures:
-        raise ValueError(f"--images_path {images_path}: no such folder")
-    media = Media(images_path)
-    seen, ids, reasons, count = set(), Counter(), Reasons(), 0
-    dropped_path = output.with_suffix(".dropped.jsonl")
+    if root and not Path(root).is_dir() and not holds_pictures:
+        raise ValueError(f"--images_path {root}: no such folder")
     for path in outputs:
         path.parent.mkdir(parents=True, exist_ok=True)
-    num_held_out = 0
+    media, seen, ids, counts = Media(root), set(), Counter(), Counter()
+    reasons: dict[str, str] = {}  # what they say without the names in them → the first of each
+    written = [0, 0]  # samples, held-out samples
+    dropped_path = output.with_suffix(".dropped.jsonl")
     records = ((path, number, record) for path in paths for number, record in read_records(path))
     with ExitStack() as stack:
         dropped_file, *files = map(stack.enter_context, map(whole_file, (dropped_path, *outputs)))
         for path, number, record in tqdm(records, unit=" records", smoothing=0.1):
-            count += 1
             try:
                 converted, sample = convert_record(convert, record, number, path, media)
                 text = f"{sample.visuals}{sample.messages}{sample.reverse}"
@@ -114,30 +99,33 @@ def run(
                 seen.add(digest)
             except ValueError as error:
                 held = record if isinstance(record, dict) else {}
-                name = held.get("id", held.get("video_id"))
-                line = {"file": str(path), "line": number, "id": name, "reason": str(error)}
+                name, reason = held.get("id", held.get("video_id")), str(error)
+                line = {"file": str(path), "line": number, "id": name, "reason": reason}
                 # Whatever the record held may be half of a surrogate pair: escaped.
                 dropped_file.write(json.dumps(line, default=str).encode() + b"\n")
-                reasons.add(str(error), f"{path}:{number}")
+                key = re.sub(r"'[^']*'|\"[^\"]*\"|\b\d+\b", "…", reason.partition("\n")[0])
+                counts[key] += 1
+                reasons.setdefault(key, f"{path}:{number}: {reason[:300]}")
                 continue
             media.save(sample.visuals)
             first = {k: converted[k] for k in ("id", "video", "image") if converted.get(k)}
             line = first | converted | {"id": unique_id(sample.id, ids)}
-            is_held_out = in_share(sample, val_share)
-            num_held_out += is_held_out
+            is_held_out = len(outputs) > 1 and in_share(sample, flags.val_share)
+            written[is_held_out] += 1
             files[is_held_out].write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-        if reasons.counts.total() == count:
-            raise ValueError(f"none of {count} records can be used\n{reasons}")
-    kept = count - reasons.counts.total() - num_held_out
-    lines = [f"{output}: {kept:,} samples of {count:,} records"]
-    if val_output:
-        lines.append(f"{val_output}: {num_held_out:,} held-out samples")
-    if reasons.counts:
-        lines += [f"dropped {reasons.counts.total():,}, listed in {dropped_path}:", str(reasons)]
+        some = "\n".join(f"{n:>9,}  {reasons[key]}" for key, n in counts.most_common())
+        if not any(written):
+            raise ValueError(f"none of {counts.total()} records can be used\n{some}")
+    total = sum(written) + counts.total()
+    lines = [f"{output}: {written[0]:,} samples of {total:,} records"]
+    if flags.val_output:
+        lines.append(f"{flags.val_output}: {written[1]:,} held-out samples")
+    if counts:
+        lines += [f"dropped {counts.total():,}, listed in {dropped_path}:", some]
     else:
         dropped_path.unlink()
     lines += [f"noted: {number:,} × {note}" for note, number in media.notes.items()]
-    root = images_path or "FOLDER_OF_THE_MEDIA"
+    root = root or "FOLDER_OF_THE_MEDIA"
     lines.append(f"next: python -m scripts.check_data --data_path {output} --images_path {root}")
     return "\n".join(lines)
 
@@ -172,23 +160,6 @@ def unique_id(name: str, ids: Counter) -> str:
         unique = f"{name}#{ids[name]}"
     ids[unique] = 1
     return unique
-
-
-class Reasons:
-    """Sentences counted by what they say, with the first of each; names in them don't matter."""
-
-    def __init__(self):
-        self.counts: Counter[str] = Counter()
-        self.first: dict[str, str] = {}
-
-    def add(self, sentence: str, where: str) -> None:
-        reason = re.sub(r"'[^']*'|\"[^\"]*\"|\b\d+\b", "…", sentence.partition("\n")[0])
-        self.counts[reason] += 1
-        self.first.setdefault(reason, f"{where}: {sentence[:300]}")
-
-    def __str__(self) -> str:
-        lines = (f"{n:>9,}  {self.first[reason]}" for reason, n in self.counts.most_common())
-        return "\n".join(lines)
 
 
 # -------------------------------------------------------------------------------------- reading

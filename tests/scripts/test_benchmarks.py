@@ -259,11 +259,7 @@ def convert(tmp_path):
     return convert
 
 
-def test_every_benchmark_has_a_case():
-    assert set(CASES) == set(BENCHMARKS)
-
-
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", BENCHMARKS)
 def test_published_files_become_a_test_set(name, convert):
     files, expected = CASES[name]
     lines = convert(name, files)
@@ -273,6 +269,8 @@ def test_published_files_become_a_test_set(name, convert):
         assert (line["video"], asked, told) == (video, f"<video>\n{question}", answer)
         assert scoring.items() <= line["scoring"][0].items()
         assert line["scoring"][0]["benchmark"] == name
+        part = (9.2, 18.1) if video == "action_sequence/ZS9XR.mp4" else (None, None)
+        assert (line.get("start"), line.get("end")) == part
         if line["scoring"][0]["metric"] == "choice":
             assert line["scoring"][0]["options"][line["scoring"][0]["right"]] == answer
 
@@ -281,11 +279,6 @@ def test_the_true_caption_of_a_pair_is_not_always_the_first(convert):
     pairs = [{**VITATECS, "caption": f"Caption {i}."} for i in range(100)]
     lines = convert("vitatecs", {"data/Direction.jsonl": "\n".join(map(json.dumps, pairs))})
     assert 30 < sum(line["scoring"][0]["right"] for line in lines) < 70
-
-
-def test_a_question_about_a_part_of_its_video_says_which(convert):
-    (line,) = convert("tvbench", {"json/action_sequence.json": [BOUNDED]})
-    assert (line["start"], line["end"]) == (9.2, 18.1)
 
 
 def test_missing_videos_stay_and_are_reported(tmp_path, convert, capsys):
@@ -304,6 +297,7 @@ def without(record: dict, key: str) -> dict:
     return {name: value for name, value in record.items() if name != key}
 
 
+# Each way in which a record can be wrong, once for each form of file and each helper.
 @pytest.mark.parametrize(
     ("name", "files", "reason"),
     [
@@ -365,11 +359,6 @@ def test_faulty_records_count_where_asked_for(convert):
     files = {"1_plotQA.json": [MLVU, {**MLVU, "answer": "Blue"}]}
     right, wrong = convert("mlvu", files, "--keep_faulty")
     assert right["scoring"][0]["metric"] == "choice" and wrong["scoring"][0]["metric"] == "faulty"
-
-
-def test_an_unknown_benchmark_is_refused():
-    with pytest.raises(ValueError, match="choose one of tvbench"):
-        main(["imagenet"])
 
 
 def test_the_demo_world_in_published_forms(tmp_path):
