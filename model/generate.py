@@ -70,35 +70,39 @@ class Sampler:
             self.generator.manual_seed(sampling.seed)
 
     def sample(self, logits_V: Tensor) -> int:
+        """The next token's id; logits_V on the CPU."""
         how = self.sampling
         if how.repetition_penalty != 1:
-            seen, penalty = (
-                torch.tensor(sorted(self.seen_ids), dtype=torch.long),
-                how.repetition_penalty,
+            seen = torch.tensor(sorted(self.seen_ids), dtype=torch.long)
+            old, penalty = logits_V[seen], how.repetition_penalty
+            logits_V = logits_V.index_copy(
+                0, seen, torch.where(old > 0, old / penalty, old * penalty)
             )
-            old = logits_V[seen]
-            new = torch.where(old > 0, old / penalty, old * penalty)
-            logits_V = logits_V.index_copy(0, seen, new)
         if how.temperature == 0:
-            return int(logits_V.argmax())
-        probabilities, ids = (logits_V / how.temperature).softmax(-1).sort(descending=True)
-        if how.top_k:
-            probabilities = probabilities[: how.top_k]
-            probabilities = probabilities / probabilities.sum()
-        # The token that crosses top_p is still in, so that one is always left.
-        kept = probabilities.cumsum(-1) - probabilities < how.top_p
-        kept &= probabilities >= how.min_p * probabilities[0]
-        return int(ids[torch.multinomial(probabilities * kept, 1, generator=self.generator)])
+            token = int(logits_V.argmax())
+        else:
+            probabilities, ids = (logits_V / how.temperature).softmax(-1).sort(descending=True)
+            if how.top_k:
+                probabilities = probabilities[: how.top_k]
+                probabilities = probabilities / probabilities.sum()
+            # The token that crosses top_p is still in, so that one is always left.
+            kept = probabilities.cumsum(-1) - probabilities < how.top_p
+            kept &= probabilities >= how.min_p * probabilities[0]
+            token = int(ids[torch.multinomial(probabilities * kept, 1, generator=self.generator)])
+        self.seen_ids.add(token)
+        return token
 
 
 def sample_tokens(logits_BV: Tensor, samplers: list[Sampler]) -> list[int]:
     """One token for each row."""
-    tokens = logits_BV.argmax(-1).tolist()  # all greedy rows at once
-    for row, sampler in enumerate(samplers):
-        if sampler.sampling.temperature > 0 or sampler.sampling.repetition_penalty != 1:
-            tokens[row] = sampler.sample(logits_BV[row].cpu())
-            sampler.seen_ids.add(tokens[row])
-    return tokens
+    how = [sampler.sampling for sampler in samplers]
+    if all(each.temperature == 0 and each.repetition_penalty == 1 for each in how):
+        return logits_BV.argmax(-1).tolist()
+    # One copy for all rows: a GPU would make each of them wait.
+    return [
+        sampler.sample(logits_V)
+        for sampler, logits_V in zip(samplers, logits_BV.cpu(), strict=True)
+    ]
 
 
 class DecodingBatch:

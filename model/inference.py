@@ -5,10 +5,8 @@
     prepare(model.language_model, quantize="int8")        # a quarter of the bytes, for CPUs
 
 A token of one row takes each weight once and computes next to nothing with it: what counts is how
-many bytes there are, and how many calls. So matrices that read the same input become one, norms
-take four calls in place of a dozen on a CPU, and matrices are stored in the order in which their
-kernel reads them with few rows. All else stays float32: norms, rotations, attention, and the sums
-that layers add to.
+many bytes there are, and how many calls. So matrices that read the same input become one, stored in
+the order in which their kernel reads them with few rows. All else stays float32.
 """
 
 import warnings
@@ -30,47 +28,31 @@ def prepare(model: MiniMind, dtype: str = "auto", quantize: str = "none") -> Min
         known = f"{', '.join(DTYPES)} and {', '.join(QUANTIZATIONS)}"
         raise ValueError(f"--dtype {dtype} --quantize {quantize}: choose of {known}")
     embedding = model.model.embed_tokens.weight
-    on_cpu = embedding.device.type == "cpu"
-    if dtype == "auto":
-        native = choose_dtype("auto", embedding.device) == "bfloat16"
-        dtype = "bfloat16" if native else "float32"
-    if quantize == "int8" and not on_cpu:
+    if quantize == "int8" and embedding.device.type != "cpu":
         raise ValueError(f"int8 weights are for CPUs, not for {embedding.device}: use bfloat16")
+    if dtype == "auto":
+        dtype = choose_dtype("auto", embedding.device)
+    make = _int8_linear if quantize == "int8" else _float32_linear
+    if quantize == "none" and dtype == "bfloat16":
+        make = Bfloat16Linear
+
+    def join(*layers: nn.Linear) -> nn.Module:
+        return make(torch.cat([layer.weight for layer in layers]))
+
     model.requires_grad_(False).eval()
-    kinds = {"float32": _float32_linear, "bfloat16": Bfloat16Linear}
-    make = _int8_linear if quantize == "int8" else kinds[dtype]
     for part in list(model.modules()):
         if isinstance(part, Attention):
-            part.qkv_proj = make(_joined(part.q_proj, part.k_proj, part.v_proj))
+            part.qkv_proj = join(part.q_proj, part.k_proj, part.v_proj)
             part.o_proj = make(part.o_proj.weight)
             part.q_proj = part.k_proj = part.v_proj = None
         elif isinstance(part, MLP):
-            part.gate_up_proj = make(_joined(part.gate_proj, part.up_proj))
+            part.gate_up_proj = join(part.gate_proj, part.up_proj)
             part.down_proj = make(part.down_proj.weight)
             part.gate_proj = part.up_proj = None
-        if on_cpu:  # elsewhere torch has one kernel for a norm
-            for name, child in part.named_children():
-                if isinstance(child, nn.RMSNorm):
-                    setattr(part, name, FewCallsRMSNorm(child))
     model.head = make(embedding)
     if isinstance(model.head, nn.Linear):  # one memory for both
         model.model.embed_tokens.weight = model.head.weight
     return model
-
-
-class FewCallsRMSNorm(nn.Module):
-    """x / sqrt(mean x² + eps) · weight, over the last of C channels: the root is the hypotenuse of
-    |x| / √C and √eps, and torch has kernels for both lengths."""
-
-    def __init__(self, norm: nn.RMSNorm):
-        super().__init__()
-        root = norm.weight.numel() ** 0.5
-        self.weight = nn.Parameter(norm.weight * root, requires_grad=False)
-        self.register_buffer("floor", torch.tensor(norm.eps**0.5 * root), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return x / torch.hypot(length, self.floor) * self.weight
 
 
 class Bfloat16Linear(nn.Module):
@@ -108,16 +90,10 @@ def _float32_linear(weight: Tensor) -> nn.Linear:
 
 def _int8_linear(weight: Tensor) -> nn.Module:
     """torch's dynamic quantisation, with a scale for each output. Inputs are rounded, too, by the
-    scale of the whole batch: then a batch answers nearly, not exactly, as each row alone. torchao,
-    its successor, took nine times as long for one row on a CPU (0.18, without a compiler)."""
+    scale of the whole batch: then a batch answers nearly, not exactly, as each row alone."""
     from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 
     with warnings.catch_warnings():  # that torch means to move this into torchao
         warnings.simplefilter("ignore")
         layers = nn.Sequential(_float32_linear(weight))
         return quantize_dynamic(layers, {nn.Linear: per_channel_dynamic_qconfig})[0]
-
-
-def _joined(*layers: nn.Linear) -> Tensor:
-    """A matrix whose outputs are all layers' outputs, one after the other."""
-    return torch.cat([layer.weight for layer in layers])
