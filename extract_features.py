@@ -34,9 +34,15 @@ from tqdm import tqdm
 
 from cli import VISION_PATH, Flags, FrameFlags, flag, launch, parse_flags
 from dataset.feature_store import FeatureStore
-from dataset.parallel import in_any_order, num_cores
 from dataset.samples import read_samples, resolve_under
-from dataset.video import MEDIA_SUFFIXES, FrameTransform, VideoError, ending_workers, read_frames
+from dataset.video import (
+    MEDIA_SUFFIXES,
+    FrameTransform,
+    VideoError,
+    num_cores,
+    read_frames,
+    reading_in_threads,
+)
 from device import choose_device, choose_dtype
 from model.vision_tower import VisionTower
 from trainer.logger import cpu_seconds
@@ -133,14 +139,14 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     decode = partial(decode_visual, flags=flags, transform=transform, known=todo)
-    decoded = in_any_order(decode, todo, min(num_workers, len(todo)))
+    decoding = reading_in_threads(decode, todo, min(num_workers, len(todo)))
     started, cpu_before = time.perf_counter(), cpu_seconds()
     num_frames, failed = 0, {}
     interval = 0.2 if sys.stderr.isatty() else 20  # a job's log keeps every line
     about = {"desc": in_shard, "position": local_rank, "disable": not todo}
     bar = tqdm(total=len(todo), unit=" clips", smoothing=0.1, mininterval=interval, **about)
     batches = TowerBatches(tower, transform, dtype, device, batch_size)
-    with bar, closing(store), batches, ending_workers(), closing(decoded):
+    with bar, closing(store), batches, decoding as decoded:
         for rel, record, features in batches.run(decoded):
             if features is not None and not features.isfinite().all():
                 record = {"reason": "not_finite", "detail": "the tower gave NaN or infinity"}

@@ -20,7 +20,8 @@ import av
 import numpy as np
 import psutil
 
-from dataset.video import read_frames, uniform_indices
+from dataset.clip import uniform_indices
+from dataset.video import read_frames
 
 HEIGHT, WIDTH, RATE = 360, 640, 30
 LEAST_CPU = 0.5  # seconds that a measurement takes

@@ -4,13 +4,10 @@ import json
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image
-
-if TYPE_CHECKING:  # decoding processes resize, and start several times faster without torch
-    import torch
 
 Resize = Literal["crop", "squash", "pad"]
 
@@ -114,8 +111,12 @@ class FrameTransform:
             target[place] = np.asarray(image)[cut]
         return resized
 
-    def normalize(self, frames: "torch.Tensor") -> "torch.Tensor":
-        """(F, S, S, 3) uint8 → (F, 3, S, S) float32, (frame · rescale − mean) / std."""
+    def normalize(self, frames):
+        """(F, S, S, 3) uint8 → (F, 3, S, S) float32, both tensors: (frame · rescale − mean) / std.
+
+        torch is imported where it's needed: decoding processes resize, and start several times
+        faster without it.
+        """
         # A row of S·3 values at a time: three times faster than planes, and a convolution takes the
         # channels-last result as it is.
         num_frames, size = frames.shape[:2]
@@ -123,15 +124,15 @@ class FrameTransform:
         pixels = frames.reshape(num_frames, size, size * 3).float().mul_(scale).sub_(shift)
         return pixels.view(num_frames, size, size, 3).permute(0, 3, 1, 2)
 
-    def __call__(self, frames: np.ndarray) -> "torch.Tensor":
-        """(F, H, W, 3) uint8 RGB → (F, 3, S, S) float32."""
+    def __call__(self, frames: np.ndarray):
+        """(F, H, W, 3) uint8 RGB → (F, 3, S, S) float32 tensor."""
         import torch
 
         return self.normalize(torch.from_numpy(np.ascontiguousarray(self.resize_frames(frames))))
 
 
 @lru_cache(maxsize=8)  # copied to a device once: each copy would wait for it
-def _scale_and_shift(transform: FrameTransform, device) -> "tuple[torch.Tensor, torch.Tensor]":
+def _scale_and_shift(transform: FrameTransform, device) -> tuple:
     """What a row's S·3 values are multiplied by, and what is then taken off."""
     import torch
 

@@ -9,42 +9,25 @@ native code that hangs, and no `except` catches one that crashes.
 """
 
 import atexit
+import fcntl
 import json
 import os
 import pickle
+import select
 import subprocess
 import sys
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from threading import Timer
+from itertools import islice
 
 import numpy as np
 
-from dataset.clip import (
-    ContainerInfo,
-    Frames,
-    Request,
-    VideoError,
-    fps_indices,
-    uniform_indices,
-)
+from dataset.clip import ContainerInfo, Frames, Request, VideoError
 from dataset.decoding import decode, serve
 from dataset.transforms import FrameTransform
-
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "MEDIA_SUFFIXES",
-    "VIDEO_SUFFIXES",
-    "ContainerInfo",
-    "FrameTransform",
-    "Frames",
-    "VideoError",
-    "ending_workers",
-    "fps_indices",
-    "read_frames",
-    "uniform_indices",
-]
 
 # Of files that are taken for videos and images in a folder; what they hold is found by content.
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv")
@@ -108,17 +91,8 @@ def read_frames(
     # An absolute name can't be taken for a protocol ("concat:…"), and a pipe or device never ends.
     path = os.path.abspath(os.fsdecode(path))
     budgets = max_pixels, max_seconds, max_bytes
-    request = Request(
-        path,
-        num_frames,
-        sampling,
-        fps,
-        backend,
-        *budgets,
-        transform=transform,
-        on_damage=on_damage,
-        bounds=bounds,
-    )
+    how = transform, on_damage, bounds
+    request = Request(path, num_frames, sampling, fps, backend, *budgets, *how)
     if "\0" in path or not os.path.isfile(path):
         raise VideoError(path, "missing", "there is no such file")
     if timeout is None:
@@ -162,23 +136,21 @@ class _Worker:
         )
         _alive.add(self)
         if sys.platform == "linux":
-            import fcntl
-
             fcntl.fcntl(self.process.stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         try:
-            with self._killed_after(START_SECONDS):
-                self._receive(len(b"ready"))
+            self._receive(len(b"ready"), time.monotonic() + START_SECONDS)
         except (EOFError, TimeoutError):
             self.kill()
             raise RuntimeError("the decoding process doesn't start; its output tells why") from None
 
     def decode(self, request: Request, timeout: float) -> Frames:
+        deadline = time.monotonic() + timeout
         try:
-            with self._killed_after(timeout):
-                self._send(pickle.dumps((request, timeout)))
-                reply = json.loads(self._receive(int.from_bytes(self._receive(8))).tobytes())
-                if shape := reply.get("shape"):
-                    frames = self._receive(np.prod(shape)).reshape(shape)
+            self.process.stdin.write(pickle.dumps((request, timeout)))  # less than a pipe takes
+            size = int.from_bytes(self._receive(8, deadline))
+            reply = json.loads(self._receive(size, deadline).tobytes())
+            if shape := reply.get("shape"):
+                frames = self._receive(np.prod(shape), deadline).reshape(shape)
         except TimeoutError:
             self.kill()
             detail = f"not decoded within {timeout:g} seconds"
@@ -194,31 +166,13 @@ class _Worker:
         total, info = reply["num_frames_total"], ContainerInfo(**reply["info"])
         return Frames(frames, np.array(reply["timestamps"]), total, info, reply["damaged"])
 
-    @contextmanager
-    def _killed_after(self, seconds: float) -> Iterator[None]:
-        """Within it, reading from the process ends; TimeoutError if that took so many seconds."""
-        late = []
-        timer = Timer(seconds, lambda: (late.append(True), self.process.kill()))
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        except (EOFError, BrokenPipeError):
-            if not late:
-                raise
-        finally:
-            timer.cancel()
-            timer.join()
-        if late:
-            raise TimeoutError
-
-    def _send(self, data: bytes) -> None:
-        while data:
-            data = data[self.process.stdin.write(data) :]
-
-    def _receive(self, size: int) -> np.ndarray:
-        data, filled = np.empty(size, np.uint8), 0
+    def _receive(self, size: int, deadline: float) -> np.ndarray:
+        """So many bytes; EOFError where the process ends before, TimeoutError where it's late."""
+        data, filled, poll = np.empty(size, np.uint8), 0, select.poll()
+        poll.register(self.process.stdout, select.POLLIN)
         while filled < size:
+            if not poll.poll(1000 * max(0, deadline - time.monotonic())):
+                raise TimeoutError
             count = self.process.stdout.readinto(memoryview(data)[filled:])
             if not count:
                 raise EOFError
@@ -267,14 +221,42 @@ def _end_workers() -> None:
 
 
 @contextmanager
-def ending_workers() -> Iterator[None]:
-    """For whoever reads a lot, in threads: after this block no decoding process is left, whatever
-    happened in it. Their CPU time counts as that of ended children. (Without it they end at exit,
-    which waits for threads that still read.)"""
+def reading_in_threads(
+    function: Callable, items: Iterable, num_workers: int
+) -> Iterator[Iterator[tuple]]:
+    """For whoever reads many files: (item, function(item)) of each, in the order in which they get
+    done, by so many threads; 0: one by one, in the caller's. Threads will do, since what decodes
+    are processes, of which none is left after the block, whatever happened in it. (Else they end at
+    exit, which waits for threads that still read.)
+
+    However long `items` is and however slow the caller, at most two items a worker are taken and
+    not yet given. An exception in `function` ends the whole and is raised.
+    """
+    pool, running, items = ThreadPoolExecutor(max(1, num_workers)), {}, iter(items)
+
+    def results() -> Iterator[tuple]:
+        if not num_workers:
+            yield from ((item, function(item)) for item in items)
+        running.update(
+            (pool.submit(function, item), item) for item in islice(items, 2 * num_workers)
+        )
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                item = running.pop(future)
+                for following in islice(items, 1):  # now: the caller may take its time
+                    running[pool.submit(function, following)] = following
+                yield item, future.result()
+
     try:
-        yield
+        yield results()
     finally:
+        pool.shutdown(wait=False, cancel_futures=True)
         _end_workers()
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _forget_workers() -> None:

@@ -15,7 +15,6 @@ Exit codes: 0 everything is good, 3 there are problems, 1 the check itself could
 import json
 import os
 from collections import Counter
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +24,8 @@ from tqdm import tqdm
 from cli import TOKENIZER_PATH, FrameFlags, flag, launch, parse_flags
 from dataset.conversation import IGNORED, ConversationError, encode, truncate
 from dataset.jsonl import parse_json, read_lines
-from dataset.parallel import in_any_order
 from dataset.samples import parse_sample, resolve_under
-from dataset.video import VideoError, ending_workers, read_frames
+from dataset.video import VideoError, read_frames, reading_in_threads
 from files import whole_file
 from model.tokenizer import open_tokenizer
 
@@ -156,9 +154,9 @@ def check_visuals(flags: CheckFlags, visuals: list[str]) -> dict[str, tuple[str,
         except Exception as error:  # one file in a million may not stop the others
             return "bad_path", str(error) or type(error).__name__
 
-    found = in_any_order(decode, visuals, min(flags.num_workers, len(visuals)))
-    bar = tqdm(found, total=len(visuals), unit=" visuals", desc="visuals", smoothing=0.1)
-    with ending_workers(), closing(found):
+    num_workers = min(flags.num_workers, len(visuals))
+    with reading_in_threads(decode, visuals, num_workers) as found:
+        bar = tqdm(found, total=len(visuals), unit=" visuals", desc="visuals", smoothing=0.1)
         return {visual: problem for visual, problem in bar if problem}
 
 

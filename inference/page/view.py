@@ -18,8 +18,9 @@ import streamlit as st
 from streamlit import config, runtime
 from streamlit.runtime.scriptrunner import get_script_run_ctx
 
+from dataset.clip import uniform_indices
 from dataset.conversation import ConversationError
-from dataset.video import MEDIA_SUFFIXES, VideoError, read_frames, uniform_indices
+from dataset.video import MEDIA_SUFFIXES, VideoError, read_frames
 from inference.flags import MAX_PAGE_FRAMES, PageFlags
 from inference.page.conversation import Attachment, Conversation, SharedModel, TooManyVisuals, Turn
 from inference.page.visual import draw, escaped

@@ -100,7 +100,9 @@ class CinegoProcessor(ProcessorMixin):
     def _pixels(self, visual, num_frames: int | None) -> torch.Tensor:
         """(F, 3, S, S) of one visual."""
         # Here, and not above: a question without a video needs no video reader.
-        from dataset.video import FrameTransform, read_frames, uniform_indices
+        from dataset.clip import uniform_indices
+        from dataset.transforms import FrameTransform
+        from dataset.video import read_frames
 
         num_frames = num_frames or self.num_frames
         if isinstance(visual, str | os.PathLike):
