@@ -1,0 +1,81 @@
+"""What does summing the gradients cost, and how much of it does the backward pass hide?
+
+    torchrun --standalone --nproc_per_node 4 benchmarks/all_reduce.py     # gloo over loopback
+
+Every process goes backward through a model of real size, from a batch of about --tokens tokens:
+without a sum; `then sum`, one all-reduce of all gradients in one piece after it; and `overlapped`,
+as in training: DistributedDataParallel sums a bucket as soon as it is complete. Prints medians over
+the steps, each step as long as its slowest process.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.train_step import Source, make_batches, make_model, make_samples
+from trainer.distributed import World, setup
+from trainer.engine import compute_loss
+
+SIZES = {"512 x 8": (512, 8), "768 x 16": (768, 16)}
+
+
+def compare(name: str, batch: dict, steps: int, world: World) -> None:
+    model = make_model(*SIZES[name]).to(world.device)
+    module = world.distribute(model)
+    parameters = list(model.parameters())
+
+    def backward(overlap: bool) -> None:
+        module.require_backward_grad_sync = overlap
+        compute_loss(module, batch, "float32", world.device).backward()
+
+    def backward_then_sum() -> None:
+        backward(overlap=False)
+        dist.all_reduce(torch.cat([p.grad.flatten() for p in parameters]))
+
+    ways = {
+        "alone": lambda: backward(overlap=False),
+        "then sum": backward_then_sum,
+        "overlapped": lambda: backward(overlap=True),
+    }
+    seconds = {way: [] for way in ways}
+    for _ in range(steps + 1):  # taking turns; the first one makes code and memory
+        for way, run in ways.items():
+            model.zero_grad()
+            dist.barrier()
+            started = time.perf_counter()
+            run()
+            if world.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[way].append(max(world.gather_objects([time.perf_counter() - started])))
+    alone, *others = (statistics.median(times[1:]) for times in seconds.values())
+    megabytes = 4 * sum(p.numel() for p in parameters) / 1e6
+    world.print_rank0(
+        f"{name}: {megabytes:.1f} MB of gradients; backward {alone:.2f} s, "
+        + ", ".join(f"{w} +{t - alone:.2f} s" for w, t in zip(list(ways)[1:], others, strict=True))
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=7)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with setup() as world, tempfile.TemporaryDirectory() as folder:
+        samples = make_samples(7, folder)
+        (batch,) = make_batches(samples, Source(1), 1, tokens=args.tokens, max_length=args.tokens)
+        world.print_rank0(f"{world.size} processes, {batch['real_tokens']} tokens each")
+        for name in SIZES:
+            compare(name, batch, args.steps, world)
+
+
+if __name__ == "__main__":
+    main()
