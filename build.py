@@ -6,6 +6,7 @@ trainer/ don't know of each other; here they meet.
 
 import hashlib
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from dataset.video_dataset import (
     collate,
 )
 from device import choose_device, choose_dtype
-from model.checkpoint import read_about, save_model
+from model.checkpoint import prepare_save, read_about
 from model.cinego import Cinego
 from model.config import SUMMARY_ALIASES, CinegoConfig, LanguageModelConfig
 from model.lora import add_adapters
@@ -318,9 +319,12 @@ def describe_lineage(
     }
 
 
-def save_checkpoint(model: Cinego, config: StageConfig, path: Path, meta: dict[str, Any]) -> None:
-    """Weights, and beside them how they came to be. Raises OSError where it can't be written."""
-    save_model(path, model, {**meta, "training": asdict(config), "commit": commit()})
+def save_checkpoint(
+    model: Cinego, config: StageConfig, path: Path, meta: dict[str, Any]
+) -> Callable[[], None]:
+    """Copies the weights; the function writes them, and beside them how they came to be. It raises
+    OSError where they can't be written."""
+    return prepare_save(path, model, {**meta, "training": asdict(config), "commit": commit()})
 
 
 def fingerprint(paths: list[str | Path]) -> str:

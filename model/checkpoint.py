@@ -8,6 +8,7 @@ was done. Other generations' files, safetensors and transformers' directories lo
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -28,16 +29,26 @@ def save_model(path: str | Path, model: Cinego | MiniMind, meta: dict) -> None:
     LoRA adapters are merged into the matrices that they stand beside. OSError where the disk is
     full or can't be written; what stood in `path` before is then still there.
     """
+    prepare_save(path, model, meta)()
+
+
+def prepare_save(path: str | Path, model: Cinego | MiniMind, meta: dict) -> Callable[[], None]:
+    """What `save_model` would write, copied now: the function writes it, whatever the model has
+    become by then."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    state = {name: weight.detach().cpu() for name, weight in merged_state(model).items()}
+    state = {k: weight.detach().to("cpu", copy=True) for k, weight in merged_state(model).items()}
     about = {"model": type(model).__name__, "model_config": model.config.to_dict(), **meta}
     text = json.dumps(about, indent=2, ensure_ascii=False, sort_keys=True)
-    # The .pth last: where it stands, its description stands too.
-    with whole_file(path.with_suffix(".json")) as file:
-        file.write(text.encode())
-    with whole_file(path) as file:
-        torch.save(state, file)
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The .pth last: where it stands, its description stands too.
+        with whole_file(path.with_suffix(".json")) as file:
+            file.write(text.encode())
+        with whole_file(path) as file:
+            torch.save(state, file)
+
+    return write
 
 
 def load_language_model(path: str | Path, **overrides) -> MiniMind:

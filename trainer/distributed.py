@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from device import choose_device
 
@@ -120,9 +121,21 @@ class World:
                 dist.all_gather_object(parts, items)
         return [item for part in parts for item in part]
 
-    def broadcast_object(self, value: Any) -> Any:
-        """The main process's value, on every process."""
-        return self.gather_objects([value if self.is_main else None])[0]
+    def broadcast_state(self, state: Any) -> Any:
+        """The main process's nested dicts and lists, on every process; tensors, which are on the
+        CPU, travel one by one and not as one pickle."""
+        if self.size == 1:
+            return state
+        # With a place on the "meta" device a tensor is its shape and type alone.
+        form = tree_map_only(Tensor, lambda t: t.to("meta"), state if self.is_main else None)
+        form = self.gather_objects([form])[0]
+        if not self.is_main:
+            state = tree_map_only(Tensor, lambda t: torch.empty_like(t, device="cpu"), form)
+        with self.exchange():
+            for tensor in tree_leaves(state):
+                if isinstance(tensor, Tensor):
+                    dist.broadcast(tensor, src=0)
+        return state
 
     def distribute(self, model: nn.Module) -> nn.Module:
         """A module that gives the model's loss of a batch's `inputs`, or of none.

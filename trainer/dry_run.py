@@ -35,7 +35,7 @@ def dry_run(
     with tempfile.TemporaryDirectory() as folder:
         short = dataclasses.replace(
             config,
-            out_dir=world.broadcast_object(folder),
+            out_dir=world.broadcast_state(folder),
             epochs=STEPS,  # an epoch has at least one
             max_steps=STEPS,
             log_interval=1,  # the figures are those of the second step alone
@@ -43,7 +43,7 @@ def dry_run(
             tracker="none",
             use_wandb=False,
         )
-        metrics = fit(model, loader, None, short, world, lambda path, meta: None, {})
+        metrics = fit(model, loader, None, short, world, lambda path, meta: int, {})
 
     speed, tokens_per_step = metrics["tokens_per_second"], tokens / steps_per_epoch
     hours, minutes = divmod(math.ceil(steps * tokens_per_step / speed / 60), 60)

@@ -10,13 +10,16 @@ import secrets
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from device import choose_dtype
 from lock import hold_lock
@@ -69,7 +72,7 @@ class Progress:
 
 @dataclass
 class StepStats:
-    """One step's sums over all processes."""
+    """One step: sums over all processes, and what the device may still be computing."""
 
     supervised: float  # tokens that the loss is taken of
     real: float  # tokens that aren't padding
@@ -77,8 +80,25 @@ class StepStats:
     samples: float  # bad ones included
     bad: float  # samples that can't be decoded
     stopping: float  # processes that were asked to stop
-    loss: float = 0.0  # mean of a supervised token
-    grad_norm: float = 0.0
+    step: int = 0
+    sample_ids: list[list[str]] = field(default_factory=list)  # this process's, by micro-batch
+    losses: list[Tensor] = field(default_factory=list)  # the same
+    grad_norm: "OnItsWay | None" = None  # None: nothing was trained
+
+
+class OnItsWay:
+    """A number that travels from the device, which computes on, to the host."""
+
+    def __init__(self, value: Tensor):
+        self.value = value.to("cpu", non_blocking=True)
+        self.arrived = torch.cuda.Event() if value.is_cuda else None
+        if self.arrived:
+            self.arrived.record()
+
+    def read(self) -> float:
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.value.item()
 
 
 def train_step(
@@ -91,46 +111,65 @@ def train_step(
     step: int,
     stopping: bool = False,
 ) -> StepStats:
-    """One optimizer step on the micro-batches of all processes.
+    """One optimizer step on the micro-batches of all processes; model: of `World.distribute`.
 
     Nothing is trained where no process has a supervised token (every sample is bad), or where one
-    is `stopping`. Raises TrainingStopped, before any weight moves, if the loss isn't finite.
+    is `stopping`; and no weight moves where a gradient isn't finite. Nothing here waits for a GPU.
     """
     stats = count_over_processes(micro_batches, stopping, world)
+    stats.step = step
     if stats.stopping or not stats.supervised:
         return stats
 
     torch.manual_seed(config.seed + step * world.size + world.rank)  # dropout
-    losses = []
     for batch in micro_batches:
         model.require_backward_grad_sync = batch is micro_batches[-1]
         loss = compute_loss(model, batch, config.dtype, world.device)
         # Each token weighs the same, in whichever micro-batch or process it stands.
         with world.exchange():
             scaler.scale(loss / stats.supervised).backward()
-        losses.append(loss.detach())
+        stats.losses.append(loss.detach())
+        stats.sample_ids.append(batch["sample_ids"])
 
-    stats.grad_norm = optimizers.clip_gradients(scaler, config.grad_clip)
-    (stats.loss,) = world.all_reduce_sum(float(sum(losses)) / stats.supervised)
-    # float16 overflows now and then by design: the scaler lowers the scale, the step is skipped.
-    finite_gradients = math.isfinite(stats.grad_norm) or scaler.is_enabled()
-    if not math.isfinite(stats.loss) or not finite_gradients:
-        raise TrainingStopped(describe_nonfinite_loss(micro_batches, losses, stats, step, world))
-    optimizers.step(scaler, stats.grad_norm)
+    grad_norm = optimizers.clip_gradients(scaler, config.grad_clip)
+    optimizers.step(scaler, grad_norm)
     optimizers.zero_grad()
+    stats.grad_norm = OnItsWay(grad_norm)
     return stats
 
 
 def compute_loss(model: nn.Module, batch: Batch, dtype: str, device: torch.device) -> Tensor:
     """Summed loss of one batch, under autocast; the model's own loss stays in float32.
 
-    model: what `World.distribute` gave."""
-    inputs = {
-        name: value.to(device, non_blocking=True) if hasattr(value, "to") else value
-        for name, value in batch["inputs"].items()
-    }
+    model: of `World.distribute`.
+    """
+    inputs = to_device(batch["inputs"], device)
     with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
         return model(inputs)
+
+
+def to_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The same on the device; to a GPU on a stream of their own, while the batch before is still
+    being computed."""
+    if device.type != "cuda":
+        return {k: v.to(device) if hasattr(v, "to") else v for k, v in inputs.items()}
+    compute, copying = torch.cuda.current_stream(), copy_stream(device)
+    with torch.cuda.stream(copying):
+        moved = {
+            k: v.to(device, non_blocking=True) if hasattr(v, "to") else v for k, v in inputs.items()
+        }
+    compute.wait_stream(copying)
+    for value in moved.values():  # else the memory could be given away before it is read
+        if isinstance(value, Tensor):
+            value.record_stream(compute)
+        elif hasattr(value, "map"):
+            value.map(lambda tensor: tensor.record_stream(compute))
+    return moved
+
+
+@cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 @torch.no_grad()
@@ -163,36 +202,43 @@ def fit(
     val_loader: Iterable[Batch] | None,
     config: TrainConfig,
     world: World,
-    save_weights: Callable[[Path, dict[str, Any]], None],
+    save_weights: Callable[[Path, dict[str, Any]], Callable[[], None]],
     lineage: dict[str, Any],
 ) -> dict[str, Any]:
     """Trains `model` in place and returns the last line of metrics.
 
     `model(**batch["inputs"]).loss` is the *sum* of the cross-entropy over the batch's supervised
     tokens. `train_loader.batch_sampler` has `plan_for(processes)`, `set_epoch(epoch)` and
-    `skip(batches)`. `save_weights(path, meta)` writes a checkpoint or raises OSError; `lineage`
-    (what the data and the first weights are) goes into it and into the state, so that a resumed
-    run is the same run. Raises TrainingStopped and StoppedBySignal as these classes say,
-    ProcessLost where another process is gone, ValueError if the processes differ, another training
-    writes to the run's folder, or the state found in it belongs to another run.
+    `skip(batches)`. `save_weights(path, meta)` copies the weights and returns what writes them or
+    raises OSError. `lineage` (what the data and the first weights are) goes into the checkpoint and
+    into the state, so that a resumed run is the same run. Raises TrainingStopped and
+    StoppedBySignal as these classes say, ProcessLost where another process is gone, ValueError if
+    the processes differ, another training writes to the run's folder, or its state is of another.
     """
     config.dtype = choose_dtype(config.dtype, world.device)
     world.check_consistent({**config.shared(), **lineage, "validation": val_loader is not None})
-    with open_run_folder(config, world) as folder, StopRequest(verbose=world.is_main) as stop:
+    name, identity = config.run_name, {**config.identity(), **lineage}
+    with (
+        open_run_folder(config, world) as folder,
+        StopRequest(verbose=world.is_main) as stop,
+        ThreadPoolExecutor(1) as writer,
+    ):
         # ---- where the run stands
-        name, weights_path = config.run_name, folder.with_name(f"{config.run_name}.pth")
-        identity = {**config.identity(), **lineage}
-        state = load_state(folder, config.resume, identity, world)
+        weights_path = folder.with_name(f"{name}.pth")
+        wanted = world.is_main and (config.resume == "auto" or is_restarted())
+        # The main process alone reads: the others may be on machines that don't see its disk.
+        state = world.broadcast_state(find_state(folder, identity) if wanted else None)
         if state and state["finished"]:
-            if world.broadcast_object(weights_path.is_file()):
+            if world.broadcast_state(weights_path.is_file()):
                 world.print_rank0(f"{name}: already finished, {weights_path} stands")
                 return state["progress"]["metrics"]
             state = None  # its weights were taken away: somebody wants them made again
         # What a step is follows from the number of processes that the run started with. Others
         # that resume it cut the same batches in another way.
         processes = state["processes"] if state else world.size
-        parts = train_loader.batch_sampler.plan_for(processes)
-        accumulation_steps = config.accumulation_steps * parts
+        accumulation_steps = config.accumulation_steps * train_loader.batch_sampler.plan_for(
+            processes
+        )
         steps_per_epoch = math.ceil(len(train_loader) / accumulation_steps)
         total_steps = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
         if total_steps == 0:
@@ -202,40 +248,50 @@ def fit(
         model.to(world.device).train()
         optimizers = Optimizers(model, config)
         scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
-        # It then has a scale in a process whose first batches give no gradient, too.
-        scaler.scale(torch.zeros((), device=world.device))
         progress = Progress()
         if state:
             model.load_state_dict(state["model"])
             optimizers.load_state_dict(state["optimizers"])
             scaler.load_state_dict(state["scaler"])
             progress = Progress(**state["progress"])
+            del state
         trainee = world.distribute(model)
         if world.is_main:
             remove_leftovers(folder, weights_path, progress.step)
-        logger = MetricsLogger(
-            config, world.is_main, progress.step, total_steps, progress.tracker_id
-        )
+        logger = MetricsLogger(config, world, progress.step, total_steps, progress.tracker_id)
         world.print_rank0(f"{name}: {optimizers.description}; on {world.device} in {config.dtype}")
         world.print_rank0(f"{name}: steps {progress.step} to {total_steps}")
 
+        writing = writer.submit(int)  # the last write; this one does nothing
+
         def save(finished: bool) -> None:
-            """Weights, then the state that makes them part of the run."""
+            """Copies weights and state, which a thread writes: the weights first, since the state
+            makes them part of the run."""
+            nonlocal writing
             if not world.is_main:
                 return
-            best = progress.best_step in (0, progress.step)
-            if best or not config.patience:  # else the best weights stay
-                meta = {"step": progress.step, "metrics": progress.metrics, "lineage": lineage}
-                save_weights(weights_path, meta)
+            writing.result()
             state = {"identity": identity, "processes": processes, "progress": asdict(progress)}
             state |= {"finished": finished}
             if not finished:  # a finished run needs no more than the mark that it is finished
                 state |= {"model": model.state_dict(), "optimizers": optimizers.state_dict()}
                 state |= {"scaler": scaler.state_dict()}
-            save_state(folder, progress.step, state, keep=1 if finished else config.keep_last)
-            logger.draw_curves()
+                state = tree_map_only(Tensor, lambda t: t.to("cpu", copy=True), state)
+            best = progress.best_step in (0, progress.step)
+            meta = {"step": progress.step, "metrics": progress.metrics, "lineage": lineage}
+            # --patience: else the best weights stay
+            write_weights = (
+                save_weights(weights_path, meta) if best or not config.patience else None
+            )
 
-        batches, last = None, False
+            def write(step: int = progress.step) -> None:
+                write_weights()
+                save_state(folder, step, state, keep=1 if finished else config.keep_last)
+                logger.draw_curves()
+
+            writing = writer.submit(write)
+
+        stats, batches, last = None, None, False
         while not last:
             # ---- once an epoch: a new order (or, resumed in its middle, the rest of the old one)
             epoch, step_in_epoch = divmod(progress.step, steps_per_epoch)
@@ -252,14 +308,19 @@ def fit(
                 progress.step, total_steps, config.warmup_iters, config.schedule
             )
             optimizers.set_learning_rates(rate)
-            stopping = stop.signum is not None
+            previous, stopping = stats, stop.signum is not None
             stats = train_step(
                 trainee, micro_batches, optimizers, scaler, config, world, progress.step, stopping
             )
+            # The step before has surely been computed by now, while the device has work.
+            check_finite(previous, scaler, world)
+            if writing.done():
+                writing.result()  # raises what the write did
             if stats.stopping:  # this process, or another one
                 signum = signal.Signals(stop.signum or signal.SIGTERM)
                 if progress.step:
                     save(finished=False)
+                    writing.result()
                     world.print_rank0(
                         f"{signum.name}: saved step {progress.step} of {total_steps}; the same "
                         "command resumes from there"
@@ -283,12 +344,13 @@ def fit(
             )
             if not (evaluating or saving or logging):
                 continue
+            check_finite(stats, scaler, world)
             metrics = {
                 "step": progress.step,
                 "epoch": round(progress.step / steps_per_epoch, 4),
                 **logger.window_means(),
                 "lr": config.learning_rate * rate,
-                "grad_norm": stats.grad_norm,
+                "grad_norm": stats.grad_norm.read() if stats.grad_norm else 0.0,
                 "bad_samples": progress.samples_bad,
             }
             if evaluating and val_loader is not None:
@@ -301,6 +363,7 @@ def fit(
                 save(finished=last)
             logger.restart_window()
 
+        writing.result()
         logger.close()
         if progress.step < total_steps:
             world.print_rank0(
@@ -355,18 +418,6 @@ def describe_lack_of_room(error: OSError | RuntimeError) -> str | None:
     return f"{reason}. Free space, or fix the folder's permissions"
 
 
-def load_state(
-    folder: Path, resume: str, identity: dict[str, Any], world: World
-) -> dict[str, Any] | None:
-    """The state that the run resumes from, the same on all processes; None: it starts.
-
-    The main process alone reads: the others may be on machines that don't see its disk. A process
-    that torchrun restarted resumes, whatever the first one was told.
-    """
-    wanted = world.is_main and (resume == "auto" or is_restarted())
-    return world.broadcast_object(find_state(folder, identity) if wanted else None)
-
-
 def count_over_processes(batches: list[Batch], stopping: bool, world: World) -> StepStats:
     keys = ("supervised_tokens", "real_tokens", "padded_tokens")
     tokens = [sum(batch[key] for batch in batches) for key in keys]
@@ -385,15 +436,23 @@ def check_skipped_fraction(progress: Progress, config: TrainConfig, logger: Metr
         )
 
 
-def describe_nonfinite_loss(
-    batches: list[Batch], losses: list[Tensor], stats: StepStats, step: int, world: World
-) -> str:
-    """Names the samples of the micro-batches whose own loss isn't finite; of all of them where only
-    the gradient isn't."""
-    if not math.isfinite(stats.loss):
-        batches = [b for b, loss in zip(batches, losses, strict=True) if not loss.isfinite()]
-    ids = world.gather_objects([name for batch in batches for name in batch["sample_ids"]])
-    return (
-        f"step {step + 1}: loss {stats.loss}, gradient norm {stats.grad_norm}; no weight was moved."
-        f" Samples: {', '.join(ids)}. Look at them, lower the learning rate or try --dtype float32"
+def check_finite(stats: StepStats | None, scaler: torch.amp.GradScaler, world: World) -> None:
+    """Raises TrainingStopped, with the samples of the micro-batches whose loss isn't finite (of
+    all, where only a gradient isn't), but not for float16's overflows, for which it has a scaler.
+    """
+    if stats is None or stats.grad_norm is None or math.isfinite(stats.grad_norm.read()):
+        return
+    (loss,) = world.all_reduce_sum(float(sum(stats.losses)) / stats.supervised)
+    if math.isfinite(loss) and scaler.is_enabled():
+        return
+    suspects = [
+        name
+        for ids, own in zip(stats.sample_ids, stats.losses, strict=True)
+        if math.isfinite(loss) or not own.isfinite()
+        for name in ids
+    ]
+    raise TrainingStopped(
+        f"step {stats.step + 1}: loss {loss}, gradient norm {stats.grad_norm.read()}; it moved no "
+        f"weight. Samples: {', '.join(world.gather_objects(suspects))}. Look at them, lower the "
+        "learning rate or try --dtype float32"
     )

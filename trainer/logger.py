@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from files import whole_file
 from trainer.config import TrainConfig
+from trainer.distributed import World
 
 
 class MetricsLogger:
-    """Counts on every process (the sums it is given are global), but only the main one writes.
+    """Counts on every process, but only the main one writes.
 
     A run that resumes after `first_step` keeps the lines up to there. tracker_id: the run's own at
     the tracker, so that it continues the same curve. Raises OSError where a line can't be written,
@@ -30,12 +31,12 @@ class MetricsLogger:
     def __init__(
         self,
         config: TrainConfig,
-        is_main: bool,
+        world: World,
         first_step: int,
         total_steps: int,
         tracker_id: str,
     ):
-        self.config, self.is_main = config, is_main
+        self.config, self.world = config, world
         self.folder = Path(config.out_dir) / config.run_name
         self.metrics_path = self.folder / "metrics.jsonl"
         self.quarantine_path = self.folder / "quarantine.jsonl"
@@ -43,7 +44,7 @@ class MetricsLogger:
         self.tracked_step = 0  # the last one whose line the tracker has
         self.tracker = None
         now, cpu_now = time.perf_counter(), cpu_seconds()
-        if is_main:
+        if world.is_main:
             last = self._truncate_for_resume(first_step)
             now, cpu_now = now - last.get("seconds", 0), cpu_now - last.get("cpu_seconds", 0)
             name = "wandb" if config.use_wandb else config.tracker
@@ -54,7 +55,7 @@ class MetricsLogger:
             total=total_steps,
             initial=first_step,
             desc=config.run_name,
-            disable=not is_main,
+            disable=not world.is_main,
             mininterval=1,
         )
         self.restart_window()
@@ -81,7 +82,9 @@ class MetricsLogger:
 
     def count_step(self, stats: Any, waited: float) -> None:
         """Adds one step's StepStats and the seconds that it waited for data."""
-        self.sums["loss"] += stats.loss * stats.supervised
+        self.sums["loss"] = self.sums["loss"] + sum(
+            stats.losses
+        )  # on the device, until it is asked
         for name in ("supervised", "real", "padded"):
             self.sums[name] += getattr(stats, name)
         self.sums["waited"] += waited
@@ -89,9 +92,10 @@ class MetricsLogger:
 
     def window_means(self) -> dict[str, float]:
         """Means over the window: the steps since the last line, or since the run was resumed."""
+        (loss,) = self.world.all_reduce_sum(float(self.sums["loss"]))
         seconds, sums = time.perf_counter() - self.window_started, self.sums
         return {
-            "loss": sums["loss"] / max(1, sums["supervised"]),
+            "loss": loss / max(1, sums["supervised"]),
             "tokens_per_second": sums["real"] / seconds,
             "padding": 1 - sums["real"] / max(1, sums["padded"]),
             "data_wait": sums["waited"] / seconds,
@@ -103,7 +107,7 @@ class MetricsLogger:
         row["cpu_seconds"] = cpu_seconds() - self.cpu_started
         # JSON has no NaN, and float16's scaler meets infinite gradients by design.
         row = {name: value if math.isfinite(value) else None for name, value in row.items()}
-        if self.is_main:
+        if self.world.is_main:
             _append(self.metrics_path, [row])
         if self.tracker and row["step"] > self.tracked_step:
             self._track({name: value for name, value in row.items() if value is not None})
@@ -121,13 +125,13 @@ class MetricsLogger:
     def log_bad_samples(self, bad: list[dict[str, Any]]) -> None:
         """Names each undecodable sample once, however many epochs meet it."""
         fresh = {_key(record): record for record in bad if _key(record) not in self.quarantined}
-        if self.is_main and fresh:
+        if self.world.is_main and fresh:
             _append(self.quarantine_path, fresh.values())
         self.quarantined.update(fresh)
 
     def draw_curves(self) -> None:
         """Draws the losses so far to curves.png."""
-        if self.is_main:
+        if self.world.is_main:
             rows = read_rows(self.metrics_path)
             draw_curves({self.config.run_name: rows}, self.folder / "curves.png")
 

@@ -90,21 +90,22 @@ class Optimizers:
         for group in self._groups():
             group["lr"] = group["peak_lr"] * factor
 
-    def clip_gradients(self, scaler: torch.amp.GradScaler, max_norm: float) -> float:
+    def clip_gradients(self, scaler: torch.amp.GradScaler, max_norm: float) -> Tensor:
         """Clips the gradients of all members together (0: not at all); returns their norm before.
 
         With float16 they are divided by the loss's scale first.
         """
         for member in self._with_gradients():
             scaler.unscale_(member)
-        return nn.utils.clip_grad_norm_(self.parameters, max_norm or math.inf).item()
+        return nn.utils.clip_grad_norm_(self.parameters, max_norm or math.inf)
 
-    def step(self, scaler: torch.amp.GradScaler, grad_norm: float) -> None:
-        """Moves the weights, unless a float16 gradient overflowed: then no member moves, since
-        clipping by an infinite norm has made zeros or NaN of the other gradients too."""
-        members = self._with_gradients()
-        for member in members if math.isfinite(grad_norm) else ():
-            scaler.step(member)
+    def step(self, scaler: torch.amp.GradScaler, grad_norm: Tensor) -> None:
+        """Moves the weights, unless the norm isn't finite: then no member moves any, since clipping
+        by it has made zeros or NaN of all gradients. The device decides; nobody waits for it."""
+        found_inf = (~grad_norm.isfinite()).float()
+        for member in (members := self._with_gradients()):
+            member.found_inf = found_inf  # what torch's fused AdamW minds, and Muon below
+            member.step()
         if members:
             scaler.update()
 
@@ -145,6 +146,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable, lr: float, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.found_inf: Tensor | float = 0.0  # as for AdamW; 1: nothing moves
 
     @torch.no_grad()
     def step(self) -> None:
@@ -156,15 +158,16 @@ class Muon(torch.optim.Optimizer):
                     if not self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
             for shape, params in by_shape.items():
-                grads = [p.grad for p in params]
+                grads = torch.stack([p.grad for p in params])
                 momenta = [self.state[p]["momentum"] for p in params]
-                torch._foreach_lerp_(momenta, grads, 1 - MUON_MOMENTUM)
-                steps = orthogonalise(
-                    torch.stack(torch._foreach_lerp(grads, momenta, MUON_MOMENTUM))
-                )
+                good = 1 - torch.as_tensor(self.found_inf, dtype=grads.dtype, device=grads.device)
+                grads = grads.where(good > 0, 0)
+                momentum = torch.stack(momenta).lerp(grads, (1 - MUON_MOMENTUM) * good)
+                torch._foreach_copy_(momenta, momentum.unbind())
+                steps = orthogonalise(grads.lerp(momentum, MUON_MOMENTUM))
                 rate = group["lr"] * max(1, shape[0] / shape[1]) ** 0.5
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, steps.unbind(), alpha=-rate)
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * good)
+                torch._foreach_add_(params, (steps * (-rate * good)).unbind())
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def make_loader(names, batch_size, world=None, shuffle=False, **options):
 
 def run(model, loader, val_loader=None, world=None, **settings):
     config = TrainConfig(**{"dtype": "float32", "log_interval": 1, **settings})
-    save = lambda path, meta: torch.save(model.state_dict(), path)  # noqa: E731
+    save = lambda path, meta: partial(torch.save, deepcopy(model.state_dict()), path)  # noqa: E731
     lineage = {"data": "made up"}
     return fit(
         model, loader, val_loader, config, world or World(torch.device("cpu")), save, lineage

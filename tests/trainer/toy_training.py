@@ -15,6 +15,8 @@ import resource
 import signal
 import sys
 import time
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         loader = FaultyLoader(range(SAMPLES), batch_sampler=sampler, collate_fn=collate)
         model = Toy()
-        save = lambda path, meta: torch.save(model.state_dict(), path)  # noqa: E731
+        save = lambda path, meta: partial(torch.save, deepcopy(model.state_dict()), path)  # noqa: E731
         fit(model, loader, None, config, world, save, {"data": "toy"})
 
 
