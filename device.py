@@ -1,5 +1,8 @@
 """Where to compute, and in which precision, if the user doesn't say."""
 
+import os
+import time
+
 import torch
 
 
@@ -19,6 +22,8 @@ def choose_device(name: str = "auto") -> torch.device:
             raise ValueError(f"--device {name}: this torch sees no such device; use --device cpu")
     if name.startswith("cuda"):
         torch.backends.cuda.enable_cudnn_sdp(False)
+        # Every batch has another shape: blocks of fixed sizes would leave gaps that nothing fits.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     return torch.device(name)
 
 
@@ -38,3 +43,15 @@ def choose_dtype(name: str, device: torch.device) -> str:
         has = torch.cpu.get_capabilities()
         return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
     return "float32"
+
+
+def peak_flops(device: torch.device, dtype: str) -> float:
+    """FLOP/s of a large product, here and not on a data sheet: what MFU is a share of."""
+    size = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(size, size, device=device, dtype=getattr(torch, dtype))
+    for times in (3, 20):
+        started = time.perf_counter()
+        for _ in range(times):
+            product = a @ a
+        product[0, 0].item()  # all are done
+    return 2 * size**3 * times / (time.perf_counter() - started)

@@ -22,14 +22,14 @@ import torch.distributed as dist
 
 from benchmarks.train_step import Source, make_batches, make_model, make_samples
 from trainer.distributed import World, setup
-from trainer.engine import compute_loss
+from trainer.engine import SummedLoss, compute_loss
 
 SIZES = {"512 x 8": (512, 8), "768 x 16": (768, 16)}
 
 
 def compare(name: str, batch: dict, steps: int, world: World) -> None:
     model = make_model(*SIZES[name]).to(world.device)
-    module = world.distribute(model)
+    module = world.distribute(SummedLoss(model))
     parameters = list(model.parameters())
 
     def backward(overlap: bool) -> None:

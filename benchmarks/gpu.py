@@ -31,7 +31,7 @@ import torch
 from benchmarks.train_step import PATCHES, WIDTH, Source, make_batches, make_model, make_samples
 from cli import Flags, flag, launch, parse_flags
 from dataset.transforms import FrameTransform
-from device import choose_device
+from device import choose_device, peak_flops
 from extract_features import TowerBatches
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
@@ -40,8 +40,7 @@ from model.inference import prepare
 from model.minimind import MiniMind
 from model.vision_tower import VisionTower
 from trainer.config import TrainConfig
-from trainer.distributed import SummedLoss
-from trainer.engine import compute_loss
+from trainer.engine import SummedLoss, compute_loss
 from trainer.optim import Optimizers
 
 CPU = torch.device("cpu")
@@ -74,13 +73,6 @@ def seconds(work: Callable[[], object], times: int = 1) -> float:
         work()
     torch.cuda.synchronize()
     return (time.perf_counter() - started) / times
-
-
-def peak_flops(device: torch.device) -> float:
-    """Of a large bfloat16 product: what MFU is a share of, here and not on a data sheet."""
-    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-    seconds(lambda: a @ a, 3)
-    return 2 * 8192**3 / seconds(lambda: a @ a, 20)
 
 
 def batches_of(tokens: int, number: int, share: bool, frames: int = 8) -> list[dict]:
@@ -184,7 +176,7 @@ def syncs(device: torch.device, flags: GpuFlags) -> None:
 
 
 def mfu(device: torch.device, flags: GpuFlags) -> None:
-    peak = peak_flops(device)
+    peak = peak_flops(device, "bfloat16")
     for size in ((512, 8), (768, 16)):
         model = make_model(*size).to(device).train()
         step = training_step(model, device)

@@ -38,9 +38,8 @@ from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
 from model.tokenizer import open_tokenizer
 from trainer.config import TrainConfig
-from trainer.distributed import SummedLoss
 from trainer.dry_run import peak_memory
-from trainer.engine import compute_loss
+from trainer.engine import SummedLoss, compute_loss
 from trainer.optim import Optimizers
 
 WORDS = ["red", "blue", "left", "right", "then", "the", "and", "a", "to", "is", "in", "on", "all"]

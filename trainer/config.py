@@ -1,6 +1,7 @@
 """Settings of the training loop: flags of both stages' command lines."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -9,6 +10,17 @@ from cli import Flags, flag
 
 # May change when a run is resumed: where things lie, how often is logged.
 run_flag = partial(flag, scope="run")
+
+
+class Workers(int):
+    """A number, or "auto": a core each, where one is left for the training process; at most 8."""
+
+    def __new__(cls, text: int | str) -> "Workers":
+        if text == "auto":
+            usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
+            cores = len(usable) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            text = min(max(1, cores - 1), 8)
+        return super().__new__(cls, text)
 
 
 @dataclass
@@ -72,9 +84,9 @@ class RunFlags(Flags):
     use_wandb: bool = run_flag(False, "the same as --tracker wandb")
     wandb_project: str = run_flag("Cinego", "the tracker's name of the project")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps", scope="process")
-    num_workers: int = flag(
-        1,
-        "processes that load data; 0: the training process does",
+    num_workers: Workers = flag(
+        "auto",
+        "processes that load data; 0: the training process does; auto: one a core, at most 8",
         scope="process",
         at_least=0,
     )

@@ -33,32 +33,16 @@ from device import choose_device
 
 SECONDS_TO_ANSWER = 3.0  # a process that doesn't beat for so long is gone
 SECONDS_TO_NAME = 30.0  # whom one has waited for that long is named, though it may still come
+HOST = socket.gethostname()
 
 
 class ProcessLost(ConnectionError):
     """Another process failed, was killed or doesn't answer; the message says which."""
 
 
-class SummedLoss(nn.Module):
-    """A model's loss of a batch, from which every process can go backward.
-
-    `anchor` is 0, and no optimizer has it. With it there is a gradient where the model gives none:
-    for text under a frozen language model, or for no batch at all, as every sample is bad.
-    """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-        learning = next(p for p in model.parameters() if p.requires_grad)
-        self.anchor = nn.Parameter(learning.new_zeros(()))
-
-    def forward(self, inputs: dict[str, Any]) -> Tensor:
-        return self.anchor + (self.model(**inputs).loss if inputs else 0.0)
-
-
 def sum_bucket(_, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """DistributedDataParallel would take the mean of the processes' gradients; but their losses are
-    divided by all processes' tokens already."""
+    """Gradients summed over processes, where DistributedDataParallel would take their mean: each
+    loss is divided by all processes' tokens already."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda done: done.value()[0])
 
@@ -94,7 +78,7 @@ class World:
         elif not isinstance(error, ProcessLost):
             # All processes have a mistake in the flags or the data, and one of a machine prints it:
             # the others' errors get the mark `already_reported`, which `launch` minds.
-            reason = f" on {socket.gethostname()}: {type(error).__name__}: {error}"
+            reason = f" on {HOST}: {type(error).__name__}: {error}"
             word = f"stopped because of process {self.rank}{reason}"
             first = self.heart.leave_word(word)
             error.already_reported = first != word and reason in first
@@ -126,32 +110,31 @@ class World:
         CPU, travel one by one and not as one pickle."""
         if self.size == 1:
             return state
-        # With a place on the "meta" device a tensor is its shape and type alone.
+        # On the "meta" device, a tensor is its shape and type alone.
         form = tree_map_only(Tensor, lambda t: t.to("meta"), state if self.is_main else None)
         form = self.gather_objects([form])[0]
         if not self.is_main:
             state = tree_map_only(Tensor, lambda t: torch.empty_like(t, device="cpu"), form)
         with self.exchange():
-            for tensor in tree_leaves(state):
-                if isinstance(tensor, Tensor):
-                    dist.broadcast(tensor, src=0)
+            for leaf in tree_leaves(state):
+                if isinstance(leaf, Tensor):
+                    dist.broadcast(leaf, src=0)
         return state
 
-    def distribute(self, model: nn.Module) -> nn.Module:
-        """A module that gives the model's loss of a batch's `inputs`, or of none.
+    def distribute(self, module: nn.Module) -> nn.Module:
+        """The module, with the main process's weights, as one whose gradients are summed.
 
-        All processes get the main one's weights. While its `require_backward_grad_sync` is True, a
-        backward pass sums the gradients over the processes, and all have to do one. A parameter
-        that no process used since the last sum keeps its gradient of None, as it would with one
-        process: the optimizer must not move it. That is `find_unused_parameters`.
+        While its `require_backward_grad_sync` is True, every process has to go backward, and gets
+        the sums. A parameter that no process used keeps its gradient of None, as it would with one
+        process: the optimizer must not move it. That takes `find_unused_parameters`.
         """
-        module = SummedLoss(model)
-        if self.size > 1:
-            with self.exchange():
-                module = DistributedDataParallel(
-                    module, gradient_as_bucket_view=True, find_unused_parameters=True
-                )
-            module.register_comm_hook(None, sum_bucket)
+        if self.size == 1:
+            return module
+        with self.exchange():
+            module = DistributedDataParallel(
+                module, gradient_as_bucket_view=True, find_unused_parameters=True
+            )
+        module.register_comm_hook(None, sum_bucket)
         return module
 
     def check_consistent(self, facts: dict[str, Any]) -> None:
@@ -160,18 +143,18 @@ class World:
         Different flags would make them wait for each other for ever, different data or code would
         train something that no command line describes.
         """
-        everyone = self.gather_objects([(facts, socket.gethostname())])
-        lines = []
+        everyone = self.gather_objects([(facts, HOST)])
+        differing = []
         for name in facts:
             sides = defaultdict(list)
             for rank, (theirs, host) in enumerate(everyone):
                 sides[repr(theirs.get(name))].append(f"{rank} on {host}")
             if len(sides) > 1:
                 given = (f"{value} in process {_shorten(who)}" for value, who in sides.items())
-                lines.append(f"  {name}: {'; '.join(given)}")
-        if lines:
+                differing.append(f"  {name}: {'; '.join(given)}\n")
+        if differing:
             raise ValueError(
-                "the processes don't agree:\n" + "\n".join(lines) + "\n"
+                f"the processes don't agree:\n{''.join(differing)}"
                 "Start all of them with the same flags, the same code and the same data."
             )
 
@@ -189,7 +172,7 @@ class World:
             if "gloo" not in str(error) and not isinstance(error, dist.DistError):
                 raise
             lost = ProcessLost(self.heart.explain(error))
-            lost.already_reported = f" on {socket.gethostname()}: " in str(lost)
+            lost.already_reported = f" on {HOST}: " in str(lost)
             raise lost from None
         finally:
             self.heart.waits_since = math.inf
@@ -207,8 +190,7 @@ class Heartbeat(threading.Thread):
         self._beat()
 
     def _beat(self) -> None:
-        state = f"{socket.gethostname()} {self.entered} {time.monotonic()}"
-        self.store.set(f"beat/{self.rank}", state)
+        self.store.set(f"beat/{self.rank}", f"{HOST} {self.entered} {time.monotonic()}")
 
     def run(self) -> None:
         try:
@@ -234,11 +216,9 @@ class Heartbeat(threading.Thread):
                     return self.store.get("failure").decode()
                 time.sleep(0.1)
             after, late = self._read_beats()
-            gone = [who for who in after if after[who] == before[who]] or late
         except RuntimeError:
             return f"torchrun or process 0 is gone; its own message says why {transport}"
-        if not gone:
-            return f"the processes lost each other {transport}"
+        gone = [who for who in after if after[who] == before[who]] or late or ["?"]
         return self.leave_word(
             f"process {_shorten(gone)} no longer answers: it was killed (out of memory?), hangs, "
             f"or the network is cut {transport}"
@@ -273,15 +253,14 @@ def setup(device: str = "auto", timeout: float = 900) -> World:
     # gigabytes, which are never used again.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    if size == 1:
-        if chosen.index:  # else its loader would open a context on the first GPU too
-            torch.cuda.set_device(chosen)
-        return World(chosen)
-    if chosen.type == "cuda":
+    if chosen.type == "cuda" and size > 1:
         if chosen.index is not None:
             raise ValueError(f"--device {device}: {size} processes need {size} GPUs; give cuda")
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if chosen.index:  # else the loader would open a context on the first GPU too
         torch.cuda.set_device(chosen)
+    if size == 1:
+        return World(chosen)
     backend, device_id = ("gloo", None) if chosen.type == "cpu" else ("cpu:gloo,cuda:nccl", chosen)
     limit, attempt = timedelta(seconds=timeout), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
@@ -295,12 +274,11 @@ def setup(device: str = "auto", timeout: float = 900) -> World:
         heart = Heartbeat(store, rank, size)
         dist.all_reduce(torch.zeros(1, device=chosen))
     except RuntimeError as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ValueError(
-            f"process {rank} of {size} on {socket.gethostname()} can't join the others at "
-            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {timeout:g} s "
-            f"(--timeout): {error}\n"
-            "Is every machine up, the main process running, the port open? docs/training.md says "
-            "what to try for several machines."
+            f"process {rank} of {size} on {HOST} can't join the others at {place} within "
+            f"{timeout:g} s (--timeout): {error}\nIs every machine up, the main process running, "
+            "the port open? docs/training.md says what to try for several machines."
         ) from None
     heart.start()
     return World(chosen, rank, size, heart)

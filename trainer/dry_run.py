@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from device import peak_flops
 from trainer.config import TrainConfig
 from trainer.distributed import World
 from trainer.engine import fit
@@ -49,6 +50,11 @@ def dry_run(
     hours, minutes = divmod(math.ceil(steps * tokens_per_step / speed / 60), 60)
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # A weight costs 2 operations a token forward, 2 for the gradient that goes through it, 2 for
+    # its own (Kaplan et al., arXiv 2001.08361).
+    flops = sum(p.numel() * (6 if p.requires_grad else 4) for p in model.parameters()) * speed
+    flops /= world.size
+    peak = peak_flops(world.device, config.dtype)
     memory = peak_memory(world.device) / 2**20
     world.print_rank0(
         f"dry run: {STEPS} steps with the longest rows; nothing is written\n"
@@ -56,6 +62,8 @@ def dry_run(
         f"  memory      {memory:,.0f} MB at most, of this process\n"
         f"  speed       {speed:,.0f} tokens/s, {metrics['data_wait']:.0%} of the time waiting for "
         "data\n"
+        f"  MFU         {flops / peak:.0%}: {flops / 1e12:.3g} TFLOP/s a process, of "
+        f"{peak / 1e12:.3g} in plain {config.dtype} products\n"
         f"  the run     {steps:,} steps of about {tokens_per_step:,.0f} tokens: "
         f"{hours} h {minutes} min, without validation"
     )
@@ -65,6 +73,6 @@ def dry_run(
 def peak_memory(device: torch.device) -> int:
     """Bytes that the process, or its part of the device, held at most."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -81,24 +81,27 @@ class StepStats:
     bad: float  # samples that can't be decoded
     stopping: float  # processes that were asked to stop
     step: int = 0
-    sample_ids: list[list[str]] = field(default_factory=list)  # this process's, by micro-batch
-    losses: list[Tensor] = field(default_factory=list)  # the same
-    grad_norm: "OnItsWay | None" = None  # None: nothing was trained
+    losses: list[Tensor] = field(default_factory=list)  # this process's, of each micro-batch
+    sample_ids: list[list[str]] = field(default_factory=list)  # the same
+    grad_norm: Tensor = torch.zeros(())  # on its way to the CPU,
+    arrived: torch.cuda.Event | None = None  # where it is after this
 
 
-class OnItsWay:
-    """A number that travels from the device, which computes on, to the host."""
+class SummedLoss(nn.Module):
+    """A model's loss of a batch, from which every process can go backward.
 
-    def __init__(self, value: Tensor):
-        self.value = value.to("cpu", non_blocking=True)
-        self.arrived = torch.cuda.Event() if value.is_cuda else None
-        if self.arrived:
-            self.arrived.record()
+    `anchor` is 0, and no optimizer has it. With it there is a gradient where the model gives none:
+    for text under a frozen language model, or for no batch at all, as every sample is bad.
+    """
 
-    def read(self) -> float:
-        if self.arrived:
-            self.arrived.synchronize()
-        return self.value.item()
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        learning = next(p for p in model.parameters() if p.requires_grad)
+        self.anchor = nn.Parameter(learning.new_zeros(()))
+
+    def forward(self, inputs: dict[str, Any]) -> Tensor:
+        return self.anchor + (self.model(**inputs).loss if inputs else 0.0)
 
 
 def train_step(
@@ -111,13 +114,16 @@ def train_step(
     step: int,
     stopping: bool = False,
 ) -> StepStats:
-    """One optimizer step on the micro-batches of all processes; model: of `World.distribute`.
+    """One optimizer step on the micro-batches of all processes; model: a distributed SummedLoss.
 
     Nothing is trained where no process has a supervised token (every sample is bad), or where one
-    is `stopping`; and no weight moves where a gradient isn't finite. Nothing here waits for a GPU.
+    is `stopping`; no weight moves where a gradient isn't finite. Nothing here waits for a GPU.
     """
-    stats = count_over_processes(micro_batches, stopping, world)
-    stats.step = step
+    keys = ("supervised_tokens", "real_tokens", "padded_tokens")
+    tokens = [sum(batch[key] for batch in micro_batches) for key in keys]
+    bad = sum(len(batch["bad"]) for batch in micro_batches)
+    samples = sum(len(batch["sample_ids"]) for batch in micro_batches) + bad
+    stats = StepStats(*world.all_reduce_sum(*tokens, samples, bad, stopping), step)
     if stats.stopping or not stats.supervised:
         return stats
 
@@ -134,37 +140,34 @@ def train_step(
     grad_norm = optimizers.clip_gradients(scaler, config.grad_clip)
     optimizers.step(scaler, grad_norm)
     optimizers.zero_grad()
-    stats.grad_norm = OnItsWay(grad_norm)
+    stats.grad_norm = grad_norm.to("cpu", non_blocking=True)
+    stats.arrived = torch.cuda.current_stream().record_event() if grad_norm.is_cuda else None
     return stats
 
 
 def compute_loss(model: nn.Module, batch: Batch, dtype: str, device: torch.device) -> Tensor:
-    """Summed loss of one batch, under autocast; the model's own loss stays in float32.
-
-    model: of `World.distribute`.
-    """
+    """A SummedLoss of one batch, under autocast; the model's own loss stays in float32."""
     inputs = to_device(batch["inputs"], device)
     with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
         return model(inputs)
 
 
 def to_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The same on the device; to a GPU on a stream of their own, while the batch before is still
-    being computed."""
+    """The same on the device; to a GPU on a stream of their own, while it computes the batch
+    before."""
     if device.type != "cuda":
         return {k: v.to(device) if hasattr(v, "to") else v for k, v in inputs.items()}
     compute, copying = torch.cuda.current_stream(), copy_stream(device)
     with torch.cuda.stream(copying):
-        moved = {
-            k: v.to(device, non_blocking=True) if hasattr(v, "to") else v for k, v in inputs.items()
-        }
+        tensors = {k: v for k, v in inputs.items() if hasattr(v, "to")}
+        moved = {k: v.to(device, non_blocking=True) for k, v in tensors.items()}
     compute.wait_stream(copying)
-    for value in moved.values():  # else the memory could be given away before it is read
+    for value in moved.values():  # else their memory could be given away before they are read
         if isinstance(value, Tensor):
             value.record_stream(compute)
-        elif hasattr(value, "map"):
+        else:  # a PackedBatch
             value.map(lambda tensor: tensor.record_stream(compute))
-    return moved
+    return inputs | moved
 
 
 @cache
@@ -236,9 +239,8 @@ def fit(
         # What a step is follows from the number of processes that the run started with. Others
         # that resume it cut the same batches in another way.
         processes = state["processes"] if state else world.size
-        accumulation_steps = config.accumulation_steps * train_loader.batch_sampler.plan_for(
-            processes
-        )
+        parts = train_loader.batch_sampler.plan_for(processes)
+        accumulation_steps = config.accumulation_steps * parts
         steps_per_epoch = math.ceil(len(train_loader) / accumulation_steps)
         total_steps = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
         if total_steps == 0:
@@ -255,7 +257,7 @@ def fit(
             scaler.load_state_dict(state["scaler"])
             progress = Progress(**state["progress"])
             del state
-        trainee = world.distribute(model)
+        trainee = world.distribute(SummedLoss(model))
         if world.is_main:
             remove_leftovers(folder, weights_path, progress.step)
         logger = MetricsLogger(config, world, progress.step, total_steps, progress.tracker_id)
@@ -277,19 +279,12 @@ def fit(
                 state |= {"model": model.state_dict(), "optimizers": optimizers.state_dict()}
                 state |= {"scaler": scaler.state_dict()}
                 state = tree_map_only(Tensor, lambda t: t.to("cpu", copy=True), state)
-            best = progress.best_step in (0, progress.step)
-            meta = {"step": progress.step, "metrics": progress.metrics, "lineage": lineage}
-            # --patience: else the best weights stay
-            write_weights = (
-                save_weights(weights_path, meta) if best or not config.patience else None
-            )
-
-            def write(step: int = progress.step) -> None:
-                write_weights()
-                save_state(folder, step, state, keep=1 if finished else config.keep_last)
-                logger.draw_curves()
-
-            writing = writer.submit(write)
+            keep, step = 1 if finished else config.keep_last, progress.step
+            writes = [partial(save_state, folder, step, state, keep), logger.draw_curves]
+            if not config.patience or progress.best_step in (0, step):  # else the best ones stay
+                meta = {"step": step, "metrics": progress.metrics, "lineage": lineage}
+                writes.insert(0, save_weights(weights_path, meta))
+            writing = writer.submit(lambda: [write() for write in writes])
 
         stats, batches, last = None, None, False
         while not last:
@@ -350,7 +345,7 @@ def fit(
                 "epoch": round(progress.step / steps_per_epoch, 4),
                 **logger.window_means(),
                 "lr": config.learning_rate * rate,
-                "grad_norm": stats.grad_norm.read() if stats.grad_norm else 0.0,
+                "grad_norm": stats.grad_norm.item(),
                 "bad_samples": progress.samples_bad,
             }
             if evaluating and val_loader is not None:
@@ -418,14 +413,6 @@ def describe_lack_of_room(error: OSError | RuntimeError) -> str | None:
     return f"{reason}. Free space, or fix the folder's permissions"
 
 
-def count_over_processes(batches: list[Batch], stopping: bool, world: World) -> StepStats:
-    keys = ("supervised_tokens", "real_tokens", "padded_tokens")
-    tokens = [sum(batch[key] for batch in batches) for key in keys]
-    bad = sum(len(batch["bad"]) for batch in batches)
-    samples = sum(len(batch["sample_ids"]) for batch in batches) + bad
-    return StepStats(*world.all_reduce_sum(*tokens, samples, bad, stopping))
-
-
 def check_skipped_fraction(progress: Progress, config: TrainConfig, logger: MetricsLogger) -> None:
     """Raises TrainingStopped if more than --max_skipped_fraction of the samples were skipped."""
     if progress.samples_bad > config.max_skipped_fraction * progress.samples_seen:
@@ -438,9 +425,12 @@ def check_skipped_fraction(progress: Progress, config: TrainConfig, logger: Metr
 
 def check_finite(stats: StepStats | None, scaler: torch.amp.GradScaler, world: World) -> None:
     """Raises TrainingStopped, with the samples of the micro-batches whose loss isn't finite (of
-    all, where only a gradient isn't), but not for float16's overflows, for which it has a scaler.
-    """
-    if stats is None or stats.grad_norm is None or math.isfinite(stats.grad_norm.read()):
+    all, where only a gradient isn't), but not for float16's overflows: these it meets by design."""
+    if stats is None:
+        return
+    if stats.arrived:
+        stats.arrived.synchronize()
+    if stats.grad_norm.isfinite():
         return
     (loss,) = world.all_reduce_sum(float(sum(stats.losses)) / stats.supervised)
     if math.isfinite(loss) and scaler.is_enabled():
@@ -452,7 +442,7 @@ def check_finite(stats: StepStats | None, scaler: torch.amp.GradScaler, world: W
         for name in ids
     ]
     raise TrainingStopped(
-        f"step {stats.step + 1}: loss {loss}, gradient norm {stats.grad_norm.read()}; it moved no "
-        f"weight. Samples: {', '.join(world.gather_objects(suspects))}. Look at them, lower the "
-        "learning rate or try --dtype float32"
+        f"step {stats.step + 1}: loss {loss}, gradient norm {stats.grad_norm}; it moved no weight. "
+        f"Samples: {', '.join(world.gather_objects(suspects))}. Look at them, lower the learning "
+        "rate or try --dtype float32"
     )

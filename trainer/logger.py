@@ -82,9 +82,7 @@ class MetricsLogger:
 
     def count_step(self, stats: Any, waited: float) -> None:
         """Adds one step's StepStats and the seconds that it waited for data."""
-        self.sums["loss"] = self.sums["loss"] + sum(
-            stats.losses
-        )  # on the device, until it is asked
+        self.sums["loss"] = self.sums["loss"] + sum(stats.losses)  # stays on the device
         for name in ("supervised", "real", "padded"):
             self.sums[name] += getattr(stats, name)
         self.sums["waited"] += waited

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from benchmarks import train_step
-from trainer.distributed import SummedLoss
-from trainer.engine import compute_loss
+from trainer.engine import SummedLoss, compute_loss
 
 
 def test_the_made_up_conversations_have_the_lengths_that_they_claim(tmp_path):
