@@ -68,18 +68,17 @@ def attend(
 
 
 def is_packable(x: Tensor, dropout: float) -> bool:
-    """Whether attention on the device of x takes a batch without padding: a CPU does; of CUDA,
-    FlashAttention, which is for half precision since Ampere and knows no dropout here.
-
-    The meta device, which computes shapes only, does as CUDA.
-    """
+    """Whether attention on the device of x takes a batch without padding: a CPU does; of GPUs,
+    FlashAttention, which is for half precision and knows no dropout here."""
     if x.device.type == "cpu":
         return True
-    if varlen_attn is None or dropout or compute_dtype(x) not in (torch.bfloat16, torch.float16):
-        return False
-    if x.device.type == "cuda":
-        return torch.cuda.get_device_capability(x.device) >= (8, 0)
-    return x.device.type == "meta"
+    is_half = compute_dtype(x) in (torch.bfloat16, torch.float16)
+    return varlen_attn is not None and is_half and not dropout and is_recent_gpu(x)
+
+
+def is_recent_gpu(x: Tensor) -> bool:
+    """CUDA since Ampere. The meta device, which computes shapes only, counts as one."""
+    return x.is_meta or (x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

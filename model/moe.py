@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import compute_dtype
+from model.attention import compute_dtype, is_recent_gpu
 from model.config import LanguageModelConfig
 
 
@@ -87,11 +87,9 @@ class MixtureOfExperts(nn.Module):
 
 
 def takes_grouped_products(x: Tensor) -> bool:
-    """Whether the device of x multiplies groups of rows, each by a matrix of its own, in one call:
-    CUDA in bfloat16. The meta device, which computes shapes only, does as CUDA."""
-    on_gpu = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    is_known = hasattr(F, "grouped_mm")  # since torch 2.10
-    return (on_gpu or x.is_meta) and is_known and compute_dtype(x) == torch.bfloat16
+    """Whether the device of x multiplies groups of rows, each by its own matrix, in one call: a GPU
+    in bfloat16, since torch 2.10."""
+    return is_recent_gpu(x) and hasattr(F, "grouped_mm") and compute_dtype(x) == torch.bfloat16
 
 
 def balance_loss(scores_TE: Tensor, counts_E: Tensor) -> Tensor:

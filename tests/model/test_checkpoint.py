@@ -11,7 +11,6 @@ from model.checkpoint import load_language_model, load_video_language_model, sav
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
 from model.minimind import MiniMind
-from tests.model.ancestors import old_state
 
 SMALL = LanguageModelConfig(64, 32, 2, 4, 2, rope_theta=1e4, qk_norm=True)
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 1, "norm_topk_prob": False}
@@ -75,14 +74,6 @@ def test_the_old_name_of_the_summary_still_loads(tmp_path):
     loaded = load_video_language_model(tmp_path / "sft.pth")
     assert same_weights(model, loaded) and loaded.config.summary == "dct"
     assert load_video_language_model(tmp_path / "sft.pth", summary="ours").config.summary == "dct"
-
-
-def test_what_is_loaded_and_saved_is_the_same_bytes(tmp_path):
-    torch.save(old_state(), tmp_path / "old.pth")
-    save_model(tmp_path / "a.pth", load_language_model(tmp_path / "old.pth"), {})
-    save_model(tmp_path / "b.pth", load_language_model(tmp_path / "a.pth"), {})
-    for suffix in ("pth", "json"):
-        assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
 
 
 def test_overrides_have_the_last_word(tmp_path):

@@ -54,15 +54,6 @@ def test_one_product_for_all_experts_is_each_in_turn(settings, monkeypatch):
         torch.testing.assert_close(together, in_turn)
 
 
-def test_an_expert_runs_on_its_own_tokens_only():
-    layer = MixtureOfExperts(LanguageModelConfig(**SMALL, **MINIMIND2), MLP)
-    read = []
-    for expert in layer.experts:
-        expert.register_forward_hook(lambda module, inputs, output: read.append(len(inputs[0])))
-    layer(torch.randn(5, 20, 32))
-    assert len(read) == 4 and sum(read) == 2 * 100 and max(read) < 100
-
-
 @pytest.mark.parametrize("settings", [MINIMIND2, FRESH])
 def test_every_parameter_has_a_gradient_even_of_an_expert_without_tokens(settings):
     """Processes of a distributed run then have gradients for the same parameters."""
@@ -116,7 +107,7 @@ def busiest_share(layer, inputs, output) -> float:
     return chosen.bincount().max().item() / len(chosen)
 
 
-@pytest.mark.parametrize("settings", [MINIMIND2, FRESH, MINIMIND3])
+@pytest.mark.parametrize("settings", [MINIMIND2, FRESH])
 def test_it_learns_and_the_balance_loss_spreads_the_tokens(settings):
     """All tokens are made to prefer one expert; only with the balance loss do they leave it."""
 
@@ -171,15 +162,3 @@ def test_muon_leaves_the_router_to_adamw():
     assert "model.layers.0.mlp.experts.3.gate_proj.weight" in hidden
     assert "model.layers.0.mlp.shared_experts.0.up_proj.weight" in hidden
     assert not any(name.endswith("mlp.gate.weight") for name in hidden)
-
-
-@pytest.mark.parametrize(
-    "settings, reason",
-    [
-        ({"num_experts": 4, "num_experts_per_tok": 5}, r"num_experts_per_tok must be in 1\.\.4"),
-        ({"num_shared_experts": -1}, "num_shared_experts must not be negative"),
-    ],
-)
-def test_a_config_that_cannot_route_is_refused(settings, reason):
-    with pytest.raises(ValueError, match=reason):
-        LanguageModelConfig(**settings).validate()
