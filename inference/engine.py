@@ -131,7 +131,7 @@ class Engine:
         prefix, columns = sequence.request.prefix_cache, sequence.request.columns
         cache, known_columns = prefix.cache, prefix.columns
         prefix.cache, prefix.columns = KVCache(), []  # an interrupt leaves nothing half read
-        # Not strict: the prompt goes on where the cache ends, or was cut shorter than it.
+        # Not strict: the prompt continues where the cache ends, or was cut shorter than it.
         pairs = zip(known_columns, columns, strict=False)
         known = next((i for i, (a, b) in enumerate(pairs) if a != b), len(known_columns))
         # The last token is always read: the first one of the answer follows from it.

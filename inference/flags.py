@@ -53,14 +53,10 @@ class SharedFlags(LimitFlags, PrecisionFlags, TrainedFrameFlags, ModelFlags):
         from inference.chat_model import ChatModel  # takes seconds: flags are checked first
         from inference.parts import default_model
 
+        path = checkpoint or self.load_from or default_model()
         return ChatModel.load(
-            *(
-                checkpoint or self.load_from or default_model(),
-                self.vision_path,
-                self.tokenizer_path,
-            ),
-            *(self.num_frames, self.device, self.sampling, self.fps),
-            *(self.dtype, self.quantize, self.accept_tokenizer),
+            *(path, self.vision_path, self.tokenizer_path, self.num_frames, self.device),
+            *(self.sampling, self.fps, self.dtype, self.quantize, self.accept_tokenizer),
         )
 
 

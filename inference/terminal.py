@@ -115,14 +115,14 @@ class Terminal:
 
     def set(self, name: str, value: str) -> None:
         """Changes one setting of sampling. Raises ValueError."""
-        kinds = {field: type(default) for field, default in vars(Sampling(seed=0)).items()}
-        if name not in kinds:
-            raise ValueError(f"{name!r} isn't one of {', '.join(kinds)}")
+        types = {field: type(default) for field, default in vars(Sampling(seed=0)).items()}
+        if name not in types:
+            raise ValueError(f"{name!r} isn't one of {', '.join(types)}")
         try:
-            number = kinds[name](value)
+            number = types[name](value)
         except ValueError:
-            kind = "a whole number" if kinds[name] is int else "a number"
-            raise ValueError(f"{name} must be {kind}, not {value!r}") from None
+            wanted = "a whole number" if types[name] is int else "a number"
+            raise ValueError(f"{name} must be {wanted}, not {value!r}") from None
         self.sampling = replace(self.sampling, **{name: number})
 
     def save(self, path: Path) -> None:

@@ -312,7 +312,7 @@ class View:
         folder = folder_of(conversation)
         folder.mkdir(exist_ok=True)
         for file in files:
-            # Of the user's name only the kind is kept: it may be any text.
+            # Of the user's name only the suffix is kept: it may be any text.
             path = folder / f"{uuid.uuid4().hex}{Path(file.name).suffix.lower()}"
             path.write_bytes(file.getbuffer())
             if not self._read(conversation, path, file.name, num_frames):
@@ -323,7 +323,7 @@ class View:
                 self.state.draft = question
             st.rerun()
         if not question:
-            st.rerun()  # without the greeting, which this run has begun with
+            st.rerun()  # without the greeting, which this run started with
 
     def _read(self, conversation: Conversation, path: Path, name: str, num_frames: int) -> bool:
         texts, plain = self.texts, escaped(name)

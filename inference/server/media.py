@@ -25,18 +25,14 @@ MAX_URL = 4096  # characters of one that isn't data: longer ones aren't even par
 PIECE = 1 << 20  # characters of base64 that are decoded at a time: no other thread runs meanwhile
 
 
-def unnamed_file() -> BinaryIO:
-    """A file for an upload that goes with its last reader. On Linux it lies in memory and has no
-    name: it is gone even if this process is killed."""
-    if hasattr(os, "memfd_create"):
-        return os.fdopen(os.memfd_create("visual", os.MFD_CLOEXEC), "w+b")
-    return tempfile.NamedTemporaryFile()
-
-
 @contextmanager
 def _new_file() -> Iterator[BinaryIO]:
-    """An unnamed file, which stays open if all goes well."""
-    file = unnamed_file()
+    """A file for an upload; it stays open if all goes well. On Linux it lies in memory and has no
+    name: it is gone even if this process is killed."""
+    if hasattr(os, "memfd_create"):
+        file = os.fdopen(os.memfd_create("visual", os.MFD_CLOEXEC), "w+b")
+    else:
+        file = tempfile.NamedTemporaryFile()  # noqa: SIM115
     try:
         yield file
         file.flush()

@@ -102,7 +102,7 @@ class Browser:
         buttons = [it for it in self.all('[data-testid="stButton"] button') if label in it.text]
         buttons[0].click()
 
-    def start_anew(self) -> None:
+    def start_new(self) -> None:
         """A new conversation. It has a place to type of its own: a file in the old one is lost."""
         self.press("New conversation")
         self.until(lambda: not self.all('[data-testid="stChatMessage"]'), "a new conversation")

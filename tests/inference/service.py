@@ -60,7 +60,7 @@ class Server(Service):
         )
 
     def ask(self, content, **settings):
-        """`content`: the one user turn. Greedy and short unless told otherwise."""
+        """`content`: the one user turn. Greedy and short by default."""
         settings = {"model": "cinego", "max_tokens": 8, "temperature": 0} | settings
         messages = settings.pop("messages", [{"role": "user", "content": content}])
         return self.client.chat.completions.create(messages=messages, **settings)

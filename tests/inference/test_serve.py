@@ -21,7 +21,7 @@ from model.generate import Sampling
 from tests.clips import damage_packet, make_clip
 from tests.inference.service import Server, about, data_url, post, until
 
-LONG = {"max_tokens": 3000, "seed": 1, "temperature": 2.0}  # goes on until somebody ends it
+LONG = {"max_tokens": 3000, "seed": 1, "temperature": 2.0}  # continues until somebody ends it
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +82,12 @@ def test_streaming_gives_the_same_answer_in_pieces(server, folder):
 
 def test_a_text_an_image_two_videos_and_a_chat(server, chat_model, folder):
     png = {"type": "image_url", "image_url": {"url": data_url(folder / "picture.png")}}
-    said = server.ask([{"type": "text", "text": "What is it?"}, png]).choices[0].message.content
+    answer = server.ask([{"type": "text", "text": "What is it?"}, png]).choices[0].message.content
     # A visual after the text is moved before it, where training has it.
-    assert said.strip() == alone(chat_model, "What is it?", folder / "picture.png")
+    assert answer.strip() == alone(chat_model, "What is it?", folder / "picture.png")
     clips = [folder / "1.mp4", folder / "2.mp4"]
-    said = server.ask(about(*map(data_url, clips))).choices[0].message.content
-    assert said.strip() == alone(chat_model, "What happens?", *clips)
+    answer = server.ask(about(*map(data_url, clips))).choices[0].message.content
+    assert answer.strip() == alone(chat_model, "What happens?", *clips)
     turns = [
         {"role": "system", "content": "Be short."},
         {"role": "user", "content": about(data_url(clips[0]))},
@@ -101,8 +101,8 @@ def test_a_text_an_image_two_videos_and_a_chat(server, chat_model, folder):
 def test_settings_have_an_effect(server):
     greedy = server.ask("Tell me.", max_tokens=12).choices[0]
     hot = [server.ask("Tell me.", temperature=2, seed=seed, max_tokens=12) for seed in (1, 1, 2)]
-    said = [reply.choices[0].message.content for reply in hot]
-    assert said[0] == said[1] != said[2] and greedy.message.content not in said
+    answer = [reply.choices[0].message.content for reply in hot]
+    assert answer[0] == answer[1] != answer[2] and greedy.message.content not in answer
     for settings in ({"temperature": 2, "top_p": 1e-6}, {"temperature": 1e-40}, {"top_p": 1e-300}):
         settings = {"temperature": 1, "seed": 1} | settings
         cold = server.ask("Tell me.", max_tokens=12, **settings).choices[0]
@@ -210,7 +210,7 @@ def test_who_hangs_up_is_no_longer_worked_for(server):
 
 
 def test_one_client_leaves_room_for_others(server):
-    """It gets seven eighths of --max_queue; above, it is told to come back."""
+    """It gets seven eighths of --max_queue; above, it gets 503."""
     body = {"model": "cinego", "messages": [{"role": "user", "content": "Go on."}]}
     with ExitStack() as streams:
         for _ in range(14):

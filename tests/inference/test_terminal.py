@@ -13,33 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import eval as evaluation
-from model.checkpoint import save_model
-from model.cinego import Cinego
-from model.config import CinegoConfig, LanguageModelConfig
-from model.tokenizer import OURS
+from inference.parts import ROOT, TOKENIZER_PATH
 from scripts.export_hf import main as convert
-
-ROOT = Path(__file__).resolve().parents[2]
-TOKENIZER = ROOT / "model/text_tokenizer"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tiny_tower) -> Path:
-    """sft.pth, two pictures, an animation; hf/ is the model as a directory for transformers."""
+def folder(tmp_path_factory, tiny_checkpoint, tiny_tower) -> Path:
+    """Two pictures, an animation; hf/ is the tiny model as a directory for transformers."""
     folder = tmp_path_factory.mktemp("chat")
-    torch.manual_seed(1)
-    language_model = LanguageModelConfig(
-        *(6400, 32, 2, 2, 1), initializer_range=0.3, embedding_std=0.4
-    )
-    model = Cinego(CinegoConfig(language_model, vision_hidden_size=32))
-    meta = {"training": {"num_frames": 4}, "lineage": {"tokenizer": OURS}}
-    save_model(folder / "sft.pth", model, meta)
-    paths = ["--vision_path", str(tiny_tower), "--tokenizer_path", str(TOKENIZER)]
-    convert([str(folder / "sft.pth"), str(folder / "hf"), *paths])
+    paths = ["--vision_path", str(tiny_tower), "--tokenizer_path", str(TOKENIZER_PATH)]
+    convert([str(tiny_checkpoint), str(folder / "hf"), *paths])
     random = np.random.default_rng(0)
     for name in ("a.png", "b c.png"):
         Image.fromarray(random.integers(0, 255, (112, 112, 3), np.uint8)).save(folder / name)
@@ -58,7 +44,7 @@ class Typist:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # a runner in the background ignores it
             os.environ |= {"TERM": "dumb", "OMP_NUM_THREADS": "1"}
             os.execv(sys.executable, [sys.executable, *map(str, command)])
-        self.heard, self.read = "", 0
+        self.output, self.read = "", 0
 
     def type(self, text: str) -> None:
         os.write(self.terminal, text.encode())
@@ -67,20 +53,20 @@ class Typist:
         os.kill(self.pid, signal.SIGINT)
 
     def until(self, pattern: str, seconds: float = 240, silence=lambda: None) -> str:
-        """What is said from here on, up to and with `pattern`; in each silent second `silence` is
+        """The output from here on, up to and with `pattern`; in each silent second `silence` is
         called."""
         end = time.monotonic() + seconds
-        while not (found := re.compile(pattern).search(self.heard, self.read)):
-            assert time.monotonic() < end, f"no {pattern!r} in {self.heard[self.read :]!r}"
+        while not (found := re.compile(pattern).search(self.output, self.read)):
+            assert time.monotonic() < end, f"no {pattern!r} in {self.output[self.read :]!r}"
             if not select.select([self.terminal], [], [], 1)[0]:
                 silence()
             else:
                 try:
-                    self.heard += os.read(self.terminal, 65536).decode(errors="replace")
+                    self.output += os.read(self.terminal, 65536).decode(errors="replace")
                 except OSError:  # Linux's way to say that the program has ended
-                    self.heard += "<end>"
-        said, self.read = self.heard[self.read : found.end()], found.end()
-        return said
+                    self.output += "<end>"
+        output, self.read = self.output[self.read : found.end()], found.end()
+        return output
 
     def end(self) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
@@ -96,8 +82,8 @@ def test_a_chat_of_many_turns_about_several_visuals(folder):
     user = Typist("eval.py", "--load_from", folder / "hf", "--video", folder / "clip.gif")
     assert "4 frames, at 0.0, 0.1, 0.2, 0.3 s" in user.until("Q: ")
     user.type("/set max_new_tokens 5\nWhat moves?\n")
-    said = user.until(TIMES)
-    assert "A: " in said and said.endswith(" 0 of them earlier)")
+    output = user.until(TIMES)
+    assert "A: " in output and output.endswith(" 0 of them earlier)")
 
     user.type(f"/image {folder}/a.png '{folder}/b c.png'\n")
     user.until("b c.png: 1 frames, at 0.0 s")
@@ -172,11 +158,11 @@ def test_several_images_are_asked_about_one_by_one_or_together(folder, monkeypat
 
 def test_questions_come_from_a_pipe_with_chat(folder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"/image {folder}/a.png\nWhat is it?\n"))
-    said = run(monkeypatch, capsys, folder, "--chat")
-    assert re.search(r"Q: A: .*\n +" + TIMES + r"\nQ: \n$", said, re.DOTALL)
+    output = run(monkeypatch, capsys, folder, "--chat")
+    assert re.search(r"Q: A: .*\n +" + TIMES + r"\nQ: \n$", output, re.DOTALL)
 
 
-def test_what_is_mistyped_is_told(folder, monkeypatch, capsys):
+def test_what_is_mistyped_is_named(folder, monkeypatch, capsys):
     typed = {
         "/set": "top_k 0  top_p 1.0",
         "/set top_k 1.5": "top_k must be a whole number, not '1.5'",
@@ -191,7 +177,7 @@ def test_what_is_mistyped_is_told(folder, monkeypatch, capsys):
         "/help": "/quit             end",
     }
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed) + "\n"))
-    said = run(monkeypatch, capsys, folder, "--chat").split("Q: ")[1:]
-    assert len(said) == len(typed) + 1  # the last one waits, and the pipe has ended
-    for (line, told), answer in zip(typed.items(), said[:-1], strict=True):
-        assert told in answer, line
+    output = run(monkeypatch, capsys, folder, "--chat").split("Q: ")[1:]
+    assert len(output) == len(typed) + 1  # the last one waits, and the pipe has ended
+    for (line, expected), answer in zip(typed.items(), output[:-1], strict=True):
+        assert expected in answer, line

@@ -1,4 +1,4 @@
-"""Load on the server from a second process: many clients, some that hang up, some that attack.
+"""Load on the server from a second process: many clients, some that hang up, some that are refused.
 
     python -m tests.stress.load --images_path demo/examples
 
@@ -30,7 +30,7 @@ from tests.inference.service import Server, about, data_url
 
 QUESTIONS = ("What happens?", "发生了什么？", "What is it?", "Which way does it go?")
 TEXTS = ("Hello!", "你好", "Who are you?", "What can you see?", "Tell me a story.", "一二三")
-KINDS = {"text": 30, "video": 30, "video, streamed": 20, "hangs up": 10, "attack": 10}  # percent
+KINDS = {"text": 30, "video": 30, "video, streamed": 20, "hangs up": 10, "refused": 10}  # percent
 CHAT = "/v1/chat/completions"
 
 
@@ -53,12 +53,10 @@ def conversation(content, **more) -> dict:
     return {"model": "cinego", "messages": [{"role": "user", "content": content}], **more}
 
 
-ATTACKS = [  # body, and the status that it has to get
-    *((conversation(about(url)), 400) for url in ("file:///etc/passwd", "http://169.254.169.254/")),
+REFUSED = [  # body, and the status that it has to get
+    (conversation(about("file:///etc/passwd")), 400),
     (conversation(about("data:video/mp4;base64," + "A" * 4000)), 400),
     (conversation("x" * (5 << 20)), 413),
-    (conversation("word " * 5000), 400),
-    (conversation("x", n=1_000_000), 400),
 ]
 
 
@@ -84,12 +82,12 @@ class Load:
                     break
         return reply, text
 
-    async def one(self, kind: str) -> None:
+    async def request(self, kind: str) -> None:
         videos = range(len(TEXTS), len(self.asked))
         number = self.rng.choice(range(len(TEXTS)) if kind == "text" else videos)
-        (body, wanted), started = self.rng.choice(ATTACKS), time.perf_counter()
+        (body, wanted), started = self.rng.choice(REFUSED), time.perf_counter()
         while True:
-            if kind == "attack":
+            if kind == "refused":
                 reply = await self.http.post(CHAT, json=body)
                 is_right = reply.status_code == wanted
             elif kind == "video, streamed" or kind == "hangs up":
@@ -119,7 +117,7 @@ class Load:
 
         async def client() -> None:
             for kind in waiting:
-                await self.one(kind)
+                await self.request(kind)
                 if sum(map(len, self.seconds.values())) > flags.requests // 4:
                     everyone = [server, *server.children(recursive=True)]
                     memory.append(sum(each.memory_info().rss for each in everyone) / 2**20)
