@@ -143,7 +143,7 @@ def two_by_two(first: Sequence[float], second: Sequence[float]) -> dict[str, flo
 class Estimate:
     """A mean with its 95 % interval."""
 
-    value: float
+    score: float
     low: float
     high: float
     n: int  # questions

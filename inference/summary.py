@@ -309,7 +309,6 @@ def _row(questions: Questions, measure: str, members: Sequence[int]) -> dict:
     scores = questions.column(measure)[members]
     asked = np.frombuffer(questions.missing, np.int8)[members] == 0
     row = asdict(metrics.estimate(scores, clusters, bounded=measure != "CIDEr"))
-    row = {"score": row.pop("value"), **row}
     row["answered"] = float(scores[asked].mean()) if asked.any() else None
     row["controls"] = {
         control: float(questions.column(name, control)[members].mean())
@@ -348,9 +347,9 @@ def compare_answers(ours: Results, theirs: Results) -> dict[str, dict]:
         if not common:
             continue
         (a, clusters), (b, _) = (zip(*(p[name][key] for key in common), strict=True) for p in pairs)
-        difference = asdict(metrics.compare(a, b, clusters))
-        scores = {"ours": float(np.mean(a)), "theirs": float(np.mean(b))}
-        result[name] = scores | {"difference": difference.pop("value"), **difference}
+        found = asdict(metrics.compare(a, b, clusters))
+        found["difference"] = found.pop("score")
+        result[name] = {"ours": float(np.mean(a)), "theirs": float(np.mean(b)), **found}
     if not result:
         raise ValueError(
             "--against: those are answers to other questions (compared by id, video, question and "

@@ -61,7 +61,7 @@ def read_entries(path: Path) -> list[Entry]:
         found, controls = result["interval"], result["controls"]
         floors = {"most frequent": result["accuracy"]["majority"]["all"]}
         floors |= {"no video": controls["no video"]["all"]} if "no video" in controls else {}
-        figures = (found["value"], found["low"], found["high"], found["n"], 0)
+        figures = (found["score"], found["low"], found["high"], found["n"], 0)
         data = ", ".join(Path(file).stem for file in result["data_path"])
         entries.append(Entry(model, data, "exact match", *figures, floors))
     return entries
