@@ -206,7 +206,8 @@ class MiniMind(nn.Module):
         elif position_ids is None:  # counted from each row's first real token
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
         slice_indices = None  # the tokens whose logits are needed; None: all
-        if packed is not None and labels is not None:
+        packed = None if labels is None else packed
+        if packed is not None:
             targets_N = packed.targets_N
             places_N = packed.tokens_T[packed.supervised_N]
             slice_indices = places_N // length, places_N % length
@@ -218,7 +219,7 @@ class MiniMind(nn.Module):
             slice_indices = (slice(None), slice(-logits_to_keep, None))
 
         dropout = self.config.dropout if self.training else 0.0
-        if packed is not None and labels is not None and is_packable(x_BLC, dropout):
+        if packed is not None and is_packable(x_BLC, dropout):
             position_ids = position_ids.expand(x_BLC.shape[:2]).flatten()[packed.tokens_T][None]
             x_BLC = x_BLC.flatten(0, 1).index_select(0, packed.tokens_T)[None]  # (1, T, C)
             mask, slice_indices = packed, (0, packed.supervised_N)

@@ -20,7 +20,6 @@ from model.minimind import MiniMind
 from tests.model.ancestors import (
     add_projector,
     cinego_2025,
-    old_feed_forward,
     old_forward,
     old_state,
     with_experts,
@@ -102,18 +101,6 @@ def test_old_names_and_pairs(tmp_path, heads, kv_heads, theta, title, moe):
     expected = old_forward(state, state["tok_embeddings.weight"][ids[0]], heads, kv_heads, theta)
     close(lm(ids).logits[0], expected)
     assert lm.load_report.title == title
-
-
-def test_how_many_experts_a_token_takes_is_an_override(tmp_path):
-    state = with_experts(old_state(heads=8, kv_heads=2))
-    path = write(tmp_path / "lm.pth", state)
-    usual, all_four = (load_language_model(path, **o) for o in ({}, {"num_experts_per_tok": 4}))
-    layer = {n.removeprefix("layers.0."): w for n, w in state.items() if n.startswith("layers.0.")}
-    y = torch.randn(9, 64)
-    close(usual.model.layers[0].mlp(y), old_feed_forward(layer, y))
-    close(all_four.model.layers[0].mlp(y), old_feed_forward(layer, y, top_k=4))
-    assert "num_experts_per_tok 2, norm_topk_prob True" in str(usual.load_report)
-    assert "num_experts_per_tok" not in str(all_four.load_report)
 
 
 def test_overrides_decide_what_names_and_shapes_leave_open(tmp_path):
