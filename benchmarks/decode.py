@@ -4,14 +4,13 @@
 
 Renders one h264 clip a length (640 × 360, 30 frames a second, a keyframe every 250 frames: about
 what a phone records) and decodes it with each reader in turn, one thread each, so that what else
-the machine does hits all alike. A measurement repeats until half a CPU-second is spent. The ratio
-to decord is that of the CPU-seconds, the median over rounds, the lowest and the highest.
+the machine does hits all alike. The ratio to decord is that of the CPU-seconds, the median over
+rounds, the lowest and the highest.
 """
 
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -84,31 +83,14 @@ def cpu_seconds() -> float:
     return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
-def measure(reader: Callable, path: str, num_frames: int) -> tuple[float, float]:
-    """Wall and CPU seconds of one read."""
-    frames = reader(path, num_frames)  # starts the process, fills caches
-    assert frames.shape == (num_frames, HEIGHT, WIDTH, 3), frames.shape
-    reads, start, cpu_start = 0, time.perf_counter(), cpu_seconds()
-    while not reads or cpu_seconds() - cpu_start < LEAST_CPU:
+def measure(reader: Callable, path: str, num_frames: int) -> float:
+    """CPU-seconds of one read."""
+    reader(path, num_frames)  # starts the process, fills caches
+    reads, start = 0, cpu_seconds()
+    while not reads or cpu_seconds() - start < LEAST_CPU:
         reader(path, num_frames)
         reads += 1
-    return (time.perf_counter() - start) / reads, (cpu_seconds() - cpu_start) / reads
-
-
-def compare(clip: Path, seconds: int, num_frames: int, rounds: int) -> None:
-    costs = {name: [] for name in READERS}
-    for _ in range(rounds):
-        for name, reader in READERS.items():
-            costs[name].append(measure(reader, str(clip), num_frames))
-    for name, rows in costs.items():
-        wall, cpu = map(statistics.median, zip(*rows, strict=True))
-        # Round by round: the two sides of a ratio saw the same machine.
-        ratios = [ours[1] / other[1] for ours, other in zip(rows, costs["decord"], strict=True)]
-        print(
-            f"{seconds:>4} s {num_frames:>6} {name:>12} {wall:>7.3f} {cpu:>7.3f} "
-            f"{statistics.median(ratios):>8.2f} {min(ratios):>5.2f}-{max(ratios):<5.2f}",
-            flush=True,
-        )
+    return (cpu_seconds() - start) / reads
 
 
 def main() -> None:
@@ -116,13 +98,24 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, nargs="+", default=[10, 60, 600])
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    print("  clip frames       reader       s   CPU-s  /decord  low-high")
-    with tempfile.TemporaryDirectory() as folder:
-        for seconds in args.seconds:
-            clip = Path(folder) / f"{seconds}.mp4"
-            make_clip(clip, seconds)
+    print("  clip frames       reader   CPU-s  /decord  low-high")
+    for seconds in args.seconds:
+        with tempfile.NamedTemporaryFile(suffix=".mp4") as clip:
+            make_clip(clip.name, seconds)
             for num_frames in (8, 32):
-                compare(clip, seconds, num_frames, args.rounds)
+                rounds = [
+                    {name: measure(read, clip.name, num_frames) for name, read in READERS.items()}
+                    for _ in range(args.rounds)
+                ]
+                for name in READERS:
+                    # Round by round: the two sides of a ratio saw the same machine.
+                    ratios = [costs[name] / costs["decord"] for costs in rounds]
+                    cpu = statistics.median(costs[name] for costs in rounds)
+                    print(
+                        f"{seconds:>4} s {num_frames:>6} {name:>12} {cpu:>7.3f} "
+                        f"{statistics.median(ratios):>8.2f} {min(ratios):>5.2f}-{max(ratios):.2f}",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

@@ -63,25 +63,17 @@ def read_frames(
     of MiniCPM-V 2.6). A clip with fewer frames gives all of them. A GIF or an animated WebP or PNG
     is a clip. Pixels come as they are stored: `info.pixel_aspect` tells when they aren't square.
 
-    on_damage="error" gives exact frames or VideoError, as data must be. "keep" gives what a player
-    shows of a damaged video, and `damaged` then lists the seconds at which it is so: tell the
-    user. Frames are still chosen by the times that the decoder gives them.
-
-    bounds: (start, end) in seconds of the part of a video that is meant; None: all of it.
-
-    timeout: seconds, after which the decoding process is killed. It is kept for the next read, one
-    for each thread that reads at the time. None decodes in this process: nothing to start, nothing
-    to copy, and no protection from a file that makes native code hang or crash.
-
-    max_pixels (of a frame), max_seconds (of playing time) and max_bytes (of all frames that are
-    returned) are checked on what the file's header and index say, before anything is decoded.
-
+    backend: decord's faults are listed in docs/video.md.
+    timeout: seconds, after which the decoding process is killed; it is kept for the next read, one
+        for each thread that reads at the time. None decodes in this process: nothing to start or to
+        copy, and no protection from a file that makes native code hang or crash.
+    max_pixels (of a frame), max_seconds (of playing time), max_bytes (of all frames returned):
+        checked on what the file's header and index say, before anything is decoded.
     transform: its `resize_frames` is applied where the decoding is done, so that only frames of the
-    tower's size cross between the processes.
-
-    backend="decord" is kept because the project's card names it. Its known faults are listed in
-    docs/video.md: wrong frames on some files, and hangs, which the timeout ends; `on_damage` means
-    nothing to it.
+        tower's size cross between the processes.
+    on_damage: "error" gives exact frames or VideoError, as data must be. "keep" gives what a player
+        shows of a damaged video, and `damaged` the seconds at which it is so: tell the user.
+    bounds: (start, end) in seconds of the part of a video that is meant; None: all of it.
 
     Raises VideoError for what is wrong with the file, and a plain ValueError for arguments that
     make no sense.

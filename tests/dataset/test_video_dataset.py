@@ -11,13 +11,7 @@ from transformers import AutoTokenizer
 
 from dataset.conversation import IGNORED, encode
 from dataset.samples import read_samples
-from dataset.video_dataset import (
-    FeatureSource,
-    LengthGroupedBatchSampler,
-    VideoDataset,
-    VideoSource,
-    collate,
-)
+from dataset.video_dataset import LengthGroupedBatchSampler, VideoDataset, collate
 
 ROOT = Path(__file__).resolve().parents[2]
 P, D = 6, 4  # tokens a visual and width
@@ -283,22 +277,6 @@ def test_a_loader_with_workers_gives_the_same_batches(make):
     ]
     here, there = ([batch["inputs"]["input_ids"].tolist() for batch in x] for x in loaders)
     assert here == there and len(here) == len(sampler) == 3
-
-
-def test_features_and_videos_come_from_their_sources(tmp_path):
-    class Store:
-        def read(self, relative):
-            return f"features of {relative}"
-
-    assert FeatureSource(Store()).load("a.mp4") == "features of a.mp4"
-    assert FeatureSource(Store()).kind == "visual_features"
-    from PIL import Image
-
-    Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png")
-    source = VideoSource(tmp_path, resize_frames=lambda frames: frames)
-    assert source.kind == "pixel_values" and source.load("a.png").shape == (1, 6, 8, 3)
-    with pytest.raises(ValueError, match="b.png"):
-        source.load("b.png")
 
 
 # ------------------------------------------------------------------------------------- sampler
