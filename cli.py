@@ -68,11 +68,6 @@ class Flags:
             and not low <= value < math.inf  # so written, NaN is a problem too
         ]
 
-    def validate(self) -> None:
-        """Raises ValueError that lists all problems at once."""
-        if found := self.problems():
-            raise ValueError("\n".join(found))
-
 
 @dataclass
 class ModelFlags(Flags):
@@ -157,8 +152,20 @@ def parse_flags(
     Raises ValueError that names a wrong value, or an unknown flag and the nearest known one; one
     message holds all that is wrong with the file, or with values that don't go together.
     """
+    argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        return _parse(cls, description, sys.argv[1:] if argv is None else list(argv), defaults)
+        parser = _build_parser(cls, description)
+        parser.set_defaults(**defaults)
+        values, unknown = parser.parse_known_args(argv)
+        if unknown:
+            raise ValueError("\n".join(_unknown_flag(word, cls) for word in unknown))
+        if values.config:
+            values = parser.parse_args(_read_config(values.config, parser, cls) + argv)
+        del values.config
+        flags = cls(**vars(values))
+        if found := flags.problems():
+            raise ValueError("\n".join(found))
+        return flags
     except ValueError as error:  # the same in all processes
         error.already_reported = os.environ.get("LOCAL_RANK", "0") != "0"
         raise
@@ -181,28 +188,6 @@ def launch(main: Callable[[], Any]) -> None:
 
 
 AnyFlags = TypeVar("AnyFlags", bound=Flags)
-
-
-def _parse(cls: type, description: str | None, argv: list[str], defaults: dict[str, Any]) -> Any:
-    parser = _build_parser(cls, description)
-    parser.set_defaults(**defaults)
-    values, unknown = parser.parse_known_args(argv)
-    if unknown:
-        known = [f"--{name}" for name in _names(cls)]
-        raise ValueError(
-            "\n".join(
-                f"unknown flag {word}{_nearest(word.split('=')[0], known)}"
-                if word.startswith("-")
-                else f"{word!r} belongs to no flag"
-                for word in unknown
-            )
-        )
-    if values.config:
-        values = parser.parse_args(_read_config(values.config, parser, cls) + argv)
-    del values.config
-    flags = cls(**vars(values))
-    flags.validate()
-    return flags
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -294,6 +279,12 @@ def _names(cls: type[Flags]) -> list[str]:
     fields = dataclasses.fields(cls)
     aliases = [alias.lstrip("-") for field in fields for alias in field.metadata["aliases"]]
     return [field.name for field in fields] + aliases
+
+
+def _unknown_flag(word: str, cls: type[Flags]) -> str:
+    if not word.startswith("-"):
+        return f"{word!r} belongs to no flag"
+    return f"unknown flag {word}{_nearest(word.split('=')[0], [f'--{n}' for n in _names(cls)])}"
 
 
 def _nearest(name: str, known: list[str]) -> str:
