@@ -84,7 +84,8 @@ class VisionTower:
         from safetensors import SafetensorError
 
         family = getattr(transformers, _FAMILIES[_family(model_type)])
-        unreadable = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
+        unreadable = (OSError, RuntimeError, EOFError, pickle.UnpicklingError)
+        unreadable += (SafetensorError, StrictDataclassError)  # the latter for the config's numbers
         try:
             with _quiet():
                 config = family.config_class.from_pretrained(directory)
@@ -98,12 +99,10 @@ class VisionTower:
                     dtype=torch.float32,
                     output_loading_info=True,
                 )
-        except StrictDataclassError as error:
-            raise ValueError(
-                f"{directory}/config.json describes no tower ({error}): {fix}"
-            ) from error
         except unreadable as error:
-            raise ValueError(f"can't read the weights in {directory} ({error}): {fix}") from error
+            raise ValueError(
+                f"can't read the weights in {directory} by its config.json ({error}): {fix}"
+            ) from error
         # transformers fills what a file lacks with random numbers and only warns.
         if report["missing_keys"]:
             missing = ", ".join(sorted(report["missing_keys"])[:5])

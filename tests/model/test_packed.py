@@ -134,9 +134,9 @@ class CountOperators(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "summary, share", [("dct", False), ("gpt4video", True), ("mean", True), ("concat", True)]
+    "summary, share, moe",
+    [("dct", False, {}), ("gpt4video", True, {}), ("mean", True, EXPERTS), ("concat", True, {})],
 )
-@pytest.mark.parametrize("moe", [{}, EXPERTS], ids=["dense", "experts"])
 def test_nothing_is_asked_of_the_device_between_forward_and_backward(
     make_batch, summary, share, moe, monkeypatch
 ):
