@@ -3,8 +3,8 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
@@ -28,26 +28,20 @@ class Share:
         self.total, self.most = total, max(1, total - max(1, total // 8))
         self.refusal, self.taken = refusal, Counter()
 
-    def take(self, client: str, number: int) -> None:
-        """Raises APIError (503) where there isn't as much."""
-        own, all_clients = self.taken[client] + number, self.taken.total() + number
-        if own > self.most or all_clients > self.total:
+    def check(self, client: str, number: int = 1) -> None:
+        """Raises APIError (503) where there isn't as much left."""
+        left = min(self.most - self.taken[client], self.total - self.taken.total())
+        if number > left:
             raise APIError(503, self.refusal, "server_busy", headers={"Retry-After": "1"})
-        self.taken[client] = own
 
-    def give_back(self, client: str, number: int) -> None:
+    def take(self, client: str, number: int = 1) -> None:
+        self.check(client, number)
+        self.taken[client] += number
+
+    def give_back(self, client: str, number: int = 1) -> None:
         self.taken[client] -= number
         if not self.taken[client]:
             del self.taken[client]
-
-    @contextmanager
-    def held(self, client: str) -> Iterator[None]:
-        """One of it, within the block."""
-        self.take(client, 1)
-        try:
-            yield
-        finally:
-            self.give_back(client, 1)
 
 
 @asynccontextmanager

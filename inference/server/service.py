@@ -80,12 +80,13 @@ class Service:
     async def answer(self, request: Request, held: AsyncExitStack) -> Response:
         """held: what is given back once the answer has been sent."""
         client = request.client.host
-        self.slots.take(client, 0)  # refused before its body
+        self.slots.check(client)  # before its body
         async with read_body(
             request, self.max_body, self.flags.upload_timeout, self.memory
         ) as body:
             # Whoever sends slowly has no slot: admission control begins here.
-            held.enter_context(self.slots.held(client))
+            self.slots.take(client)
+            held.callback(self.slots.give_back, client)
             async with unless_gone(request):
                 chat, messages, urls = await self._in_parser(self._parse, body)
                 del body
