@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import resource
+import shutil
 import time
 import zlib
 from pathlib import Path
@@ -143,6 +144,19 @@ def test_two_processes_finish_at_once(store):
         _ = FeatureStore(store.directory).manifest
     second.finish()
     assert_same_features(FeatureStore(store.directory), ["a.mp4", "b.mp4", "c.mp4"])
+
+
+def test_shards_of_two_machines_are_joined_by_copying_their_files(store, tmp_path):
+    for shard, name in enumerate(("a.mp4", "b.mp4")):
+        own = FeatureStore(tmp_path / f"machine {shard}")
+        own.begin(SETTINGS, (shard, 2))
+        own.write(name, features_of(name))
+        assert own.finish(["a.mp4", "b.mp4"])  # the other's is lacking
+        own.close()
+        shutil.copytree(own.directory, store.directory, dirs_exist_ok=True)
+    store.begin(SETTINGS)
+    assert store.finish(["a.mp4", "b.mp4"]) == []
+    assert_same_features(store, ["a.mp4", "b.mp4"])
 
 
 def test_a_shard_is_locked_as_long_as_its_process_lives(store):
