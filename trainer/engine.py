@@ -60,15 +60,6 @@ class Progress:
     metrics: dict[str, Any] = field(default_factory=dict)  # the last line
     tracker_id: str = field(default_factory=lambda: secrets.token_hex(4))  # one curve, resumed too
 
-    def add_validation(self, loss: float) -> bool:
-        """Whether it is the lowest loss so far."""
-        improved = loss < self.best_loss
-        if improved:
-            self.best_loss, self.best_step, self.validations_since_best = loss, self.step, 0
-        else:
-            self.validations_since_best += 1
-        return improved
-
 
 @dataclass
 class StepStats:
@@ -350,7 +341,10 @@ def fit(
             }
             if evaluating and val_loader is not None:
                 metrics["val_loss"] = evaluate(trainee, val_loader, config, world, logger)
-                improved = progress.add_validation(metrics["val_loss"])
+                progress.validations_since_best += 1
+                if improved := metrics["val_loss"] < progress.best_loss:
+                    progress.best_loss, progress.best_step = metrics["val_loss"], progress.step
+                    progress.validations_since_best = 0
                 last = last or 0 < config.patience <= progress.validations_since_best
                 saving = saving or last or (config.patience and improved)
             progress.metrics = logger.log(metrics)
