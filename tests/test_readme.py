@@ -1,7 +1,8 @@
 """The commands of the README, in their order, as a new user types them.
 
-What comes from the net is a stand-in of the same format, small: a CLIP directory, MiniMind2 with
-its own tokenizer as transformers saves it, LLaVA-Video-178K's JSON with its archive of videos.
+What comes from the net is a stand-in of the same format, small (with `-m slow`: of full size): a
+CLIP directory, MiniMind2 with its own tokenizer as transformers saves it, LLaVA-Video-178K's JSON
+with its archive of videos.
 """
 
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from model.config import LanguageModelConfig
 from model.minimind import MiniMind
@@ -30,11 +32,11 @@ def blocks(name: str) -> list[str]:
     return re.findall(r"```bash\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
 
 
-def save_minimind2(directory: Path) -> None:
-    """What `hf download jingyaogong/MiniMind2-Small` brings, with one layer of eight."""
+def save_minimind2(directory: Path, layers: int) -> None:
+    """What `hf download jingyaogong/MiniMind2-Small` brings, which has eight layers."""
     shutil.copytree(ROOT / "tests/data/tokenizers/minimind_v1", directory)
     torch.manual_seed(0)
-    shape = {"hidden_size": 512, "num_hidden_layers": 1}
+    shape = {"hidden_size": 512, "num_hidden_layers": layers}
     shape |= {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 6400}
     state = MiniMind(LanguageModelConfig(**shape)).state_dict()
     state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
@@ -71,14 +73,21 @@ def save_llava_video(directory: Path) -> None:
         (folder / f"{SUBSET}_{kind}.json").write_text(json.dumps(data))
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory, tiny_tower) -> Path:
-    """A copy of the repository, and an `hf download` that copies a stand-in."""
+@pytest.fixture(scope="module", params=[1, pytest.param(8, marks=pytest.mark.slow)])
+def clone(request, tmp_path_factory, tiny_tower) -> Path:
+    """A copy of the repository, and an `hf download` that copies a stand-in: a language model of so
+    many layers, a tower as large as CLIP ViT-B/32 under the one of eight."""
     folder = tmp_path_factory.mktemp("readme")
     left_out = shutil.ignore_patterns(".git", ".venv*", "out", "__pycache__", ".*_cache", "tests")
     shutil.copytree(ROOT, folder / "cinego", ignore=left_out)
-    shutil.copytree(tiny_tower, folder / "hub/openai/clip-vit-base-patch32")
-    save_minimind2(folder / "hub/jingyaogong/MiniMind2-Small")
+    tower = shutil.copytree(tiny_tower, folder / "hub/openai/clip-vit-base-patch32")
+    if request.param == 8:
+        shape = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
+        config = CLIPVisionConfig(**shape, num_attention_heads=12, image_size=224, patch_size=32)
+        CLIPVisionModel(config).save_pretrained(tower)
+        preprocessor = (tower / "preprocessor_config.json").read_text().replace("112", "224")
+        (tower / "preprocessor_config.json").write_text(preprocessor)
+    save_minimind2(folder / "hub/jingyaogong/MiniMind2-Small", layers=request.param)
     save_llava_video(folder / "hub/lmms-lab/LLaVA-Video-178K")
     bin = folder / "bin"
     bin.mkdir()
@@ -120,7 +129,7 @@ def test_the_first_minute_ends_with_the_right_answer(clone):
     assert "the blue triangle" in said and "knows only the demo world" in said
 
 
-def test_the_real_road_goes_from_downloads_to_a_score(clone):
+def test_the_real_road_goes_from_downloads_to_a_score(clone, request):
     (road,) = (block for block in blocks("README.md") if "hf download" in block)
     said = run(clone, road)
     assert "20 samples of 24 records" in said and "4 held-out samples" in said
@@ -128,6 +137,7 @@ def test_the_real_road_goes_from_downloads_to_a_score(clone):
         rows = (clone / f"out/{stage}_videolm_512/metrics.jsonl").read_text().splitlines()
         assert json.loads(rows[-1])["val_loss"] > 0
     about = json.loads((clone / "out/sft_videolm_512.json").read_text())
-    assert about["model_config"]["language_model"]["num_hidden_layers"] == 1
+    layers = request.node.callspec.params["clone"]
+    assert about["model_config"]["language_model"]["num_hidden_layers"] == layers
     assert json.loads((clone / "out/eval.json").read_text())["samples"] == 4
     assert said.count("Q: ") == 4  # without a terminal, eval.py asks about the examples
