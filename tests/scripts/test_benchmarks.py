@@ -336,6 +336,8 @@ def test_a_missing_key_is_named_with_its_record(name, convert, tmp_path):
             {"action": [{"question": "Is it?", "answer": "z"}]},
             "action 1: its answer",
         ),
+        ("tempcompass", {"action": [{"question": "Is it?"}]}, "the key 'answer' is missing"),
+        ("tempcompass", {"action": [{"answer": "yes"}]}, "the key 'question' is missing"),
         ("nextqa", {"answer": 5}, "its answer is number 5, its options are 0 to 4"),
         ("nextqa", {"a1": ""}, "one of its options is empty"),
         ("egoschema", {"option 2": ""}, "one of its options is empty"),
