@@ -1,6 +1,7 @@
 """Flags of training: each has an effect that is seen from the command line, or in the weights."""
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from model.checkpoint import load_video_language_model
 from model.config import LanguageModelConfig
 from model.minimind import MiniMind
 from tests.test_train_stages import SIZE, command, workplace  # noqa: F401
+from trainer.config import TrainConfig
 from trainer.optim import Optimizers
 
 RANDOM = "--from_scratch --freeze_llm 0 --dtype float32"
@@ -29,6 +31,15 @@ def test_minimind_v_s_names_are_understood():
     flags = {"data_path": "x", "hidden_size": "768", "num_hidden_layers": "16", "save_dir": "there"}
     config = parse_flags(StageConfig, argv=[f"--{name}={value}" for name, value in flags.items()])
     assert (config.dim, config.n_layers, config.out_dir) == (768, 16, "there")
+
+
+def test_auto_is_a_loading_process_a_core(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for cores, workers in ((1, 1), (8, 3), (64, 8)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: range(cores))
+        for flags in ([], ["--num_workers", "auto"]):
+            assert parse_flags(TrainConfig, argv=flags).num_workers == workers
+    assert parse_flags(TrainConfig, argv=["--num_workers", "0"]).num_workers == 0
 
 
 @pytest.mark.parametrize(
@@ -187,7 +198,7 @@ def test_a_dry_run_tells_what_the_run_will_cost_and_writes_nothing(capsys):
     command(train_pretrain, f"{RANDOM} --dry_run --epochs 10 --val_path data.jsonl")
     output = capsys.readouterr().out
     assert not Path("out").exists() and "weights" not in output and "in /tmp" not in output
-    assert "0 h 1 min, without validation" in output
+    assert "0 h 1 min, without validation" in output and re.search(r"MFU +\d+%", output)
     tokens = re.search("20 steps of about (\\d+) tokens", output)[1]
     assert command(train_pretrain, f"{RANDOM} --epochs 10")["step"] == 20
     # An epoch of two micro-batches is one step, however many might be accumulated.

@@ -176,17 +176,16 @@ def test_the_error_of_one_process_is_what_the_others_repeat():
     assert "gloo" not in output and states("out") == [2]
 
 
-def test_a_killed_process_is_named_and_no_other():
+@pytest.mark.parametrize(
+    ("number", "fault", "flags", "expected"),
+    [(4, "kill:2:2", [], [1, 1, -9, 1]), (2, "hang:1:4", ["--timeout", "3"], [1, 1])],
+)
+def test_a_lost_process_is_named_and_no_other(number, fault, flags, expected):
     """A survivor that has no connection to it notices later than those that have."""
-    codes, output = toy_processes("out", number=4, FAULT="kill:2:2")
-    assert codes == [1, 1, -9, 1]
-    assert set(re.findall(r"train: process (.*) no longer answers", output)) == {f"2 on {HOST}"}
-
-
-def test_a_process_that_hangs_is_named():
-    codes, output = toy_processes("out", "--timeout", "3", FAULT="hang:1:4")
-    assert codes == [1, 1]
-    assert re.search(r"process 1 on \S+ no longer answers: .* hangs", output)
+    codes, output = toy_processes("out", *flags, number=number, FAULT=fault)
+    assert codes == expected
+    named = set(re.findall(r"train: process (.*) no longer answers: .* hangs", output))
+    assert named == {f"{fault.split(':')[1]} on {HOST}"}
 
 
 def test_processes_that_differ_do_not_start():
