@@ -43,14 +43,20 @@ class Entry:
 
 
 def read_entries(path: Path) -> list[Entry]:
-    """Raises ValueError, with the fix, for a file that eval.py didn't write."""
+    """Raises ValueError, with the fix, for a file that eval.py didn't write, or wrote before the
+    figures had these names."""
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        model, benchmarks = str(result["checkpoint"]), result["benchmarks"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not what eval.py --output writes ({error})") from error
-    entries = []
-    for test_set, summary in benchmarks.items():
+        return _entries(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: not what eval.py --output writes ({error!r}); run eval.py again: it reads "
+            "the answers beside the file and asks only what is missing"
+        ) from error
+
+
+def _entries(result: dict) -> list[Entry]:
+    model, entries = str(result["checkpoint"]), []
+    for test_set, summary in result["benchmarks"].items():
         if measure := summary.get("headline"):
             row, missing = summary["rows"][measure], summary["missing"]
             controls, without_order = row["controls"], ("no video", "first frame")

@@ -30,7 +30,10 @@ def test_the_best_comes_first_and_only_what_is_above_its_floors_is_bold(tmp_path
     assert "board.md" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["{", "{}", "[]"])
+OLD = '{"checkpoint": "a.pth", "benchmarks": {}, "interval": {"value": 1}, "controls": {}}'
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", OLD])
 def test_what_is_not_evals_is_named(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match=r"x\.json: not what eval\.py --output writes"):
