@@ -35,14 +35,8 @@ from tqdm import tqdm
 from cli import VISION_PATH, Flags, FrameFlags, flag, launch, parse_flags
 from dataset.feature_store import FeatureStore
 from dataset.samples import read_samples, resolve_under
-from dataset.video import (
-    MEDIA_SUFFIXES,
-    FrameTransform,
-    VideoError,
-    num_cores,
-    read_frames,
-    reading_in_threads,
-)
+from dataset.transforms import FrameTransform
+from dataset.video import MEDIA_SUFFIXES, VideoError, num_cores, read_frames, reading_in_threads
 from device import choose_device, choose_dtype
 from model.vision_tower import VisionTower
 from trainer.logger import cpu_seconds
