@@ -62,13 +62,11 @@ class Scheduler:
     def cancel(self, sequence: Sequence) -> None:
         """Its reader has left: ends at the next token, and still calls `receive` then."""
         with self._changed:
-            is_waiting = sequence in self._new
-            if is_waiting:
+            if sequence in self._new:
                 self._new.remove(sequence)
-        if is_waiting:
-            self._cancel(sequence)
-        else:
-            self.run(self._cancel, sequence)
+                self._cancel(sequence)
+            else:
+                self.run(self._cancel, sequence)
 
     def run(self, function: Callable, *arguments: Any) -> Future:
         """Calls a function in the model's thread, between two steps. Raises RuntimeError once the
@@ -125,14 +123,17 @@ class Scheduler:
     def _do(self, work: tuple | None, new: list[Sequence]) -> None:
         try:
             if work is not None:
-                _complete(*work)
+                future, function, arguments = work
+                if future.set_running_or_notify_cancel():  # False: its client has left
+                    try:
+                        future.set_result(function(*arguments))
+                    except Exception as error:
+                        future.set_exception(error)
             self._step(new)
         except Exception:
             # Which sequence it was can't be known: all of this batch end, the next ones are new.
-            log.exception(
-                "the model failed on a batch of %d", len(self.engine.sequences) + len(new)
-            )
             failed = [*self.engine.sequences, *new]
+            log.exception("the model failed on a batch of %d", len(failed))
             self.engine.reset()
             self._fail(failed)
             torch.zeros(1, device=self.device).sum().item()  # raises where the device has died
@@ -145,12 +146,10 @@ class Scheduler:
     def _next(self) -> tuple[tuple | None, list[Sequence]] | None:
         """The next piece of work and the sequences that join; None: it is time to stop."""
         engine = self.engine
-
-        def idle() -> bool:
-            return not (self._work or self._new or self._stopping or engine.sequences)
-
         with self._changed:
-            self._changed.wait_for(lambda: not idle())
+            self._changed.wait_for(
+                lambda: self._stopping or self._work or self._new or engine.sequences
+            )
             capacity = self.max_batch - len(engine.sequences)
             if self._new and not (engine.sequences or self._work):
                 self._changed.wait_for(lambda: len(self._new) >= capacity, self.wait)
@@ -182,10 +181,3 @@ class Scheduler:
     def _end(self, sequence: Sequence) -> None:
         if receive := self._receivers.pop(sequence, None):
             receive("")
-
-
-def _complete(future: Future, function: Callable, arguments: tuple) -> None:
-    try:
-        future.set_result(function(*arguments))
-    except Exception as error:
-        future.set_exception(error)
