@@ -23,7 +23,6 @@ from model.vision_tower import VisionTower
 from tests.clips import make_numbered_clip
 
 ROOT = Path(__file__).resolve().parents[1]
-FAST = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
 @pytest.fixture
@@ -49,7 +48,7 @@ EXACT = (*DATA, "--dtype", "float32")  # whatever is fastest on this machine
 
 def flags(tiny_tower, *more) -> list[str]:
     where = ("--images_path", ".", "--features_path", "features", "--vision_path", tiny_tower)
-    return [str(flag) for flag in (*where, *more)]  # of a flag given twice, the last one counts
+    return [*map(str, where + more)]  # of a flag given twice, the last one counts
 
 
 @pytest.fixture
@@ -82,19 +81,17 @@ def test_features_manifest_and_resuming(data, tiny_tower, extract):
     # The first time as a user runs it. 7 frames a batch: no clip begins where a batch does.
     script = [sys.executable, str(ROOT / "extract_features.py")]
     command = script + flags(tiny_tower, *EXACT, "--batch_size", 7)
-    done = subprocess.run(command, cwd=data, env=FAST, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    output = done.stdout
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    output = subprocess.check_output(command, cwd=data, env=environment, text=True)
     assert "6 visuals, 6 to do" in output and "2 failed" in output
     assert "clips/e.mp4: unreadable" in output and "clips/gone.mp4: missing" in output
     assert relative_errors(data, tiny_tower).max() < torch.finfo(torch.float16).eps
 
     store = FeatureStore(data / "features")
-    manifest = store.manifest
     assert sources(store) == {"a.mp4", "b.mp4", "c.mkv", "d.png"}
     assert store.find("clips/e.mp4")["reason"] == "unreadable"
-    assert manifest["tower"] == VisionTower.from_pretrained(tiny_tower).fingerprint()
-    assert (manifest["num_frames"], manifest["tokens_per_frame"]) == (8, 50)
+    assert store.manifest["tower"] == VisionTower.from_pretrained(tiny_tower).fingerprint()
+    assert (store.manifest["num_frames"], store.manifest["tokens_per_frame"]) == (8, 50)
 
     # Again: only what failed is tried. A clip that changed is redone.
     before = contents(data / "features")
@@ -105,8 +102,8 @@ def test_features_manifest_and_resuming(data, tiny_tower, extract):
     assert "6 visuals, 3 to do" in output and "1 visuals, 0 frames" in output
     assert "6 visuals, 2 to do" in extract(*EXACT)
 
-    (data / "clips" / "b.mp4").write_bytes((data / "clips" / "a.mp4").read_bytes())
-    (data / "clips" / "gone.mp4").write_bytes((data / "clips" / "c.mkv").read_bytes())
+    shutil.copy("clips/a.mp4", "clips/b.mp4")
+    shutil.copy("clips/c.mkv", "clips/gone.mp4")
     assert "6 visuals, 3 to do" in extract(*EXACT, "--num_workers", 0)
     store = FeatureStore(data / "features")
     assert torch.equal(store.read("clips/b.mp4"), store.read("clips/a.mp4"))
@@ -200,18 +197,16 @@ def test_five_kills_leave_the_bytes_of_an_undisturbed_run(data, tiny_tower, extr
     def lines() -> int:
         return journal.read_bytes().count(b"frames") if journal.exists() else 0
 
-    made = []
-    for _ in range(5):
+    for number in range(5):
         process = multiprocessing.get_context("fork").Process(target=run)
-        process.start()
         before = lines()
+        process.start()
         while process.is_alive() and lines() < before + 3:
             time.sleep(0.001)
         time.sleep(random.uniform(0, 0.03))
         process.kill()
         process.join()
-        made.append(lines())
-    assert made[0] < 28, "the first kill came too late to disturb anything"
+        assert number or lines() < 28, "the first kill came too late to disturb anything"
     assert "0 failed" not in extract(*command)
     assert features_in(data / "features") == features_in(data / "undisturbed")
 
@@ -237,15 +232,14 @@ def test_a_clips_features_do_not_depend_on_its_company(tiny_tower, dtype):
 
 
 def test_int8_is_half_the_bytes(data, extract):
-    for folder, dtype in (("whole", "float16"), ("half", "int8")):
-        options = ("--features_path", folder, "--features_dtype", dtype)
-        extract(*DATA, "--num_workers", 0, *options)
-    whole, half = FeatureStore(data / "whole"), FeatureStore(data / "half")
+    for dtype in ("float16", "int8"):
+        extract(*DATA, "--num_workers", 0, "--features_path", dtype, "--features_dtype", dtype)
+    whole, half = FeatureStore(data / "float16"), FeatureStore(data / "int8")
     assert half.manifest["dtype"] == "int8"
-    name, file = "clips/c.mkv", "0-of-1.features"
-    sizes = [(store.directory / file).stat().st_size for store in (half, whole)]
+    sizes = [(store.directory / "0-of-1.features").stat().st_size for store in (half, whole)]
     assert sizes[0] < 0.55 * sizes[1]
-    torch.testing.assert_close(half.read(name), whole.read(name), atol=0.02, rtol=0.02)
+    frames = [store.read("clips/c.mkv") for store in (half, whole)]
+    torch.testing.assert_close(*frames, atol=0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,12 @@
 """Training from videos and training from their features see the same batches."""
 
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 import extract_features
@@ -25,7 +23,6 @@ from dataset.video_dataset import (
 from model.vision_tower import VisionTower
 from tests.clips import make_numbered_clip
 
-TOKENIZER = Path(__file__).resolve().parents[1] / "model/text_tokenizer"
 # Videos of several lengths, images, both in one sample, text alone, one visual asked about twice,
 # one played backwards, and one that can't be read.
 SAMPLES = [
@@ -70,37 +67,28 @@ def sources(tmp_path_factory, tiny_tower) -> dict[str, VideoSource | FeatureSour
 
 @pytest.mark.parametrize("share_prefix", [False, True])
 def test_videos_and_features_give_the_same_batches(sources, tiny_tower, share_prefix):
-    data_path = Path(sources["videos"].root, "data.jsonl")
+    samples = read_samples(Path(sources["videos"].root, "data.jsonl"))
+    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "model/text_tokenizer")
     tower = VisionTower.from_pretrained(tiny_tower)
     tower.normalize = FrameTransform.from_pretrained(tiny_tower).normalize
 
     def batches(source, batch_size) -> list[dict]:
-        tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-        dataset = VideoDataset(
-            read_samples(data_path), tokenizer, source, lambda n: 50, share_prefix=share_prefix
-        )
+        dataset = VideoDataset(samples, tokenizer, source, lambda n: 50, share_prefix=share_prefix)
         sampler = LengthGroupedBatchSampler(dataset.lengths, batch_size, seed=3)
-        return list(
-            DataLoader(dataset, batch_sampler=sampler, collate_fn=partial(collate, pad_id=0))
-        )
+        return [collate([dataset[i] for i in batch], pad_id=0) for batch in sampler]
 
     for batch_size in (2, len(SAMPLES)):  # the second: all kinds in one batch
         raw, made = [batches(source, batch_size) for source in sources.values()]
-        assert len(made) == len(raw)
         for one, other in zip(raw, made, strict=True):
-            pixels = one["inputs"].get("pixel_values")
-            features = other["inputs"].pop("visual_features", None)
+            ours, theirs = one["inputs"], other["inputs"]
+            pixels, features = ours.pop("pixel_values", None), theirs.pop("visual_features", None)
             assert (pixels is None) == (features is None)
             if pixels is not None:
                 assert pixels.dtype == torch.uint8
-                seen = tower(pixels).half()
-                torch.testing.assert_close(seen, features, atol=2e-3, rtol=2e-3)
-            rest = {k: v for k, v in one["inputs"].items() if k != "pixel_values"}
-            assert rest.keys() == other["inputs"].keys()
-            ours, theirs = (vars(inputs.pop("packed")) for inputs in (rest, other["inputs"]))
-            assert str(ours) == str(theirs)
-            for name, value in rest.items():
-                assert torch.equal(torch.as_tensor(value), torch.as_tensor(other["inputs"][name]))
+                torch.testing.assert_close(tower(pixels).half(), features, atol=2e-3, rtol=2e-3)
+            assert ours.keys() == theirs.keys()
+            assert str(vars(ours.pop("packed"))) == str(vars(theirs.pop("packed")))
+            assert all(torch.equal(*map(torch.as_tensor, (ours[k], theirs[k]))) for k in ours)
             assert [bad["id"] for bad in one["bad"]] == [bad["id"] for bad in other["bad"]]
             for count in ("sample_ids", "supervised_tokens", "real_tokens", "padded_tokens"):
                 assert one[count] == other[count]

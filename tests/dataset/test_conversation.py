@@ -1,5 +1,6 @@
 """Placeholders, label masks and truncation, with our tokenizer and MiniMind's of 2024 and 2026."""
 
+from itertools import compress, groupby
 from pathlib import Path
 
 import pytest
@@ -42,14 +43,10 @@ def talk(*turns: str) -> list[dict]:
 
 def supervised_spans(tokenizer, encoded) -> list[str]:
     """Each run of supervised positions, decoded; labels must be the ids at their own places."""
-    spans, open_span = [], False
-    for token, label in zip(encoded.input_ids, encoded.labels, strict=True):
-        if label != IGNORED:
-            assert label == token
-            spans = spans if open_span else [*spans, []]
-            spans[-1].append(token)
-        open_span = label != IGNORED
-    return [tokenizer.decode(span) for span in spans]
+    pairs = zip(encoded.labels, encoded.input_ids, strict=True)
+    assert all(label in (IGNORED, token) for label, token in pairs)
+    runs = groupby(encoded.labels, lambda label: label != IGNORED)
+    return [tokenizer.decode([*run]) for is_supervised, run in runs if is_supervised]
 
 
 @pytest.mark.parametrize(
@@ -86,14 +83,11 @@ def test_every_tag_gets_its_placeholder(tokenizer, text, shown):
     marked = [i for i, m in zip(encoded.input_ids, encoded.visual_mask, strict=True) if m]
     assert marked == placeholder_ids(tokenizer, 50) * visuals
     assert shown in tokenizer.decode(encoded.input_ids)
-    pairs = zip(encoded.labels, encoded.visual_mask, strict=True)
-    assert all(label == IGNORED for label, is_visual in pairs if is_visual)
+    assert {*compress(encoded.labels, encoded.visual_mask)} <= {IGNORED}
 
 
 def test_visuals_of_different_lengths_and_turns(tokenizer):
-    messages = talk("<image> first", "a cat", "and <video>?", "a dog")
-    encoded = encode(tokenizer, messages, [4, 7])
-    assert sum(encoded.visual_mask) == 11
+    encoded = encode(tokenizer, talk("<image> first", "a cat", "and <video>?", "a dog"), [4, 7])
     runs = "".join("x" if mask else " " for mask in encoded.visual_mask).split()
     assert [len(run) for run in runs] == [4, 7]
 
@@ -118,9 +112,8 @@ def test_the_whole_text_is_the_template_s_own(tokenizer):
 def test_an_answer_with_its_own_reasoning_is_supervised_from_there():
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tests/data/tokenizers/minimind_3")
     answer = "<think>\nIt has whiskers.\n</think>\n\nA cat."
-    encoded = encode(tokenizer, talk("What?", answer), [])
-    expected = "It has whiskers.\n</think>\n\nA cat.<|im_end|>"
-    assert supervised_spans(tokenizer, encoded) == [expected]
+    spans = supervised_spans(tokenizer, encode(tokenizer, talk("What?", answer), []))
+    assert spans == ["It has whiskers.\n</think>\n\nA cat.<|im_end|>"]
 
 
 def test_a_tokenizer_without_angle_brackets_is_refused():

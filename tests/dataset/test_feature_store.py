@@ -62,9 +62,8 @@ def test_what_was_written_is_read_back(full):
         full.read("bad.mp4")
     with pytest.raises(ValueError, match="no features of clips/a: run extract_features.py"):
         full.read("clips/a")
-    copy = pickle.dumps(full)  # what a spawned worker gets
-    assert len(copy) < 500
-    assert_same_features(pickle.loads(copy))
+    assert len(pickle.dumps(full)) < 500  # what a spawned worker gets
+    assert_same_features(pickle.loads(pickle.dumps(full)))
 
 
 def test_an_index_that_does_not_fit_is_not_believed(full):
@@ -147,31 +146,30 @@ def test_two_processes_finish_at_once(store):
 
 
 def test_shards_of_two_machines_are_joined_by_copying_their_files(store, tmp_path):
-    for shard, name in enumerate(("a.mp4", "b.mp4")):
-        own = FeatureStore(tmp_path / f"machine {shard}")
+    names = ["a.mp4", "b.mp4"]
+    for shard, name in enumerate(names):
+        own = FeatureStore(tmp_path / name)
         own.begin(SETTINGS, (shard, 2))
         own.write(name, features_of(name))
-        assert own.finish(["a.mp4", "b.mp4"])  # the other's is lacking
+        assert own.finish(names)  # the other's is lacking
         own.close()
         shutil.copytree(own.directory, store.directory, dirs_exist_ok=True)
     store.begin(SETTINGS)
-    assert store.finish(["a.mp4", "b.mp4"]) == []
-    assert_same_features(store, ["a.mp4", "b.mp4"])
+    assert store.finish(names) == []
+    assert_same_features(store, names)
 
 
 def test_a_shard_is_locked_as_long_as_its_process_lives(store):
-    context = multiprocessing.get_context("fork")
-    is_held = context.Event()
+    receiver, sender = multiprocessing.Pipe()
 
     def hold():
-        held = FeatureStore(store.directory)
-        held.begin(SETTINGS)
-        is_held.set()
+        store.begin(SETTINGS)
+        sender.send("held")
         time.sleep(60)
 
-    first = context.Process(target=hold)
+    first = multiprocessing.get_context("fork").Process(target=hold)
     first.start()
-    assert is_held.wait(30)
+    assert receiver.poll(30)
     with pytest.raises(ValueError, match=f"process {first.pid} on {os.uname().nodename} is extrac"):
         store.begin(SETTINGS)
     FeatureStore(store.directory).begin(SETTINGS, shard=(1, 2))  # works beside it
@@ -208,7 +206,7 @@ def test_features_of_two_kinds_never_share_a_folder(store):
     store.check({"tower": "abc", "mean": (0.5, 0.5)})
     with pytest.raises(ValueError, match="tower is 'abc', 'xyz' is needed; sampling is None"):
         store.check({"tower": "xyz", "num_frames": 8, "sampling": "uniform"})
-    for path in [*store.directory.glob("*.json*")]:
+    for path in store.directory.glob("*.json*"):
         path.rename(path.with_suffix(".unknown"))
     with pytest.raises(ValueError, match="no manifest"):
         store.begin(SETTINGS)
@@ -237,8 +235,7 @@ def test_int8_keeps_each_channel_of_each_frame_to_a_127th_of_its_largest_value(s
 
 def pack(store, *more, to="packed") -> FeatureStore:
     packed = store.directory.with_name(to)
-    paths = ("--features_path", str(store.directory), "--packed_path", str(packed))
-    pack_features.main([*paths, *more])
+    pack_features.main([f"--features_path={store.directory}", f"--packed_path={packed}", *more])
     return FeatureStore(packed)
 
 
@@ -246,17 +243,15 @@ def pack(store, *more, to="packed") -> FeatureStore:
 def old(request, store):
     """A complete store as it was written until November 2026."""
     folder, sources, row = store.directory, {}, 0
+    (folder / "clips").mkdir(parents=True)
+    manifest = {**SETTINGS, "sources": sources, "failures": {"bad.mp4": FAILED}}
     for name, frames in FRAMES.items():
-        path = folder / f"{name}.npy"
-        path.parent.mkdir(parents=True, exist_ok=True)
         sources[name] = {"size": 1, "frames": frames}
         if request.param == "packed":
             sources[name] |= {"shard": 0, "row": row}
             row += frames
         else:
-            np.save(path, features_of(name).numpy())
-    manifest = json.loads(json.dumps({**SETTINGS, "sources": sources}))
-    manifest["failures"] = {"bad.mp4": FAILED}
+            np.save(folder / f"{name}.npy", features_of(name).numpy())
     if request.param == "packed":
         np.save(folder / "features-00000.npy", torch.cat([*map(features_of, FRAMES)]).numpy())
         manifest["packed"] = 1
@@ -266,8 +261,7 @@ def old(request, store):
 
 def test_an_old_store_is_read_and_packed(old):
     old.check(SETTINGS)
-    packed = pack(old, "--shard", "1/2")
-    assert not packed.is_complete
+    assert not pack(old, "--shard", "1/2").is_complete
     packed = pack(old, "--shard", "0/2")
     for store in (old, packed):
         assert_same_features(store)

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
@@ -10,10 +11,8 @@ from dataset.samples import read_samples
 
 
 def record(number: int) -> dict:
-    turns = [
-        {"role": "user", "content": f"<video>\nWhat is {number}? 一"},
-        {"role": "assistant", "content": "word " * 60},
-    ]
+    turns = [{"role": "user", "content": f"<video>\nWhat is {number}? 一"}]
+    turns += [{"role": "assistant", "content": "word " * 60}]
     return {"id": number, "video": f"{number // 3}.mp4", "conversations": turns}
 
 
@@ -49,14 +48,13 @@ def test_an_index_finds_every_line_again(large):
 
 
 def test_it_is_read_not_made_again_until_the_data_changes(large):
-    before = read_samples(large).fingerprint
-    made = index_of(large).stat().st_mtime_ns
-    assert read_samples(large).fingerprint == before
+    before, made = read_samples(large), index_of(large).stat().st_mtime_ns
+    assert read_samples(large).fingerprint == before.fingerprint
     assert index_of(large).stat().st_mtime_ns == made
     with open(large, "a") as file:
         file.write(json.dumps(record(-1)) + "\n")
     after = read_samples(large)
-    assert after[-1].id == "-1" and after.fingerprint != before
+    assert after[-1].id == "-1" and after.fingerprint != before.fingerprint
     index_of(large).write_bytes(b"cut short")
     assert read_samples(large).fingerprint == after.fingerprint
     with open(large, "a") as file:
@@ -82,23 +80,16 @@ def test_a_line_that_changes_under_a_run_is_named(large):
         samples[5]
 
 
-def read_in_process(path, samples, results):
-    results.put((len(read_samples(path)), samples[7].id))
-
-
 def test_processes_share_one_index(large):
     small = large.with_name("small.jsonl")
     small.write_text("".join(json.dumps(record(i)) + "\n" for i in range(9)))
     samples = read_samples(small, large)
     assert len(samples) == 9 + KEPT_FROM // 400 and (samples[8].id, samples[9].id) == ("8", "0")
     index_of(large).unlink()
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    worker = context.Process(target=read_in_process, args=(large, samples, results))
-    worker.start()
-    assert len(read_samples(large)) == KEPT_FROM // 400
-    assert results.get(timeout=60) == (KEPT_FROM // 400, "7")
-    worker.join()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        there, seventh = pool.submit(read_samples, large), pool.submit(samples.__getitem__, 7)
+        assert len(read_samples(large)) == len(there.result()) == KEPT_FROM // 400
+        assert seventh.result().id == "7"
     assert not list(large.parent.glob("*.tmp"))
 
 

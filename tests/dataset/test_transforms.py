@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from dataset.transforms import FrameTransform
 
@@ -11,12 +12,9 @@ MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
 @pytest.mark.parametrize("shape", [(90, 160), (160, 90), (61, 61), (33, 200), (48, 48)])
 def test_crop_equals_the_clip_processor_of_transformers(shape):
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
     noise = np.random.default_rng(0).integers(0, 256, (3, *shape, 3), np.uint8)
-    processor = CLIPImageProcessorPil(
-        size={"shortest_edge": 48}, crop_size=48, image_mean=MEAN, image_std=STD
-    )
+    sizes = {"size": {"shortest_edge": 48}, "crop_size": 48}
+    processor = CLIPImageProcessorPil(**sizes, image_mean=MEAN, image_std=STD)
     expected = processor(list(noise), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(FrameTransform(48, MEAN, STD)(noise), expected, atol=1e-5, rtol=0)
 
@@ -48,23 +46,20 @@ def test_squash_and_pad_keep_the_whole_picture():
 
 @pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
 def test_a_line_one_pixel_wide_has_a_size(resize):
+    transform = FrameTransform(16, MEAN, STD, resize=resize)
     for shape in ((1, 1), (1, 300), (300, 1)):
-        transform = FrameTransform(16, MEAN, STD, resize=resize)
         assert transform(np.zeros((2, *shape, 3), np.uint8)).shape == (2, 3, 16, 16)
 
 
 def test_transform_reads_the_towers_own_configuration(tmp_path):
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
     CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size=48).save_pretrained(tmp_path)
     transform = FrameTransform.from_pretrained(tmp_path)
     assert (transform.image_size, transform.resize, transform.resample) == (48, "crop", 3)
     assert transform.describe()["mean"] == pytest.approx([0.48145466, 0.4578275, 0.40821073])
 
     file = tmp_path / "preprocessor_config.json"
-    file.write_text(
-        '{"size": {"height": 64, "width": 64}, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}'
-    )
+    statistics = '"image_mean": [0, 0, 0], "image_std": [1, 1, 1]'
+    file.write_text('{"size": {"height": 64, "width": 64}, ' + statistics + "}")
     assert FrameTransform.from_pretrained(tmp_path).resize == "squash"
     assert FrameTransform.from_pretrained(tmp_path, resize="pad").resize == "pad"
     for content in ("{", '{"size": 64}', "[]"):

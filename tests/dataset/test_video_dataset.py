@@ -13,13 +13,12 @@ from dataset.conversation import IGNORED, encode
 from dataset.samples import read_samples
 from dataset.video_dataset import LengthGroupedBatchSampler, VideoDataset, collate
 
-ROOT = Path(__file__).resolve().parents[2]
 P, D = 6, 4  # tokens a visual and width
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(ROOT / "model" / "text_tokenizer")
+    return AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "model/text_tokenizer")
 
 
 class MadeUpSource:
@@ -43,15 +42,12 @@ def line(question="What?", answer="A cat.", **fields) -> dict:
     return {"conversations": turns, **fields}
 
 
-def write(path, *records) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
 @pytest.fixture
 def make(tmp_path, tokenizer):
     def make(*records, **options):
-        samples = read_samples(write(tmp_path / "data.jsonl", *records))
+        path = tmp_path / "data.jsonl"
+        path.write_text("\n".join(map(json.dumps, records)))
+        samples = read_samples(path)
         return VideoDataset(samples, tokenizer, MadeUpSource(), lambda frames: P, **options)
 
     return make
@@ -61,9 +57,8 @@ def make(tmp_path, tokenizer):
 
 
 def test_a_row_is_one_conversation_with_its_visuals(make, tokenizer):
-    dataset = make(
-        line(video="2.mp4"), line("Say it."), line("<image>, <image>", image="1.jpg,3.jpg")
-    )
+    pictures = line("<image>, <image>", image="1.jpg,3.jpg")
+    dataset = make(line(video="2.mp4"), line("Say it."), pictures)
     (row,) = dataset[0]
     alone = encode(tokenizer, dataset.samples[0].messages, [P])
     end = len(row.input_ids)
@@ -90,9 +85,7 @@ def test_a_visual_that_cannot_be_read_is_reported_not_raised(make):
     assert batch["sample_ids"] == ["y"] and batch["inputs"]["input_ids"].shape[0] == 1
 
     nothing = collate([dataset[0]], pad_id=0)
-    assert (
-        nothing["inputs"] == {} and nothing["supervised_tokens"] == 0 and len(nothing["bad"]) == 1
-    )
+    assert (nothing["inputs"], nothing["supervised_tokens"], len(nothing["bad"])) == ({}, 0, 1)
 
 
 def test_a_conversation_that_is_too_long_is_cut_or_reported(make):
@@ -103,19 +96,12 @@ def test_a_conversation_that_is_too_long_is_cut_or_reported(make):
     assert reported.input_ids == [] and "--max_seq_len" in reported.bad[0]["reason"]
 
 
-@pytest.mark.parametrize(
-    "sample, reason",
-    [
-        (
-            {"conversations": [{"from": "human", "value": "What?"}]},
-            "the last turn must be an answer",
-        ),
-        (line(video="3.mp4", start=1, end=2.5), "training sees whole videos: cut the part out"),
-    ],
-)
-def test_a_sample_that_nothing_can_be_learnt_from_stops_at_once(make, sample, reason):
-    with pytest.raises(ValueError, match=rf"data\.jsonl:2: .*{reason}"):
-        make(line(), sample)
+def test_a_sample_that_nothing_can_be_learnt_from_stops_at_once(make):
+    unanswered = {"conversations": [{"from": "human", "value": "What?"}]}
+    with pytest.raises(ValueError, match=r"data\.jsonl:2: .*the last turn must be an answer"):
+        make(line(), unanswered)
+    with pytest.raises(ValueError, match=r"data\.jsonl:2: .*training sees whole videos: cut the "):
+        make(line(), line(video="3.mp4", start=1, end=2.5))
 
 
 # ------------------------------------------------------------------------------- shared prefix
@@ -183,18 +169,13 @@ def test_a_shared_row_never_exceeds_max_length(make):
     assert all(len(row.visuals) == 1 and sum(row.visual_mask) == P for row in rows)
 
 
-def test_texts_that_look_alike_only_when_joined_are_not_shared(make):
-    system = {"from": "system", "value": "a"}
+def test_what_only_looks_alike_is_not_shared(make):
     one, other = line("b<video>", video="2.mp4"), line("a\0b<video>", video="2.mp4")
-    one["conversations"].insert(0, system)
-    dataset = make(one, other, share_prefix=True)
-    assert rows_of(dataset) == [[0], [1]] and dataset[0] and dataset[1]
-
-
-def test_visuals_after_an_answer_are_not_shared(make):
-    turns = [("human", "Hi"), ("gpt", "Hello"), ("human", "<video>?"), ("gpt", "A cat.")]
-    late = {"video": "2.mp4", "conversations": [{"from": f, "value": v} for f, v in turns]}
-    assert rows_of(make(late, late, share_prefix=True)) == [[0], [1]]
+    one["conversations"].insert(0, {"from": "system", "value": "a"})
+    late = line("<video>?", video="2.mp4")  # the visual comes after an answer
+    late["conversations"] = line("Hi", "Hello")["conversations"] + late["conversations"]
+    dataset = make(one, other, late, late, share_prefix=True)
+    assert rows_of(dataset) == [[0], [1], [2], [3]] and dataset[0] and dataset[1]
 
 
 def test_shared_rows_give_the_loss_of_the_conversations_alone(make):
@@ -208,19 +189,13 @@ def test_shared_rows_give_the_loss_of_the_conversations_alone(make):
     def loss(rows):
         inputs = collate(rows, pad_id=0)["inputs"]
         for name in ("visual_mask", "visual_features", "frames_per_visual"):
-            inputs.pop(name)  # the placeholders' own embeddings serve here
+            inputs.pop(name, None)  # the placeholders' own embeddings serve here
         return model(**inputs).loss.item()
 
     shared, alone = make(*QUESTIONS, *OTHERS, share_prefix=True), make(*QUESTIONS, *OTHERS)
     together = loss([shared[i] for i in range(len(shared))])
-    one_by_one = sum(loss([alone[i]]) for i in (3, 0, 1, 2, 4, 5)) + _text_loss(model, alone[6])
+    one_by_one = sum(loss([alone[i]]) for i in (3, 0, 1, 2, 4, 5, 6))
     assert together == pytest.approx(one_by_one, rel=1e-5)
-
-
-def _text_loss(model, rows) -> float:
-    inputs = collate([rows], pad_id=0)["inputs"]
-    assert "visual_features" not in inputs and "segment_ids" not in inputs
-    return model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss.item()
 
 
 # ------------------------------------------------------------------------------------- batches
@@ -264,17 +239,14 @@ def test_segments_come_only_with_shared_rows(make):
     assert (inputs["position_ids"][padding] == 0).all()
     plain = collate([dataset[1], dataset[2]], pad_id=0)["inputs"]
     assert "segment_ids" not in plain and "position_ids" not in plain
+    assert "visual_features" not in collate([dataset[4]], pad_id=0)["inputs"]
 
 
 def test_a_loader_with_workers_gives_the_same_batches(make):
     dataset = make(*QUESTIONS, *OTHERS, share_prefix=True)
     sampler = LengthGroupedBatchSampler(dataset.lengths, 2, seed=1)
-    loaders = [
-        DataLoader(
-            dataset, batch_sampler=sampler, collate_fn=partial(collate, pad_id=0), num_workers=n
-        )
-        for n in (0, 1)
-    ]
+    options = {"batch_sampler": sampler, "collate_fn": partial(collate, pad_id=0)}
+    loaders = [DataLoader(dataset, num_workers=n, **options) for n in (0, 1)]
     here, there = ([batch["inputs"]["input_ids"].tolist() for batch in x] for x in loaders)
     assert here == there and len(here) == len(sampler) == 3
 
@@ -291,9 +263,7 @@ def batches_of_ranks(lengths, world, *arguments, **options) -> list[list[list[in
     ]
     batches = [list(sampler) for sampler in samplers]
     assert {len(own) for own in batches} == {len(samplers[0])}
-    assert sorted(row for own in batches for batch in own for row in batch) == list(
-        range(len(lengths))
-    )
+    assert sorted(sum(sum(batches, []), [])) == list(range(len(lengths)))
     return batches
 
 
@@ -335,9 +305,8 @@ def test_fewer_processes_take_the_batches_of_more():
     assert alone.plan_for(2) == 2
     joined = list(alone)
     assert len(joined) == len(alone) == 2 * len(of_two[0])
-    for step in range(len(of_two[0])):
-        both = of_two[0][step] + of_two[1][step]
-        assert sorted(joined[2 * step] + joined[2 * step + 1]) == sorted(both)
+    for i, both in enumerate(zip(*of_two, strict=True)):
+        assert sorted(joined[2 * i] + joined[2 * i + 1]) == sorted(sum(both, []))
 
 
 def test_rows_of_like_length_meet_in_a_batch():
@@ -354,10 +323,9 @@ def test_order_depends_on_seed_and_epoch_alone():
         sampler.set_epoch(epoch)
         return list(sampler)
 
-    assert order(0, 1) == order(0, 1)
-    assert order(0, 1) != order(0, 2) and order(0, 1) != order(1, 1)
-    batches = [{frozenset(batch) for batch in order(0, epoch)} for epoch in (1, 2)]
-    assert not batches[0] & batches[1]
+    assert order(0, 1) == order(0, 1) != order(1, 1)
+    first, second = ({frozenset(batch) for batch in order(0, epoch)} for epoch in (1, 2))
+    assert not first & second
 
 
 def test_skip_resumes_in_the_middle_of_one_epoch():
