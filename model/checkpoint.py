@@ -17,7 +17,7 @@ import torch
 from files import whole_file
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
-from model.import_weights import LLM, LoadReport, import_weights, pair_halves, read_json
+from model.import_weights import LoadReport, import_weights, pair_halves, read_json
 from model.lora import merged_state
 from model.minimind import MiniMind
 from model.vision_tower import VisionTower
@@ -37,7 +37,7 @@ def prepare_save(path: str | Path, model: Cinego | MiniMind, meta: dict) -> Call
     become by then."""
     path = Path(path)
     state = {k: weight.detach().to("cpu", copy=True) for k, weight in merged_state(model).items()}
-    about = {"model": type(model).__name__, "model_config": model.config.to_dict(), **meta}
+    about = {**meta, "model": type(model).__name__, "model_config": model.config.to_dict()}
     text = json.dumps(about, indent=2, ensure_ascii=False, sort_keys=True)
 
     def write() -> None:
@@ -147,13 +147,7 @@ def _fill(model: Cinego | MiniMind, found: LoadReport) -> None:
 
     Raises ValueError with all names that don't fit, some of each kind.
     """
-    state, source = found.state, found.source
-    prefix = LLM if found.has_vision else ""
-    head, embedding = f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"
-    if head in state:  # MiniMind writes the tied weight twice
-        if embedding not in state or not torch.equal(state[head], state[embedding]):
-            raise ValueError(f"{source}: {head} isn't tied to {embedding}, which Cinego needs")
-        del state[head]
+    state = found.state
     expected = model.state_dict()
     shapes = [
         f"{name} is {tuple(state[name].shape)} in the file, {tuple(weight.shape)} in the model"
@@ -167,8 +161,8 @@ def _fill(model: Cinego | MiniMind, found: LoadReport) -> None:
         problems += names[:6] + [f"… {len(names) - 6} more"] * (len(names) > 6)
     if problems:
         raise ValueError(
-            f"{source} is a checkpoint of another size or architecture: set the width, layers and "
-            "heads that it was trained with\n  " + "\n  ".join(problems)
+            f"{found.source} is a checkpoint of another size or architecture: set the width, "
+            "layers and heads that it was trained with\n  " + "\n  ".join(problems)
         )
     language_model = model.config.language_model if found.has_vision else model.config
     for name in expected:

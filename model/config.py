@@ -17,12 +17,8 @@ def has_cls(tokens_per_frame: int) -> bool:
 class _Config:
     """What both configs share: a check of all values at once, and the way to JSON and back."""
 
-    def problems(self) -> list[str]:
-        """Everything that keeps this config from being built, in words; each class has its own."""
-        raise NotImplementedError
-
     def validate(self) -> Self:
-        """Itself, or a ValueError that lists all problems."""
+        """Itself, or a ValueError that lists all `problems`, of which each class has its own."""
         if problems := self.problems():
             raise ValueError(f"{type(self).__name__}: " + "; ".join(problems))
         return self

@@ -58,9 +58,7 @@ _SETTINGS = {  # of LanguageModelConfig: in MiniMind's own config.json, where it
     "num_attention_heads": "n_heads",
     "num_key_value_heads": "n_kv_heads",
     "rms_norm_eps": "norm_eps",
-    **dict.fromkeys(
-        ("vocab_size", "intermediate_size", "max_position_embeddings", "rope_theta"), ""
-    ),
+    **dict.fromkeys(("vocab_size", "intermediate_size", "max_position_embeddings", "rope_theta")),
 }
 
 
@@ -172,8 +170,7 @@ def _read_directory(directory: Path) -> tuple[dict[str, Tensor], dict]:
     # What scripts/export_hf.py wrote brings our own settings along, and its tower.
     exported = config.get("cinego")
     given = {} if exported is None else _flat_settings(exported, about)
-    is_ours = exported is not None and config.get("model_type") == "cinego"  # 2025's is so, too
-    if not is_ours:
+    if exported is None or config.get("model_type") != "cinego":  # 2025's is "cinego", too
         given |= _transformers_settings(config, about)
     return read_tensors(file), given
 
@@ -205,20 +202,18 @@ def _transformers_settings(config: dict, about: Path) -> dict:
         if found.get("num_experts_per_tok") == 1 and "n_routed_experts" in config:
             found["norm_topk_prob"] = False  # MiniMind2 never scaled a single weight
 
-    sparse_step = config.get("decoder_sparse_step", 1)
-    fits = {
-        f"model_type {family}": family in _FAMILIES,
-        "use_sliding_window": not config.get("use_sliding_window"),
-        "dense layers among experts": not config.get("mlp_only_layers") and sparse_step == 1,
+    rope_type, act = rope.get("rope_type", rope.get("type")), config.get("hidden_act")
+    scoring, sparse_step = config.get("scoring_func"), config.get("decoder_sparse_step", 1)
+    problems = {
+        f"model_type {family}": family not in _FAMILIES,
+        "use_sliding_window": config.get("use_sliding_window"),
+        "dense layers among experts": config.get("mlp_only_layers") or sparse_step != 1,
+        f"rope_type {rope_type}": rope_type not in (None, "default"),
+        f"hidden_act {act}": act not in (None, "silu"),
+        f"scoring_func {scoring}": scoring not in (None, "softmax"),
     }
-    for name, value, usual in (
-        ("rope_type", rope.get("rope_type", rope.get("type")), "default"),
-        ("hidden_act", config.get("hidden_act"), "silu"),
-        ("scoring_func", config.get("scoring_func"), "softmax"),
-    ):
-        fits[f"{name} {value}"] = value in (None, usual)
-    if problems := [problem for problem, fit in fits.items() if not fit]:
-        raise ValueError(f"{about}: Cinego's language model has no {', '.join(problems)}")
+    if found_problems := [problem for problem, is_there in problems.items() if is_there]:
+        raise ValueError(f"{about}: Cinego's language model has no {', '.join(found_problems)}")
     if family in ("minimind-v", "cinego") and isinstance(config.get("image_ids"), list):
         found["image_ids"] = config["image_ids"]
     return found
@@ -233,20 +228,31 @@ def _recognise(state: dict[str, Tensor], source: Path, given: dict) -> LoadRepor
     left_out = [name for name in state if _UNNEEDED.search(plain[name])]
     for name in left_out:
         del state[name], plain[name]
-    _check_tensors(state, source)
+    # Quantised weights would be read as nonsense, and a crafted tensor that claims a shape that its
+    # bytes don't fill would fill the memory once it is copied.
+    floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    odd = [
+        f"{name} ({weight.dtype}, {tuple(weight.shape)})"
+        for name, weight in state.items()
+        if weight.dtype not in floats
+        or weight.layout != torch.strided
+        or weight.nbytes > weight.untyped_storage().nbytes()
+    ]
+    if odd:
+        raise ValueError(
+            f"{source} isn't a readable state dict: these aren't whole tensors of floating-point "
+            f"numbers: {', '.join(odd[:6])}"
+        )
 
     def has(*starts: str) -> bool:
         return any(name.startswith(starts) for name in plain.values())
 
-    old, ours = has("tok_embeddings."), has(LLM)
-    ancestor = "Cinego"
-    if has("vision_proj.vision_proj."):
+    ancestor = "Cinego 2025" if has("video_summarizer.") else "Cinego"
+    if has(PROJECTOR + PROJECTOR):
         ancestor = "MiniMind-V"
-    elif has("video_summarizer."):
-        ancestor = "Cinego 2025"
-    has_vision = ours or ancestor != "Cinego" or has(PROJECTOR, SUMMARY)
-    found = LoadReport({}, source, given)
-    found.has_vision, found.interleaved, found.left_out = has_vision, old, left_out
+    has_vision = ancestor != "Cinego" or has(LLM, PROJECTOR, SUMMARY)
+    old = has("tok_embeddings.")
+    found = LoadReport({}, source, given, has_vision=has_vision, interleaved=old, left_out=left_out)
     for name, new in plain.items():
         for theirs, our in _VISION_NAMES + (_OLD_NAMES if old else ()):
             new = theirs.sub(our, new)
@@ -257,9 +263,11 @@ def _recognise(state: dict[str, Tensor], source: Path, given: dict) -> LoadRepor
         found.state[new] = state.pop(name)
     prefix = LLM if has_vision else ""
     head, embedding = f"{prefix}lm_head.weight", f"{prefix}model.embed_tokens.weight"
-    if head in found.state and embedding not in found.state:
+    if head in found.state:  # MiniMind writes the tied weight twice
+        weight = found.state.pop(head)
         # safetensors' save_model keeps one name of a shared tensor, the first by alphabet.
-        found.state[embedding] = found.state.pop(head)
+        if not torch.equal(weight, found.state.setdefault(embedding, weight)):
+            raise ValueError(f"{source}: {head} isn't tied to {embedding}, which Cinego needs")
     found.title = _infer_language_model(found, prefix)
     if has_vision:
         _infer_vision(found, ancestor)
@@ -274,24 +282,6 @@ def pair_halves(weight: Tensor, head_dim: int) -> Tensor:
     Queries and keys move alike, so their products stay, and attention sees nothing else of them.
     """
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-
-
-def _check_tensors(state: dict[str, Tensor], source: Path) -> None:
-    """Quantised weights would be read as nonsense, and a crafted tensor that claims a shape that
-    its bytes don't fill would fill the memory once it is copied."""
-    floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    odd = [
-        f"{name} ({weight.dtype}, {tuple(weight.shape)})"
-        for name, weight in state.items()
-        if weight.dtype not in floats
-        or weight.layout != torch.strided
-        or weight.nbytes > weight.untyped_storage().nbytes()
-    ]
-    if odd:
-        raise ValueError(
-            f"{source} isn't a readable state dict: these aren't whole tensors of floating-point "
-            f"numbers: {', '.join(odd[:6])}"
-        )
 
 
 def _matrix(found: LoadReport, name: str) -> Tensor:
@@ -315,12 +305,12 @@ def _infer_language_model(found: LoadReport, prefix: str) -> str:
     kv_width = len(_matrix(found, first + "self_attn.k_proj.weight"))
     q_norm = found.state.get(first + "self_attn.q_norm.weight")
 
-    theta, eps, usual_heads = 1e6, 1e-5, 8
+    theta, eps, heads = 1e6, 1e-5, 8
     if found.interleaved and 2 * kv_width >= width:
         # Names don't tell Oct 2024 from Feb 2025, but 2 queries share a key there, and 4 here.
         title, theta = "MiniMind, Oct 2024", 1e4
-        if width >= 512:  # no narrower one was published, and in 16 its heads would be slivers
-            usual_heads = 16
+        # None narrower than 512 was published, and in 16 its heads would be slivers.
+        heads = 16 if width >= 512 else 8
     elif found.interleaved:
         title = "MiniMind2, Feb 2025"
     elif q_norm is None:
@@ -333,7 +323,7 @@ def _infer_language_model(found: LoadReport, prefix: str) -> str:
     elif q_norm is not None:
         heads = width // len(q_norm)
     else:
-        heads = found.assumed["num_attention_heads"] = usual_heads
+        found.assumed["num_attention_heads"] = heads
     found.assumed |= {"rope_theta": theta, "rms_norm_eps": eps}
     mlp = first + "mlp."
     if mlp + "gate.weight" in found.state:

@@ -37,7 +37,6 @@ _OF_GENERATION = {
     "MiniMind2, Apr 2025": (MINIMIND_2025, MINIMIND_2024),
     "MiniMind-3": (MINIMIND_2026,),
 }
-_MINIMIND_VOCABULARY = 6400
 _MAX_BYTES = 128 << 20  # three times those of a vocabulary of 256,000 entries
 _PLAIN_TEXT = (
     "The weather is fine today, so we are going for a walk in the park with our children.",
@@ -65,11 +64,9 @@ def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             f"{_MAX_BYTES:,}: give another --tokenizer_path"
         )
     # Not AutoTokenizer alone: an exported model's folder has code beside it, which that would run.
-    is_fast = vocabulary.is_file()
+    reader = PreTrainedTokenizerFast if vocabulary.is_file() else AutoTokenizer
     try:
-        return (PreTrainedTokenizerFast if is_fast else AutoTokenizer).from_pretrained(
-            folder, local_files_only=True
-        )
+        return reader.from_pretrained(folder, local_files_only=True)
     except (ValueError, OSError) as error:
         raise ValueError(
             f"--tokenizer_path {path}: no tokenizer can be read there "
@@ -110,21 +107,20 @@ def check_tokenizer(
         )
     if accept:
         return
+    fitting = ()
     if recorded := about.get("lineage", {}).get("tokenizer"):
         fitting = (recorded,)
-    elif "model" not in about and config.vocab_size == _MINIMIND_VOCABULARY:
+    elif "model" not in about and config.vocab_size == 6400:  # as all of MiniMind's
         title = model.load_report.title
         fitting = next((its for name, its in _OF_GENERATION.items() if name in title), ())
-    else:
-        fitting = ()
-    if fitting and tokenizer_fingerprint(tokenizer) not in fitting:
+    if fitting:
+        if tokenizer_fingerprint(tokenizer) in fitting:
+            return
         raise ValueError(
             f"{folder} isn't the tokenizer that {source} was trained with: the ids mean other "
             f"words. {_how_to_get(fitting[0])} If you trained these weights with it, give "
             "--accept_tokenizer."
         )
-    if fitting:
-        return
     loss, chance = _loss_on_plain_text(model, tokenizer), math.log(config.vocab_size)
     if not loss <= chance:
         raise ValueError(
