@@ -30,7 +30,6 @@ from transformers import (
     CLIPImageProcessorPil,
     GenerationConfig,
     LlamaConfig,
-    PreTrainedConfig,
     PreTrainedTokenizerBase,
     Qwen3Config,
 )
@@ -39,7 +38,6 @@ from cli import TOKENIZER_PATH, VISION_PATH, Flags, flag, launch, parse_flags
 from dataset.video import FrameTransform
 from model.checkpoint import load_model, read_about, save_model
 from model.cinego import Cinego
-from model.config import LanguageModelConfig
 from model.generate import MAX_NEW_TOKENS
 from model.minimind import MiniMind
 from model.tokenizer import check_tokenizer, open_tokenizer, tokenizer_fingerprint
@@ -87,8 +85,8 @@ def export_video_language_model(
     """Writes everything that answering about a video takes into `directory`.
 
     model: with the tower of `vision_path`. about: what training wrote beside it, if it is ours.
-    Raises ValueError for a tower that isn't the model's, for frames that
-    transformers' image processor can't make, and where `directory` has something in it.
+    Raises ValueError for a tower that isn't the model's, for frames that transformers' image
+    processor can't make, and where `directory` has something in it.
     """
     trained_with = about.get("lineage", {}).get("vision_tower")
     if trained_with not in (None, model.vision_tower.fingerprint()):
@@ -96,8 +94,8 @@ def export_video_language_model(
             f"{vision_path} isn't the vision tower that the model was trained with: its weights "
             "differ; name that tower (--vision_path)"
         )
-    resize = about.get("training", {}).get("resize", "tower")
-    transform = FrameTransform.from_pretrained(vision_path, resize)
+    training = about.get("training", {})
+    transform = FrameTransform.from_pretrained(vision_path, training.get("resize", "tower"))
     if transform.resize == "pad":
         raise ValueError(
             "the model was trained with --resize pad, which transformers' CLIP image processor "
@@ -114,20 +112,19 @@ def export_video_language_model(
     exported.cinego.load_state_dict(model.state_dict(), strict=True, assign=True)
     config.dtype = torch.float32
 
-    exported.generation_config = generation_config(tokenizer)
+    exported.generation_config = GenerationConfig(
+        max_new_tokens=MAX_NEW_TOKENS, **special_ids(tokenizer)
+    )
     processor = CinegoProcessor(
         image_processor(transform),
         tokenizer,
-        num_frames=num_frames or about.get("training", {}).get("num_frames", 8),
+        num_frames=num_frames or training.get("num_frames", 8),
         tokens_per_frame=model.config.tokens_per_frame,
         summary=model.config.summary,
     )
-    for part, auto_class in (
-        (config, "AutoConfig"),
-        (exported, "AutoModelForCausalLM"),
-        (processor, "AutoProcessor"),
-    ):
-        type(part).register_for_auto_class(auto_class)
+    CinegoHubConfig.register_for_auto_class("AutoConfig")
+    CinegoForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    CinegoProcessor.register_for_auto_class("AutoProcessor")
 
     with whole_directory(directory) as folder:
         exported.save_pretrained(folder)
@@ -138,28 +135,11 @@ def export_video_language_model(
 def export_language_model(
     model: MiniMind, about: dict, directory: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Writes `model` in the layout that transformers, and what reads its models, knows.
+    """Writes `model` as the family in transformers that computes the same: Llama or Qwen3.
 
     Raises ValueError for experts, and where `directory` has something in it.
     """
-    config = usual_config(model.config)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config, name, getattr(tokenizer, name))
-    # What this layout has no name for, so that the way back is exact.
-    config.cinego = {**about, "model": "MiniMind", "model_config": model.config.to_dict()}
-    config.dtype = torch.float32
-
-    with whole_directory(directory) as folder:
-        config.save_pretrained(folder)
-        generation_config(tokenizer).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        # Our names are these families' own, and the head is tied: there is nothing to rename.
-        save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def usual_config(ours: LanguageModelConfig) -> PreTrainedConfig:
-    """The same numbers for the family in transformers that computes the same; ValueError for
-    experts."""
+    ours = model.config
     if ours.num_experts:
         raise ValueError(
             "a mixture of experts isn't written for transformers alone: convert it to a .pth, or "
@@ -170,28 +150,36 @@ def usual_config(ours: LanguageModelConfig) -> PreTrainedConfig:
         *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
         *("rms_norm_eps", "initializer_range", "head_dim"),
     )
-    settings = {name: getattr(ours, name) for name in same} | {
-        "hidden_act": "silu",
-        "attention_dropout": ours.dropout,
-        "rope_parameters": {"rope_type": "default", "rope_theta": ours.rope_theta},
-        "tie_word_embeddings": True,
-    }
-    family = "Qwen3" if ours.qk_norm else "Llama"
     config_class = Qwen3Config if ours.qk_norm else LlamaConfig
-    return config_class(**settings, architectures=[f"{family}ForCausalLM"])
+    config = config_class(
+        **{name: getattr(ours, name) for name in same},
+        **special_ids(tokenizer),
+        hidden_act="silu",
+        attention_dropout=ours.dropout,
+        rope_parameters={"rope_type": "default", "rope_theta": ours.rope_theta},
+        tie_word_embeddings=True,
+        architectures=[f"{'Qwen3' if ours.qk_norm else 'Llama'}ForCausalLM"],
+    )
+    # What this layout has no name for, so that the way back is exact.
+    config.cinego = {**about, "model": "MiniMind", "model_config": ours.to_dict()}
+    config.dtype = torch.float32
+
+    with whole_directory(directory) as folder:
+        config.save_pretrained(folder)
+        ids = special_ids(tokenizer)
+        GenerationConfig(max_new_tokens=MAX_NEW_TOKENS, **ids).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        # Our names are these families' own, and the head is tied: there is nothing to rename.
+        save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 # ---- parts
 
 
-def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """What transformers' generate() does unless it is asked for something else."""
-    return GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        max_new_tokens=MAX_NEW_TOKENS,
-    )
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    """The tokens that a config and generate()'s settings name."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: getattr(tokenizer, name) for name in names}
 
 
 def image_processor(transform: FrameTransform) -> CLIPImageProcessorPil:
@@ -257,8 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     print(model.load_report)
     about = read_about(flags.source)
     if to_pth:
-        own = ("model", "model_config")  # save_model writes these again
-        save_model(target, model, {k: v for k, v in about.items() if k not in own})
+        save_model(target, model, about)
     else:
         tokenizer = open_tokenizer(flags.tokenizer_path)
         check_tokenizer(model, tokenizer, about, flags.accept_tokenizer)
