@@ -75,15 +75,15 @@ def seconds(work: Callable[[], object], times: int = 1) -> float:
     return (time.perf_counter() - started) / times
 
 
-def batches_of(tokens: int, number: int, share: bool, frames: int = 8) -> list[dict]:
+def batches_of(tokens: int, number: int, share: bool) -> list[dict]:
     """Pinned, as a DataLoader hands them over."""
     with tempfile.TemporaryDirectory() as folder:
         samples = make_samples(max(112, tokens * number // 64), folder)
     how = {"tokens": tokens, "max_length": 1024, "share_prefix": share}
-    batches = make_batches(samples, Source(frames), number, **how)
+    batches = make_batches(samples, Source(8), number, **how)
     for batch in batches:
-        pinned = {k: v.pin_memory() for k, v in batch["inputs"].items() if hasattr(v, "to")}
-        batch["inputs"] |= pinned
+        inputs = batch["inputs"]
+        inputs |= {k: v.pin_memory() for k, v in inputs.items() if hasattr(v, "to")}
     return batches
 
 
@@ -126,10 +126,8 @@ def correct(device: torch.device, flags: GpuFlags) -> None:
             model.load_state_dict(state)
             loss = compute_loss(SummedLoss(model.to(where, weights)), batch, autocast, where)
             loss.backward()
-            found = [
-                p.grad.double().cpu().flatten() for p in model.parameters() if p.grad is not None
-            ]
-            return loss.item(), torch.cat(found)
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            return loss.item(), torch.cat([grad.double().cpu().flatten() for grad in grads])
 
         for share in (True, False):
             (batch,) = batches_of(2048, 1, share)
@@ -138,12 +136,9 @@ def correct(device: torch.device, flags: GpuFlags) -> None:
                 loss, found = gradients(device, batch, weights, autocast)
                 error = ((found - exact).norm() / exact.norm()).item()
                 verdict = "ok" if error < limit else f"WRONG: more than {limit:g}"
-                rows = "shared" if share else "single"
-                print(
-                    f"{name:14} {rows:7} {precision:9} loss {loss / exact_loss - 1:+.1e}, "
-                    f"gradient {error:.1e}  {verdict}",
-                    flush=True,
-                )
+                case = f"{name:14} {'shared' if share else 'single':7} {precision:9}"
+                figures = f"loss {loss / exact_loss - 1:+.1e}, gradient {error:.1e}"
+                print(f"{case} {figures}  {verdict}", flush=True)
 
 
 def syncs(device: torch.device, flags: GpuFlags) -> None:
@@ -161,9 +156,8 @@ def syncs(device: torch.device, flags: GpuFlags) -> None:
         with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profile:
             step(batch)
             torch.cuda.synchronize()
-        rows = [
-            r for r in profile.key_averages() if r.device_type == torch.autograd.DeviceType.CUDA
-        ]
+        cuda = torch.autograd.DeviceType.CUDA
+        rows = [row for row in profile.key_averages() if row.device_type == cuda]
         rows.sort(key=lambda row: -row.self_device_time_total)
         busy = sum(row.self_device_time_total for row in rows) / 1e3
         print(

@@ -91,13 +91,6 @@ def measure_rate(run: Callable[[], int], device: torch.device, seconds: float) -
     return count * cores / max(clock() - start, 1e-9)
 
 
-def measure_product(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    """FLOPs a second of a large matrix product: what the machine can reach at all."""
-    size = 1024 if device.type == "cpu" else 8192
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    return measure_rate(lambda: (a @ a).shape[0] * 2 * size**2, device, seconds / 2)
-
-
 def measure_decoding(flags: SpeedFlags, folder: str) -> Part:
     path = Path(folder, "clip.mp4")
     make_clip(path, flags.video_seconds)
@@ -121,9 +114,7 @@ def measure_tower(flags: SpeedFlags, device: torch.device) -> Part:
     return Part("tower", rate, rate * counter.get_total_flops())
 
 
-def measure_loader_and_step(
-    flags: SpeedFlags, device: torch.device, folder: str
-) -> tuple[Part, Part]:
+def measure_loader_and_step(flags: SpeedFlags, device: torch.device, folder: str) -> list[Part]:
     samples, source = make_samples(84, folder), CachedSource(folder, flags.num_frames)
     batches: list[dict] = []
 
@@ -144,7 +135,7 @@ def measure_loader_and_step(
     with FlopCounterMode(display=False) as counter:
         videos = step()
     rate = measure_rate(step, device, flags.seconds)
-    return loader, Part("step", rate, rate * counter.get_total_flops() / videos)
+    return [loader, Part("step", rate, rate * counter.get_total_flops() / videos)]
 
 
 def describe(parts: list[Part], product: float, device: str) -> str:
@@ -153,15 +144,12 @@ def describe(parts: list[Part], product: float, device: str) -> str:
     lines = [f"{'':<10}{'videos/s':>10}{'GFLOP/s':>10}{'of a product':>14}"]
     slow = []
     for part in parts:
-        share = part.flops_per_second / product
-        cells = [f"{part.videos_per_second:.1f}"]
+        lines.append(f"{part.name:<10}{part.videos_per_second:>10.1f}")
         if part.flops_per_second:
-            cells += [f"{part.flops_per_second / 1e9:.0f}", f"{share:.0%}"]
+            share = part.flops_per_second / product
+            lines[-1] += f"{part.flops_per_second / 1e9:>10.0f}{share:>14.0%}"
             if share < usual.get(part.name, 0):
                 slow.append(f"{part.name} ({share:.0%}, usual is {usual[part.name]:.0%} or more)")
-        # Not strict: a part without arithmetic of its own has fewer figures.
-        cells = [f"{cell:>{width}}" for cell, width in zip(cells, (10, 10, 14), strict=False)]
-        lines.append(f"{part.name:<10}" + "".join(cells))
     lines.append(f"a large matrix product: {product / 1e9:.0f} GFLOP/s")
     rate = {part.name: part.videos_per_second for part in parts}
     for job, names in (
@@ -171,14 +159,13 @@ def describe(parts: list[Part], product: float, device: str) -> str:
     ):
         slowest = min(names, key=lambda name: rate[name])
         lines.append(f"{job} waits for: {slowest} ({rate[slowest]:.1f} videos/s)")
-    if not usual:
-        return "\n".join(lines)
-    lines.append(
-        f"NOT NORMAL: {', '.join(slow)}. Close other programs; compare torch's version and threads "
-        "(OMP_NUM_THREADS), power limits, and --dtype bfloat16 where the device has it"
-        if slow
-        else "Normal: the tower and the step make use of this machine as they should."
-    )
+    if slow:
+        lines.append(
+            f"NOT NORMAL: {', '.join(slow)}. Close other programs; compare torch's version and "
+            "threads (OMP_NUM_THREADS), power limits, and --dtype bfloat16 where the device has it"
+        )
+    elif usual:
+        lines.append("Normal: the tower and the step make use of this machine as they should.")
     return "\n".join(lines)
 
 
@@ -188,7 +175,10 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         parts = [measure_decoding(flags, folder), measure_tower(flags, device)]
         parts += measure_loader_and_step(flags, device, folder)
-    product = measure_product(device, getattr(torch, flags.dtype), flags.seconds)
+    # FLOPs a second of a large matrix product: what the machine can reach at all.
+    size = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(size, size, device=device, dtype=getattr(torch, flags.dtype))
+    product = measure_rate(lambda: len(a @ a) * 2 * size**2, device, flags.seconds / 2)
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(describe(parts, product, device.type))
 

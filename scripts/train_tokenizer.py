@@ -52,14 +52,7 @@ def standard_library_docstrings() -> Iterator[str]:
             text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
             # Prose only: examples and tables would spend merges on prompts, rulers and indents.
             lines = [line.strip() for line in text.splitlines() if ">>>" not in line]
-            lines = [re.sub(r" {2,}", " ", line) for line in lines if re.search("[a-z]{2}", line)]
-            yield from lines
-
-
-def level_1_characters() -> str:
-    """GB2312 level 1: rows 16 to 55 of the code table, 3755 characters in common use."""
-    cells = (bytes([row + 0xA0, cell + 0xA0]) for row in range(16, 56) for cell in range(1, 95))
-    return "".join(cell.decode("gb2312", errors="ignore") for cell in cells)
+            yield from (re.sub(" {2,}", " ", line) for line in lines if re.search("[a-z]{2}", line))
 
 
 def read_sections(path: Path) -> dict[str, list[str]]:
@@ -79,7 +72,9 @@ def training_text(extra: list[str]) -> Iterator[str]:
     words = {language: " ".join(sections[f"words {language}"]).split() for language in ("en", "zh")}
     common = dict.fromkeys("".join(sections["characters zh"]))
     yield from standard_library_docstrings()
-    weighted = [(character, CHARACTER_WEIGHT) for character in level_1_characters()]
+    # GB2312 level 1: rows 16 to 55 of the code table, 3755 characters in common use.
+    table = b"".join(bytes([row, cell]) for row in range(0xB0, 0xD8) for cell in range(0xA1, 0xFF))
+    weighted = [(character, CHARACTER_WEIGHT) for character in table.decode("gb2312", "ignore")]
     weighted += [(character, COMMON_CHARACTER_WEIGHT) for character in common]
     weighted += [(word, WORD_WEIGHT) for word in words["zh"]]
     for word in words["en"]:
