@@ -9,29 +9,9 @@ import select
 import signal
 import sys
 import time
-from pathlib import Path
 
-import numpy as np
-import pytest
-from PIL import Image
-
-import eval as evaluation
 from inference.parts import ROOT, TOKENIZER_PATH
 from scripts.export_hf import main as convert
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, tiny_checkpoint, tiny_tower) -> Path:
-    """Two pictures, an animation; hf/ is the tiny model as a directory for transformers."""
-    folder = tmp_path_factory.mktemp("chat")
-    paths = ["--vision_path", str(tiny_tower), "--tokenizer_path", str(TOKENIZER_PATH)]
-    convert([str(tiny_checkpoint), str(folder / "hf"), *paths])
-    random = np.random.default_rng(0)
-    for name in ("a.png", "b c.png"):
-        Image.fromarray(random.integers(0, 255, (112, 112, 3), np.uint8)).save(folder / name)
-    frames = [Image.new("RGB", (112, 112), (60 * i, 0, 255 - 60 * i)) for i in range(4)]
-    frames[0].save(folder / "clip.gif", save_all=True, append_images=frames[1:], duration=100)
-    return folder
 
 
 class Typist:
@@ -77,11 +57,13 @@ TIMES = (
 )
 
 
-def test_a_chat_of_many_turns_about_several_visuals(folder):
+def test_a_chat_of_many_turns_about_several_visuals(folder, tiny_checkpoint, tiny_tower, tmp_path):
     """The exported directory brings its own tower and tokenizer along."""
-    user = Typist("eval.py", "--load_from", folder / "hf", "--video", folder / "clip.gif")
+    paths = ["--vision_path", str(tiny_tower), "--tokenizer_path", str(TOKENIZER_PATH)]
+    convert([str(tiny_checkpoint), str(tmp_path / "hf"), *paths])
+    user = Typist("eval.py", "--load_from", tmp_path / "hf", "--video", folder / "clip.gif")
     assert "4 frames, at 0.0, 0.1, 0.2, 0.3 s" in user.until("Q: ")
-    user.type("/set max_new_tokens 5\nWhat moves?\n")
+    user.type("/set max_new_tokens 5\n\nWhat moves?\n")
     output = user.until(TIMES)
     assert "A: " in output and output.endswith(" 0 of them earlier)")
 
@@ -113,9 +95,9 @@ def test_a_chat_of_many_turns_about_several_visuals(folder):
     user.until(TIMES)
 
     for name in ("chat.json", "chat.txt", "chat.md"):
-        user.type(f"/save {folder}/{name}\n")
+        user.type(f"/save {tmp_path}/{name}\n")
         user.until(f"wrote .*{name}")
-    user.type(f"/save {folder}/chat.txt\n")
+    user.type(f"/save {tmp_path}/chat.txt\n")
     user.until("File exists")
     user.type("/reset\nWhat now?\n")
     assert re.search(TIMES, user.until(TIMES)).groups()[2] == "0"
@@ -124,7 +106,7 @@ def test_a_chat_of_many_turns_about_several_visuals(folder):
     user.until("<end>")
     assert user.end() == 0
 
-    turns = json.loads((folder / "chat.json").read_text())
+    turns = json.loads((tmp_path / "chat.json").read_text())
     questions = [turn["content"] for turn in turns[::2]]
     assert questions == [
         "<video>\nWhat moves?",
@@ -134,35 +116,27 @@ def test_a_chat_of_many_turns_about_several_visuals(folder):
         "Still there?",
     ]
     assert turns[2]["visuals"] == [f"{folder}/a.png", f"{folder}/b c.png"]
-    assert "Q: Tell me all.\nA: " in (folder / "chat.txt").read_text()
-    assert "\n\n**Q:** Tell me all.\n\n**A:** " in (folder / "chat.md").read_text()
+    assert "Q: Tell me all.\nA: " in (tmp_path / "chat.txt").read_text()
+    assert "\n\n**Q:** Tell me all.\n\n**A:** " in (tmp_path / "chat.md").read_text()
 
 
-def run(monkeypatch, capsys, folder, *flags) -> str:
-    flags = ["--load_from", folder / "hf", "--max_new_tokens", 4, "--device", "cpu", *flags]
-    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags)])
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
-    evaluation.main()
-    return capsys.readouterr().out
-
-
-def test_several_images_are_asked_about_one_by_one_or_together(folder, monkeypatch, capsys):
+def test_several_images_are_asked_about_one_by_one_or_together(run, folder):
     images = ["--image", folder / "a.png", folder / "b c.png", "--question", "Alike?"]
-    apart = run(monkeypatch, capsys, folder, *images)
+    apart = run(*images).out
     assert apart.count("Q: Alike?") == 2
-    together = run(monkeypatch, capsys, folder, *images, "--together")
+    together = run(*images, "--together").out
     assert together.count("Q: Alike?") == 1
     reads = [int(read) for _, read, _ in re.findall(TIMES, apart + together)]
     assert reads[0] == reads[1] and reads[2] > reads[1] + 50
 
 
-def test_questions_come_from_a_pipe_with_chat(folder, monkeypatch, capsys):
+def test_questions_come_from_a_pipe_with_chat(run, folder, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"/image {folder}/a.png\nWhat is it?\n"))
-    output = run(monkeypatch, capsys, folder, "--chat")
+    output = run("--chat").out
     assert re.search(r"Q: A: .*\n +" + TIMES + r"\nQ: \n$", output, re.DOTALL)
 
 
-def test_what_is_mistyped_is_named(folder, monkeypatch, capsys):
+def test_what_is_mistyped_is_named(run, folder, monkeypatch):
     typed = {
         "/set": "top_k 0  top_p 1.0",
         "/set top_k 1.5": "top_k must be a whole number, not '1.5'",
@@ -177,7 +151,7 @@ def test_what_is_mistyped_is_named(folder, monkeypatch, capsys):
         "/help": "/quit             end",
     }
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(typed) + "\n"))
-    output = run(monkeypatch, capsys, folder, "--chat").split("Q: ")[1:]
+    output = run("--chat").out.split("Q: ")[1:]
     assert len(output) == len(typed) + 1  # the last one waits, and the pipe has ended
     for (line, expected), answer in zip(typed.items(), output[:-1], strict=True):
         assert expected in answer, line

@@ -13,17 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-import eval as evaluation
-from inference import ROOT, ChatModel
+from inference import ROOT
 from inference.likelihood import answer_ids, log_likelihoods
 from inference.test_set import read_answers
 
 CHOICE = {"benchmark": "b", "metric": "choice", "type": "t", "options": ["left", "to the right"]}
-
-
-@pytest.fixture(scope="module")
-def chat_model(tiny_checkpoint, tiny_tower) -> ChatModel:
-    return ChatModel.load(tiny_checkpoint, tiny_tower, device="cpu", dtype="float32")
 
 
 @pytest.fixture
@@ -44,31 +38,22 @@ def line(video: str, question: str, answer: str, scoring: dict | None = None, **
     return {"video": video, "conversations": turns, "language": "en", **scored, **more}
 
 
-def write(path: Path, lines: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
 @pytest.fixture
-def evaluate(folder, tiny_checkpoint, tiny_tower, monkeypatch):
-    """Runs eval.py on the lines; its figures and its answers."""
+def evaluate(folder, run):
+    """Runs eval.py on the lines; its figures and its answers, and what it printed."""
 
-    def evaluate(lines: list[dict], *flags, name: str = "eval") -> tuple[dict, list[dict]]:
-        data = write(folder / "test.jsonl", lines)
-        given = [*arguments(folder, tiny_checkpoint, tiny_tower, data, name), *flags]
-        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, given)])
-        evaluation.main()
+    def evaluate(lines: list[dict], *flags, name: str = "eval") -> tuple:
+        (folder / "test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        printed = run(*arguments(folder, name), *flags)
         figures = json.loads((folder / f"{name}.json").read_text())
-        return figures, list(read_answers(folder / f"{name}.answers.jsonl"))[1:]
+        return figures, list(read_answers(folder / f"{name}.answers.jsonl"))[1:], printed
 
     return evaluate
 
 
-def arguments(folder: Path, checkpoint, tower, data: Path, name: str) -> list[str]:
-    flags = {"load_from": checkpoint, "vision_path": tower}
-    flags |= {"device": "cpu", "max_new_tokens": 6, "data_path": data}
-    flags |= {"images_path": folder, "output": folder / f"{name}.json"}
-    return [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+def arguments(folder: Path, name: str) -> list:
+    files = ["--data_path", folder / "test.jsonl", "--images_path", folder]
+    return [*files, "--output", folder / f"{name}.json"]
 
 
 # ---- likelihood
@@ -106,14 +91,14 @@ def test_the_likelihood_is_that_of_reading_prompt_and_option_alone(chat_model, f
 
 def test_a_question_too_long_for_the_model_is_named(evaluate, folder):
     options = {**CHOICE, "options": ["left", "word " * 40_000], "right": 0}
-    with pytest.raises(ValueError, match=r"test\.jsonl:2: .*the model has positions for"):
+    with pytest.raises(SystemExit, match=r"test\.jsonl:2: .*the model has positions for"):
         evaluate([line("a.gif", "Hello?", "x"), line("a.gif", "Where?", "left", options)])
 
 
 # ---- scoring
 
 
-def test_each_metric_from_file_to_figures(evaluate, folder, capsys):
+def test_each_metric_from_file_to_figures(evaluate, folder):
     """What the model says and prefers is read from a first run, and made the truth of a second."""
 
     def lines(choice: int, said: str) -> list[dict]:
@@ -140,12 +125,12 @@ def test_each_metric_from_file_to_figures(evaluate, folder, capsys):
             line("a.gif", "?", "-", {"benchmark": "b", "metric": "faulty", "type": "faulty"}),
         ]
 
-    _, answers = evaluate(lines(0, "?"), name="first")
+    _, answers, _ = evaluate(lines(0, "?"), name="first")
     first = {answer["turns"][0]["question"]: answer["turns"][0] for answer in answers}
     where = next(a for a in answers if a["visuals"] == ["a.gif"] and "tokens" in a["turns"][0])
     sums = where["turns"][0]["logprobs"]["normal"]
     said = first["What is it?"]["answers"]["normal"]
-    figures, _ = evaluate(lines(int(np.argmax(sums)), said), "--controls")
+    figures, _, printed = evaluate(lines(int(np.argmax(sums)), said), "--controls")
     b = figures["benchmarks"]["b"]
     assert (b["questions"], b["missing"], b["judged"], b["headline"]) == (3, 2, 5, "likelihood")
     row = b["rows"]["likelihood"]
@@ -165,17 +150,16 @@ def test_each_metric_from_file_to_figures(evaluate, folder, capsys):
     pair = next(a["turns"][0] for a in answers if a["turns"][0]["answer"] == "up")
     # None for the missing video.
     assert ranked == {"uid": int(np.argmax(pair["logprobs"]["normal"]))}
-    printed = capsys.readouterr().out
-    assert "2 (66.7%) COULD NOT BE ASKED and count as wrong" in printed
+    assert "2 (66.7%) COULD NOT BE ASKED and count as wrong" in printed.out
 
 
 def test_a_generated_text_is_the_option_that_it_is_closest_to(evaluate):
-    _, (answer,) = evaluate(
+    _, (answer,), _ = evaluate(
         [line("a.gif", "Where?", "left", {**CHOICE, "right": 0})], "--generate", "text"
     )
     options = [answer["turns"][0]["text"], "quite another"]
     again = line("a.gif", "Where?", options[0], {**CHOICE, "options": options, "right": 0})
-    figures, _ = evaluate([again], "--generate", "text", name="again")
+    figures, *_ = evaluate([again], "--generate", "text", name="again")
     assert figures["benchmarks"]["b"]["rows"]["generated text"]["score"] == 1
 
 
@@ -189,10 +173,10 @@ def test_a_question_about_a_part_of_its_video_gets_that_part(chat_model, folder,
     scoring = {**CHOICE, "right": 0}
     bounds = [{}, {"start": 0.1, "end": 0.2}, {"start": 0, "end": 9}]
     lines = [line("a.gif", "Where?", "left", scoring, id=str(i), **b) for i, b in enumerate(bounds)]
-    _, answers = evaluate(lines)
+    _, answers, _ = evaluate(lines)
     scores = {a["id"]: a["turns"][0]["logprobs"]["normal"] for a in answers}
     assert scores["0"] == scores["2"] != scores["1"]
-    with pytest.raises(ValueError, match=r"test.jsonl:1: 'start' and 'end' must be seconds"):
+    with pytest.raises(SystemExit, match=r"test.jsonl:1: 'start' and 'end' must be seconds"):
         evaluate([line("a.gif", "Where?", "left", scoring, start=2, end=1)])
 
 
@@ -208,14 +192,16 @@ def many(count: int) -> list[dict]:
 
 
 def test_a_killed_run_continues_and_asks_nothing_twice(
-    evaluate, folder, tiny_checkpoint, tiny_tower, capsys
+    evaluate, folder, tiny_checkpoint, tiny_tower
 ):
     lines, flags = many(150), ["--batch_size", "4", "--generate", "none"]
-    whole, _ = evaluate(lines, *flags, name="whole")
+    whole, *_ = evaluate(lines, *flags, name="whole")
     path = folder / "killed.answers.jsonl"
-    given = arguments(folder, tiny_checkpoint, tiny_tower, folder / "test.jsonl", "killed")
-    command = [sys.executable, "eval.py", *given, *flags]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    parts = ["--load_from", tiny_checkpoint, "--vision_path", tiny_tower, "--device", "cpu"]
+    command = ["eval.py", *parts, "--max_new_tokens", 6, *arguments(folder, "killed"), *flags]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
     while not (path.is_file() and path.read_bytes().count(b"\n") > 16) and process.poll() is None:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
@@ -223,28 +209,27 @@ def test_a_killed_run_continues_and_asks_nothing_twice(
     held = path.read_bytes()
     assert 16 < held.count(b"\n") < 151
     path.write_bytes(held + b'{"id": "q1", "cut o')  # as a kill in the midst of a line leaves it
-    resumed, answers = evaluate(lines, *flags, name="killed")
+    resumed, answers, _ = evaluate(lines, *flags, name="killed")
     assert path.read_bytes().startswith(held)  # what was there was neither asked again nor changed
     assert sorted(answer["id"] for answer in answers) == sorted(line["id"] for line in lines)
     assert resumed["benchmarks"] == whole["benchmarks"]
 
-    capsys.readouterr()
-    evaluate(lines, "--limit", "3", name="killed")
-    assert "held another run's answers (generate, limit)" in capsys.readouterr().err
+    *_, printed = evaluate(lines, "--limit", "3", name="killed")
+    assert "held another run's answers (generate, limit)" in printed.err
     assert (folder / "killed.answers.old.jsonl").read_bytes().startswith(held)
 
 
-def test_two_runs_are_compared_over_the_questions_that_both_answered(evaluate, folder, capsys):
+def test_two_runs_are_compared_over_the_questions_that_both_answered(evaluate, folder):
     evaluate(many(40), name="theirs")
-    figures, _ = evaluate(many(60), "--against", folder / "theirs.json", name="ours")
+    figures, _, printed = evaluate(many(60), "--against", folder / "theirs.json", name="ours")
     found = figures["against"]["b"]
     assert found["n"] == 40 and found["ours"] == found["theirs"] and found["difference"] == 0
-    assert "no difference shown" in capsys.readouterr().out
+    assert "no difference shown" in printed.out
     for lines, against, reason in (
         (many(1), "none.json", "eval.py --output writes them"),
         # The same ids, other questions.
         ([line("a.gif", "What?", "x", id="q0")], "ours.json", "answers to other questions"),
         ([line("a.gif", "What?", "left", many(1)[0]["scoring"][0], id="q0")], "ours.json", "other"),
     ):
-        with pytest.raises(ValueError, match=reason):
+        with pytest.raises(SystemExit, match=reason):
             evaluate(lines, "--against", folder / against, name="other")

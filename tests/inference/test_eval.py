@@ -1,11 +1,9 @@
-import builtins
 import json
 import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,38 +15,6 @@ from dataset.scoring import prompt_messages
 from inference import ROOT, ChatModel
 from inference.test_set import CONTROLS, shuffled_order
 from model.generate import Sampling
-
-
-@pytest.fixture(scope="module")
-def chat_model(tiny_checkpoint, tiny_tower) -> ChatModel:
-    return ChatModel.load(tiny_checkpoint, tiny_tower, device="cpu", dtype="float32")
-
-
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """Three pictures (clips of one frame), a short animation, and a file that isn't a picture."""
-    rng = np.random.default_rng(0)
-    for name in "abc":
-        noise = rng.integers(0, 255, (112, 112, 3), np.uint8)
-        Image.fromarray(noise).save(tmp_path / f"{name}.png")
-    frames = [Image.new("RGB", (112, 112), (60 * i, 0, 255 - 60 * i)) for i in range(4)]
-    frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:], duration=100)
-    (tmp_path / "broken.mp4").write_text("not a video")
-    return tmp_path
-
-
-@pytest.fixture
-def run(monkeypatch, tiny_checkpoint, tiny_tower):
-    """Runs eval.py with flags; the first of a flag that is given twice doesn't count."""
-
-    def run(*flags, is_terminal: bool = False) -> None:
-        given = ["--load_from", tiny_checkpoint, "--vision_path", tiny_tower, "--device", "cpu"]
-        given += ["--max_new_tokens", 6, *flags]
-        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, given)])
-        monkeypatch.setattr(sys.stdin, "isatty", lambda: is_terminal, raising=False)
-        launch(evaluation.main)
-
-    return run
 
 
 def write_lines(folder: Path, *lines: dict) -> Path:
@@ -100,16 +66,16 @@ def test_controls_equal_changing_the_frames_themselves(chat_model):
 # ---- a test set
 
 
-def test_later_turns_are_asked_after_the_models_own_answers(folder):
+def test_later_turns_are_asked_after_the_models_own_answers(tmp_path):
     lines = line("a.png", "one?", "true 1", "two?", "true 2", "three?", "true 3")
-    (sample,) = read_samples(write_lines(folder, lines))
+    (sample,) = read_samples(write_lines(tmp_path, lines))
     contents = [m["content"] for m in prompt_messages(sample, ["own 1", "own 2"])]
     assert contents == ["one?", "own 1", "two?", "own 2", "three?"]
     assert [m["content"] for m in prompt_messages(sample, [])] == ["one?"]
 
 
 def test_evaluation_scores_each_turn_and_leaves_out_what_can_not_be_read(
-    run, folder, chat_model, capsys
+    run, folder, chat_model, tmp_path
 ):
     clip = chat_model.encode_video(folder / "clip.gif")
     reverse = replace(clip, features=clip.features.flip(0))
@@ -120,20 +86,20 @@ def test_evaluation_scores_each_turn_and_leaves_out_what_can_not_be_read(
 
     about = {"scoring": [{"type": "object"}], "language": "en"}
     data = write_lines(
-        folder,
+        tmp_path,
         line("clip.gif", "What moves?", forward, **about),
         line("clip.gif", "What moves?", backward, **about, reverse=True),
         line("a.png", "What is it?", "never said", "And now?", "nor this"),
         line("broken.mp4", "What is it?", "lost", id="lost"),
     )
-    output = folder / "out/eval.json"
+    output = tmp_path / "out/eval.json"
     files = ("--data_path", data, "--images_path", folder, "--output", output)
-    run(*files, "--controls", "--batch_size", 2)
+    printed = run(*files, "--controls", "--batch_size", 2)
     result = json.loads(output.read_text())
     assert result["accuracy"]["by_type"] == {"answer": 0, "object": 1}
     assert result["controls"]["reversed"]["by_type"]["object"] == 0
     assert result["samples"] == 3 and result["num_frames"] == 4
-    lines = (folder / "out/eval.answers.jsonl").read_text().splitlines()[1:]
+    lines = (tmp_path / "out/eval.answers.jsonl").read_text().splitlines()[1:]
     questions = [[turn["question"] for turn in json.loads(line)["turns"]] for line in lines]
     assert sorted(questions) == [
         ["What is it?"],
@@ -141,7 +107,6 @@ def test_evaluation_scores_each_turn_and_leaves_out_what_can_not_be_read(
         *[["What moves?"]] * 2,
     ]
     assert list(result["left_out"]) == ["broken.mp4"] and 0 < result["interval"]["low"] < 0.5
-    printed = capsys.readouterr()
     assert "1 samples were left out" in printed.out and "broken.mp4" in printed.err
     assert re.search(r"all questions +4 ", printed.out)
 
@@ -149,40 +114,27 @@ def test_evaluation_scores_each_turn_and_leaves_out_what_can_not_be_read(
 # ---- the terminal
 
 
-def test_without_a_terminal_each_file_of_the_folder_is_asked_about(run, folder, capsys):
-    run("--eval_dir", folder)
-    printed = capsys.readouterr().out
+def test_without_a_terminal_each_file_of_the_folder_is_asked_about(run, folder):
+    printed = run("--eval_dir", folder).out
     assert printed.count(f"Q: {evaluation.DEFAULT_QUESTION}\nA: ") == 4
     assert f"{folder / 'broken.mp4'}: unreadable" in printed
-
-
-def test_one_question_about_all_files_by_the_flags_old_name(run, folder, capsys):
-    files = [folder / "a.png", folder / "b.png"]
-    run("--image", *files, "--together", "--question", "The same?")
-    assert capsys.readouterr().out.count("Q: The same?\nA: ") == 1
-
-
-def test_a_chat_continues_with_earlier_turns(run, folder, monkeypatch, capsys):
-    typed = iter(["What is it?", "", "Which colour?", "/quit"])
-    monkeypatch.setattr(builtins, "input", lambda prompt: next(typed))
-    run("--image", folder / "a.png", is_terminal=True)
-    assert capsys.readouterr().out.count("A: ") == 2
 
 
 def test_in_a_fresh_clone_the_small_model_answers_about_the_examples(monkeypatch, capsys, tmp_path):
     """And says that it knows nothing else, and when it is shown something else."""
     monkeypatch.chdir(tmp_path)
     Image.effect_noise((112, 112), 90).convert("RGB").save("noise.png")
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--device", "cpu"])
-    launch(evaluation.main)
-    printed = capsys.readouterr().out
+
+    def run(*flags) -> str:
+        monkeypatch.setattr(sys, "argv", ["eval.py", "--device", "cpu", *flags])
+        launch(evaluation.main)
+        return capsys.readouterr().out
+
+    printed = run()
     assert "This small model knows only the demo world" in printed
     assert "A: Four red squares move left.\n" in printed
     assert "look nothing like" not in printed
-    flags = ["--image", "noise.png", "--question", "What is it?", "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", ["eval.py", *flags])
-    launch(evaluation.main)
-    assert "look nothing like" in capsys.readouterr().out
+    assert "look nothing like" in run("--image", "noise.png", "--question", "What is it?")
 
 
 def test_the_small_model_answers_the_examples_questions_by_their_order(run, tmp_path):
@@ -240,8 +192,8 @@ def test_another_tower_of_the_same_shape_is_refused(tmp_path, tiny_checkpoint, t
         (json.dumps(line("../a.png", "What is it?", "a cup")), "'..'"),
     ],
 )
-def test_a_bad_line_is_named_by_file_and_number(text, reason, run, folder):
-    data = write_lines(folder, line("a.png", "What is it?", "a cup"))
+def test_a_bad_line_is_named_by_file_and_number(text, reason, run, folder, tmp_path):
+    data = write_lines(tmp_path, line("a.png", "What is it?", "a cup"))
     data.write_text(data.read_text() + text + "\n")
     with pytest.raises(SystemExit, match=r"test\.jsonl:2: .*" + re.escape(reason)):
         run("--data_path", data, "--images_path", folder)
