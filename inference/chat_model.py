@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -125,18 +124,11 @@ class ChatModel:
         parts = pixel_values.split(FRAMES_AT_ONCE)
         return torch.cat([self.model.vision_tower(part.to(self.device)).half() for part in parts])
 
-    def encode_clip(self, name: str, clip: Frames, thumbnail_size: int = 0) -> Visual:
-        """Decoded frames as the model gets them. thumbnail_size: longer side in pixels of the small
-        pictures to keep of them; 0: none."""
+    def encode_clip(self, name: str, clip: Frames) -> Visual:
+        """Decoded frames as the model gets them."""
         features = self.encode_frames(self.transform(clip.frames)).cpu()  # a test set has thousands
-        thumbnails = [Image.fromarray(frame) for frame in clip.frames] if thumbnail_size else []
-        for picture in thumbnails:
-            picture.thumbnail((thumbnail_size, thumbnail_size))
         unlike = warn_unlike_training(self.checkpoint, features)
-        return Visual(
-            *(name, features, clip.timestamps.tolist()),
-            *(clip.damaged, unlike, thumbnails),
-        )
+        return Visual(name, features, clip.timestamps.tolist(), clip.damaged, unlike)
 
     def encode_video(
         self, path: str | Path, num_frames: int | None = None, fps: float | None = None
@@ -179,12 +171,9 @@ class ChatModel:
     def frame_weights(self, visual: Visual) -> list[float]:
         """How much each frame counts in what the summary says: F numbers that sum to 1.
 
-        A frame is taken away and the clip's mean frame put in its place; its weight is how far the
-        summary moves for that: the Euclidean distance over all its tokens, divided by the sum for
-        all frames. So a frame counts as far as it shows, at its moment, what the clip on the whole
-        doesn't, and the summary minds. This is no gradient and no attention map: it says what the
-        summary would miss, for every kind of summary alike, and nothing about a question or an
-        answer. A still clip has equal weights.
+        Its weight is how far the summary moves when the clip's mean frame stands in its place:
+        the Euclidean distance over all its tokens, divided by the sum for all frames. It says what
+        the summary would miss, nothing about a question or an answer. A still clip has equal ones.
         """
         features_FPD = visual.features.to(self.device).float()
         num_frames = len(features_FPD)

@@ -3,7 +3,6 @@
 import time
 from dataclasses import dataclass, field
 
-from PIL import Image
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -22,7 +21,6 @@ class Visual:
     timestamps: list[float]  # of the F frames, in seconds
     damaged: list[float] = field(default_factory=list)  # seconds near which the file is broken
     unlike_training: str | None = None  # a sentence, where frames look like nothing learned
-    thumbnails: list[Image.Image] = field(default_factory=list)  # of the frames, if asked for
 
     @property
     def tag(self) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from dataset.clip import ContainerInfo
@@ -36,12 +37,10 @@ class SharedModel:
         """Raises VideoError for a file that can't be read or is above the limits."""
         with self.decoders:
             clip = self.chat_model.decode_frames(path, num_frames, **limits)
-            encode, weigh = self.chat_model.encode_clip, self.chat_model.frame_weights
-            visual = self.scheduler.run(encode, name, clip, THUMBNAIL).result()
-            poster = Image.fromarray(clip.frames[len(clip.frames) // 2])
-        poster.thumbnail((POSTER, POSTER))
-        weights = self.scheduler.run(weigh, visual).result()
-        pictures, visual.thumbnails = [_data_url(each) for each in visual.thumbnails], []
+            visual = self.scheduler.run(self.chat_model.encode_clip, name, clip).result()
+            pictures = [_data_url(_scaled(frame, THUMBNAIL)) for frame in clip.frames]
+            poster = _scaled(clip.frames[len(clip.frames) // 2], POSTER)
+        weights = self.scheduler.run(self.chat_model.frame_weights, visual).result()
         return Attachment(path, visual, weights, pictures, poster, clip.info, clip.num_frames_total)
 
 
@@ -114,6 +113,12 @@ class Conversation:
                 self.turns.remove(turn)
                 self.waiting = turn.attachments
                 raise
+
+
+def _scaled(frame: np.ndarray, longer_side: int) -> Image.Image:
+    picture = Image.fromarray(frame)
+    picture.thumbnail((longer_side, longer_side))
+    return picture
 
 
 def _data_url(picture: Image.Image) -> str:

@@ -6,6 +6,7 @@ link or a picture of another host.
 """
 
 import json
+import os
 import shutil
 import tempfile
 import tomllib
@@ -32,8 +33,6 @@ EXAMPLES = 4
 LANGUAGES = {"en": "English", "zh": "中文"}
 HERE = Path(__file__).parent
 TEXTS = tomllib.loads(HERE.joinpath("texts.toml").read_text(encoding="utf-8"))
-# Reasons of VideoError whose fix isn't that of a broken file.
-OWN_FIXES = ("too_large", "too_long", "timeout")
 STYLE = HERE.joinpath("style.css").read_text(encoding="utf-8")
 
 
@@ -65,29 +64,24 @@ def examples_in(folders: list[str]) -> list[tuple[str, Any]]:
     return found
 
 
-class Uploads:
-    """A session's files. They go when the connection is cut or the server ends; streamlit by itself
-    would go on serving what a player fetched, to whoever knows its address."""
-
-    def __init__(self):
-        self.folder = tempfile.TemporaryDirectory(prefix="cinego-page-")
-        self.session = get_script_run_ctx().session_id
-
-    def delete(self) -> None:
-        self.folder.cleanup()
-        if runtime.exists():
-            served = runtime.get_instance().media_file_mgr
-            served.clear_session_refs(self.session)
-            served.remove_orphaned_files()
+def delete_uploads(uploads: tuple[tempfile.TemporaryDirectory, str]) -> None:
+    """Streamlit alone would go on serving what a player fetched, to whoever knows its address."""
+    folder, session = uploads
+    folder.cleanup()
+    if runtime.exists():
+        served = runtime.get_instance().media_file_mgr
+        served.clear_session_refs(session)
+        served.remove_orphaned_files()
 
 
-@st.cache_resource(scope="session", show_spinner=False, on_release=Uploads.delete)
-def uploads() -> Uploads:
-    return Uploads()
+@st.cache_resource(scope="session", show_spinner=False, on_release=delete_uploads)
+def uploads() -> tuple[tempfile.TemporaryDirectory, str]:
+    """A session's files, which go when the connection is cut or the server ends, and its id."""
+    return tempfile.TemporaryDirectory(prefix="cinego-page-"), get_script_run_ctx().session_id
 
 
 def folder_of(conversation: Conversation) -> Path:
-    return Path(uploads().folder.name, conversation.key)
+    return Path(uploads()[0].name, conversation.key)
 
 
 def show_wrong_flags() -> None:
@@ -140,11 +134,10 @@ class View:
     # ---- models
 
     def _models(self) -> list[str]:
-        first = [self.flags.load_from] if self.flags.load_from else []
-        found = models_in(self.flags.out_dir)
-        found = found or ([] if first else [str(DEMO_MODEL)])
-        same = {str(Path(name).resolve()) for name in first}
-        return first + [name for name in found if str(Path(name).resolve()) not in same]
+        first, found = self.flags.load_from, models_in(self.flags.out_dir)
+        if not first:
+            return found or [str(DEMO_MODEL)]
+        return [first, *(name for name in found if Path(name).resolve() != Path(first).resolve())]
 
     def _name_of(self, checkpoint: str) -> str:
         path = Path(checkpoint)
@@ -155,9 +148,8 @@ class View:
 
     def _load(self, checkpoint: str) -> SharedModel:
         """Stops this run of the page, with the reason, where that can't be."""
-        path = Path(checkpoint)
         try:
-            changed = path.stat().st_mtime if path.exists() else 0.0
+            changed = Path(checkpoint).stat().st_mtime if os.path.exists(checkpoint) else 0.0
             with st.spinner(self.texts["loading"].format(name=self._name_of(checkpoint))):
                 return load_model(checkpoint, changed, self.flags)
         except (ValueError, OSError) as error:
@@ -232,18 +224,16 @@ class View:
         own = self.flags
         limits = {"seconds": own.max_video_seconds, "megapixels": own.max_pixels / 1e6}
         limits |= {"visuals": own.max_visuals, "timeout": own.media_timeout}
-        return self.texts[text].format(mib=max_upload_mib(), **limits)
+        return self.texts[text].format(mib=config.get_option("server.maxUploadSize"), **limits)
 
     def _saving(self, conversation: Conversation) -> None:
         """Stands behind the answer, of which it writes the end, too."""
         if not conversation.turns:
             return
         st.caption(self.texts["save"])
+        kinds = {".md": ("Markdown", "text/markdown"), ".json": ("JSON", "application/json")}
         with st.container(horizontal=True):
-            for suffix, label, mime in (
-                (".md", "Markdown", "text/markdown"),
-                (".json", "JSON", "application/json"),
-            ):
+            for suffix, (label, mime) in kinds.items():
                 text = conversation.chat.format_transcript(suffix)
                 how = {"on_click": "ignore", "icon": ":material/download:"}
                 st.download_button(label, text, f"cinego{suffix}", mime, **how)
@@ -270,7 +260,10 @@ class View:
         if is_new and not question:
             self._introduce(conversation, num_frames)
         for turn in conversation.turns:
-            self._turn(turn)
+            self._user(turn.attachments, turn.question)
+            with st.chat_message("assistant", avatar=ASSISTANT):
+                st.text(turn.answer)
+                self._times(turn)
         if conversation.waiting and not question:
             self._user(conversation.waiting)
             self._suggest()
@@ -317,12 +310,10 @@ class View:
             path.write_bytes(file.getbuffer())
             if not self._read(conversation, path, file.name, num_frames):
                 path.unlink(missing_ok=True)
-        if self.state.notices:
-            if question:
-                self.state.notices[-1] += "\n\n" + self.texts["not_asked"]
-                self.state.draft = question
-            st.rerun()
-        if not question:
+        if self.state.notices and question:
+            self.state.notices[-1] += "\n\n" + self.texts["not_asked"]
+            self.state.draft = question
+        if self.state.notices or not question:
             st.rerun()  # without the greeting, which this run started with
 
     def _read(self, conversation: Conversation, path: Path, name: str, num_frames: int) -> bool:
@@ -334,10 +325,10 @@ class View:
         except TooManyVisuals:
             notice = texts["too_many"].format(name=plain, visuals=self.flags.max_visuals)
         except VideoError as error:
-            fix = self._format(error.reason if error.reason in OWN_FIXES else "unreadable")
-            notice = texts["bad_file"].format(name=plain, fix=fix)
-            detail = error.detail.replace(str(path), name)
-            notice += "\n\n" + texts["detail"].format(detail=escaped(detail))
+            has_own_fix = error.reason in ("too_large", "too_long", "timeout")
+            fix = self._format(error.reason if has_own_fix else "unreadable")
+            detail = texts["detail"].format(detail=escaped(error.detail.replace(str(path), name)))
+            notice = texts["bad_file"].format(name=plain, fix=fix) + "\n\n" + detail
         self.state.setdefault("notices", []).append(notice)
         return False
 
@@ -366,12 +357,6 @@ class View:
             if question:
                 st.text(question)
 
-    def _turn(self, turn: Turn) -> None:
-        self._user(turn.attachments, turn.question)
-        with st.chat_message("assistant", avatar=ASSISTANT):
-            st.text(turn.answer)
-            self._times(turn)
-
     def _times(self, turn: Turn) -> None:
         if (sequence := turn.sequence) is None:
             return
@@ -380,8 +365,7 @@ class View:
             first=sequence.time_to_first_token,
             rate=sequence.tokens_per_second,
         )
-        ends = {"length": "cut", "cancelled": "stopped"}
-        if end := ends.get(sequence.finish_reason):
+        if end := {"length": "cut", "cancelled": "stopped"}.get(sequence.finish_reason):
             line += " · " + self.texts[end]
         st.caption(line)
 
@@ -389,7 +373,3 @@ class View:
 def language_of(locale: str | None) -> str:
     """The page's language for a browser's, such as "zh-CN"."""
     return "zh" if (locale or "").lower().startswith("zh") else "en"
-
-
-def max_upload_mib() -> int:
-    return config.get_option("server.maxUploadSize")
