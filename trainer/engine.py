@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,18 @@ class Progress:
     validations_since_best: int = 0
     metrics: dict[str, Any] = field(default_factory=dict)  # the last line
     tracker_id: str = field(default_factory=lambda: secrets.token_hex(4))  # one curve, resumed too
+
+    def count_step(self, stats: "StepStats") -> None:
+        self.step += 1
+        self.samples_seen += int(stats.samples)
+        self.samples_bad += int(stats.bad)
+
+    def count_validation(self, loss: float) -> bool:
+        """Whether it is the lowest loss so far."""
+        self.validations_since_best += 1
+        if improved := loss < self.best_loss:
+            self.best_loss, self.best_step, self.validations_since_best = loss, self.step, 0
+        return improved
 
 
 @dataclass
@@ -211,11 +223,11 @@ def fit(
     """
     config.dtype = choose_dtype(config.dtype, world.device)
     world.check_consistent({**config.shared(), **lineage, "validation": val_loader is not None})
-    name, identity = config.run_name, {**config.identity(), **lineage}
+    name, identity = config.run_name, config.identity() | lineage
     with (
         open_run_folder(config, world) as folder,
         StopRequest(verbose=world.is_main) as stop,
-        ThreadPoolExecutor(1) as writer,
+        ThreadPoolExecutor(1) as thread,
     ):
         # ---- where the run stands
         weights_path = folder.with_name(f"{name}.pth")
@@ -241,11 +253,11 @@ def fit(
         model.to(world.device).train()
         optimizers = Optimizers(model, config)
         scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
+        learning = {"model": model, "optimizers": optimizers, "scaler": scaler}
         progress = Progress()
         if state:
-            model.load_state_dict(state["model"])
-            optimizers.load_state_dict(state["optimizers"])
-            scaler.load_state_dict(state["scaler"])
+            for key, part in learning.items():
+                part.load_state_dict(state[key])
             progress = Progress(**state["progress"])
             del state
         trainee = world.distribute(SummedLoss(model))
@@ -254,28 +266,10 @@ def fit(
         logger = MetricsLogger(config, world, progress.step, total_steps, progress.tracker_id)
         world.print_rank0(f"{name}: {optimizers.description}; on {world.device} in {config.dtype}")
         world.print_rank0(f"{name}: steps {progress.step} to {total_steps}")
-
-        writing = writer.submit(int)  # the last write; this one does nothing
-
-        def save(finished: bool) -> None:
-            """Copies weights and state, which a thread writes: the weights first, since the state
-            makes them part of the run."""
-            nonlocal writing
-            if not world.is_main:
-                return
-            writing.result()
-            state = {"identity": identity, "processes": processes, "progress": asdict(progress)}
-            state |= {"finished": finished}
-            if not finished:  # a finished run needs no more than the mark that it is finished
-                state |= {"model": model.state_dict(), "optimizers": optimizers.state_dict()}
-                state |= {"scaler": scaler.state_dict()}
-                state = tree_map_only(Tensor, lambda t: t.to("cpu", copy=True), state)
-            keep, step = 1 if finished else config.keep_last, progress.step
-            writes = [partial(save_state, folder, step, state, keep), logger.draw_curves]
-            if not config.patience or progress.best_step in (0, step):  # else the best ones stay
-                meta = {"step": step, "metrics": progress.metrics, "lineage": lineage}
-                writes.insert(0, save_weights(weights_path, meta))
-            writing = writer.submit(lambda: [write() for write in writes])
+        copy_weights = partial(save_weights, weights_path)
+        saver = CheckpointSaver(
+            thread, folder, config, lineage, processes, learning, copy_weights, logger
+        )
 
         stats, batches, last = None, None, False
         while not last:
@@ -300,21 +294,11 @@ def fit(
             )
             # The step before has surely been computed by now, while the device has work.
             check_finite(previous, scaler, world)
-            if writing.done():
-                writing.result()  # raises what the write did
+            if saver.writing.done():
+                saver.writing.result()  # raises what the write did
             if stats.stopping:  # this process, or another one
-                signum = signal.Signals(stop.signum or signal.SIGTERM)
-                if progress.step:
-                    save(finished=False)
-                    writing.result()
-                    world.print_rank0(
-                        f"{signum.name}: saved step {progress.step} of {total_steps}; the same "
-                        "command resumes from there"
-                    )
-                raise StoppedBySignal(128 + signum)
-            progress.step += 1
-            progress.samples_seen += int(stats.samples)
-            progress.samples_bad += int(stats.bad)
+                save_and_exit(saver, progress, total_steps, stop.signum or signal.SIGTERM)
+            progress.count_step(stats)
             logger.count_step(stats, waited)
             if stats.bad:
                 bad = [record for batch in micro_batches for record in batch["bad"]]
@@ -341,18 +325,15 @@ def fit(
             }
             if evaluating and val_loader is not None:
                 metrics["val_loss"] = evaluate(trainee, val_loader, config, world, logger)
-                progress.validations_since_best += 1
-                if improved := metrics["val_loss"] < progress.best_loss:
-                    progress.best_loss, progress.best_step = metrics["val_loss"], progress.step
-                    progress.validations_since_best = 0
+                improved = progress.count_validation(metrics["val_loss"])
                 last = last or 0 < config.patience <= progress.validations_since_best
                 saving = saving or last or (config.patience and improved)
             progress.metrics = logger.log(metrics)
             if saving:
-                save(finished=last)
+                saver.save(progress, finished=last)
             logger.restart_window()
 
-        writing.result()
+        saver.writing.result()
         logger.close()
         if progress.step < total_steps:
             world.print_rank0(
@@ -363,6 +344,55 @@ def fit(
         where = f"; weights{of} in {weights_path}" if weights_path.is_file() else ""  # or a dry run
         world.print_rank0(f"{name}: {format_losses(progress.metrics)}{where}")
         return progress.metrics
+
+
+@dataclass
+class CheckpointSaver:
+    """Copies weights and state of a run; a thread writes them while training continues."""
+
+    thread: ThreadPoolExecutor
+    folder: Path
+    config: TrainConfig
+    lineage: dict[str, Any]
+    processes: int  # that the run started with
+    learning: dict[str, Any]  # what has a state_dict
+    copy_weights: Callable[[dict[str, Any]], Callable[[], None]]
+    logger: MetricsLogger
+
+    def __post_init__(self):
+        self.writing = self.thread.submit(int)  # the last write; this one does nothing
+
+    def save(self, progress: Progress, finished: bool) -> None:
+        """The weights are written first, since the state makes them part of the run."""
+        if not self.logger.world.is_main:
+            return
+        self.writing.result()
+        state = {"identity": self.config.identity() | self.lineage, "processes": self.processes}
+        state |= {"progress": asdict(progress), "finished": finished}
+        if not finished:  # a finished run needs no more than the mark that it is finished
+            state |= {key: part.state_dict() for key, part in self.learning.items()}
+            state = tree_map_only(Tensor, lambda t: t.to("cpu", copy=True), state)
+        keep, step = 1 if finished else self.config.keep_last, progress.step
+        writes = [partial(save_state, self.folder, step, state, keep), self.logger.draw_curves]
+        if not self.config.patience or progress.best_step in (0, step):  # else the best ones stay
+            meta = {"step": step, "metrics": progress.metrics, "lineage": self.lineage}
+            writes.insert(0, self.copy_weights(meta))
+        self.writing = self.thread.submit(lambda: [write() for write in writes])
+
+
+def save_and_exit(
+    saver: CheckpointSaver, progress: Progress, total_steps: int, signum: int
+) -> NoReturn:
+    """As a signal asks for. Before the first step there is nothing to save."""
+    name = signal.Signals(signum).name
+    if progress.step:
+        saver.save(progress, finished=False)
+        saver.writing.result()
+        saver.logger.world.print_rank0(
+            f"{name}: saved step {progress.step} of {total_steps}; the same command resumes from "
+            "there"
+        )
+    raise StoppedBySignal(128 + signum)
 
 
 @contextmanager
@@ -402,9 +432,9 @@ def describe_lack_of_room(error: OSError | RuntimeError) -> str | None:
         )
     # torch.save makes a RuntimeError about positions in a file of a full disk.
     reason = error if isinstance(error, OSError) else error.__context__
-    if not isinstance(reason, OSError):
-        return None
-    return f"{reason}. Free space, or fix the folder's permissions"
+    if isinstance(reason, OSError):
+        return f"{reason}. Free space, or fix the folder's permissions"
+    return None
 
 
 def check_skipped_fraction(progress: Progress, config: TrainConfig, logger: MetricsLogger) -> None:

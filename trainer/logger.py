@@ -29,12 +29,7 @@ class MetricsLogger:
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        world: World,
-        first_step: int,
-        total_steps: int,
-        tracker_id: str,
+        self, config: TrainConfig, world: World, first_step: int, total_steps: int, tracker_id: str
     ):
         self.config, self.world = config, world
         self.folder = Path(config.out_dir) / config.run_name
@@ -108,17 +103,16 @@ class MetricsLogger:
         if self.world.is_main:
             _append(self.metrics_path, [row])
         if self.tracker and row["step"] > self.tracked_step:
-            self._track({name: value for name, value in row.items() if value is not None})
+            try:
+                known = {name: value for name, value in row.items() if value is not None}
+                self.tracker.log(known, step=row["step"])
+            except Exception as error:  # metrics.jsonl has the line, and a server may well be down
+                message = f"the tracker failed and is left out from here: {error!r}"
+                warnings.warn(message, stacklevel=2)
+                self.tracker = None
         waiting = f", {row['data_wait']:.0%} waiting for data"
         self.bar.set_postfix_str(format_losses(row) + waiting, refresh=False)
         return row
-
-    def _track(self, row: dict[str, Any]) -> None:
-        try:
-            self.tracker.log(row, step=row["step"])
-        except Exception as error:  # metrics.jsonl has the line, and a server may well be down
-            warnings.warn(f"the tracker failed and is left out from here: {error!r}", stacklevel=2)
-            self.tracker = None
 
     def log_bad_samples(self, bad: list[dict[str, Any]]) -> None:
         """Names each undecodable sample once, however many epochs meet it."""
@@ -151,14 +145,11 @@ def open_tracker(name: str, folder: Path, config: TrainConfig, run_id: str) -> M
         raise ValueError(
             f"--tracker {name} needs a package that isn't here: pip install {name} ({error})"
         ) from None
+    run = config.run_name
     own = {
-        "wandb": {"name": config.run_name, "id": run_id, "dir": folder},
-        "swanlab": {
-            "experiment_name": config.run_name,
-            "id": run_id,
-            "logdir": f"{folder}/swanlab",
-        },
-        "trackio": {"name": f"{config.run_name}-{run_id}"},
+        "wandb": {"name": run, "id": run_id, "dir": folder},
+        "swanlab": {"experiment_name": run, "id": run_id, "logdir": f"{folder}/swanlab"},
+        "trackio": {"name": f"{run}-{run_id}"},
     }
     settings = dataclasses.asdict(config)
     tracker.init(project=config.wandb_project, config=settings, resume="allow", **own[name])
