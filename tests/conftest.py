@@ -1,7 +1,9 @@
 """What several tests need and no user does."""
 
 import json
+import multiprocessing.util
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -19,9 +21,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """What tests, and the processes that they start, leave in the system's folder for temporary
     files goes with the run; pytest's own folders stay there, for a look at a failure."""
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
-    folder = tempfile.TemporaryDirectory(prefix="cinego-tests-", ignore_cleanup_errors=True)
-    config.add_cleanup(folder.cleanup)
-    os.environ["TMPDIR"] = tempfile.tempdir = folder.name
+    os.environ["TMPDIR"] = tempfile.tempdir = folder = tempfile.mkdtemp(prefix="cinego-tests-")
+    # At exit, after multiprocessing has removed its own folder in there (priority -100).
+    multiprocessing.util.Finalize(None, shutil.rmtree, (folder, True), exitpriority=-101)
 
 
 @pytest.fixture(scope="session")
