@@ -23,9 +23,8 @@ def start(
     started = []
     for rank in range(processes):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-        started.append(
-            FORKSERVER.Process(target=_child, args=(main, argv, log, environment | place))
-        )
+        arguments = (main, argv, log, environment | place)
+        started.append(FORKSERVER.Process(target=_child, args=arguments))
         started[-1].start()
     return started
 
