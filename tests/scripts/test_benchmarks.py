@@ -19,20 +19,17 @@ MVBENCH = {
     "candidates": ["Not sure", "Scattering something down", "Piling something up"],
     "answer": "Piling something up",
 }
+PILING = MVBENCH["question"], MVBENCH["answer"]
 BOUNDED = {**MVBENCH, "video": "ZS9XR.mp4", "start": 9.2, "end": 18.1}
 VITATECS = {
-    "src_dataset": "VATEX",
-    "video_name": "i0ccSYMl0vo_000027_000037.mp4",
-    "caption": "A woman is placing a strip on a leg.",
+    **{"src_dataset": "VATEX", "video_name": "i0ccSYMl0vo_000027_000037.mp4"},
+    **{"caption": "A woman is placing a strip on a leg.", "aspect": "Direction"},
     "counterfactual": "A woman is removing a strip from a leg.",
-    "aspect": "Direction",
 }
 VINOGROUND = {
-    "index": "0",
+    **{"index": "0", "major": "action", "minor": "interaction;cyclical"},
     "pos_cap": "the man eats before he watches TV",
     "neg_cap": "the man watches TV before he eats",
-    "major": "action",
-    "minor": "interaction;cyclical",
 }
 NEXTQA = {
     **{"video": "4010069381", "frame_count": 369, "width": 640, "height": 480},
@@ -40,8 +37,7 @@ NEXTQA = {
     **{"a0": "roll the handle", "a1": "tap their feet", "a2": "strum", "a3": "hit", "a4": "pat"},
 }
 EGOSCHEMA = {
-    "q_uid": "0074f737-11cb-497d-8d07-77c3a8127391",
-    "google_drive_id": "1",
+    **{"q_uid": "0074f737-11cb-497d-8d07-77c3a8127391", "google_drive_id": "1"},
     "question": "What is C doing?",
     **{f"option {i}": f"C does thing {i}." for i in range(5)},
 }
@@ -72,163 +68,102 @@ SUMMARY = {
     **{"answer": "Waves lap.", "question_type": "summary"},
 }
 LONGVIDEO = {
-    **{
-        "video_id": "86CxyhFV9MI",
-        "question": "In the video, who comes?",
-        "question_category": "T2E",
-    },
+    **{"question": "In the video, who comes?", "question_category": "T2E"},
     **{"candidates": ["a dog", "a cat"], "correct_choice": 1, "position": [1], "level": "L1-Event"},
     **{"id": "86CxyhFV9MI_0", "video_path": "86CxyhFV9MI.mp4", "duration_group": 15},
 }
 
 
-def tempcompass(question: str, answer: str) -> dict:
-    return {"1034419625": {"action": [{"question": question, "answer": answer}]}}
-
-
-TEMPCOMPASS = {
-    "questions/multi-choice.json": tempcompass(
-        "What is he doing?\nA. dunking\nB. passing", "B. passing"
-    ),
-    "questions/yes_no.json": tempcompass("Is he dunking?", "no"),
-    "questions/caption_matching.json": tempcompass(
+TASKS = {
+    "multi-choice": ("What is he doing?\nA. dunking\nB. passing", "B. passing"),
+    "yes_no": ("Is he dunking?", "no"),
+    "caption_matching": (
         "Which caption matches better?\nCaption A: He dunks.\nCaption B: He sits.",
         "Caption A: He dunks.",
     ),
-    "questions/captioning.json": tempcompass("Information A: {}\nGenerated Caption:", "B. dunking"),
+    "captioning": ("Information A: {}\nGenerated Caption:", "B. dunking"),
+}
+TEMPCOMPASS = {
+    f"questions/{task}.json": {"1034419625": {"action": [{"question": text, "answer": answer}]}}
+    for task, (text, answer) in TASKS.items()
 }
 
 # benchmark → its files, and of each line: video, question, answer, what `scoring` holds at least.
 CASES = {
-    "tvbench": (
-        {"json/action_antonym.json": [MVBENCH], "json/action_sequence.json": [BOUNDED]},
-        [
-            ("action_antonym/166583.webm", MVBENCH["question"], "Piling something up",
-             {"metric": "choice", "options": MVBENCH["candidates"], "right": 2,
-             "type": "action_antonym"}),
-            ("action_sequence/ZS9XR.mp4", MVBENCH["question"], "Piling something up", {"right": 2}),
-        ],
-    ),
-    "mvbench": (
-        {"json/action_antonym.json": [MVBENCH], "json/episodic_reasoning.json": [{**MVBENCH,
-        "video": "friends_s01"}]},
-        [
-            ("ssv2_video/166583.webm", MVBENCH["question"], "Piling something up",
-             {"type": "action_antonym"}),
-            ("tvqa/frames_fps3_hq/friends_s01.mp4", MVBENCH["question"], "Piling something up", {}),
-        ],
-    ),
-    "vitatecs": (
-        {"data/Direction.jsonl": [VITATECS]},
+    "tvbench": ({"json/action_antonym.json": [MVBENCH], "json/action_sequence.json": [BOUNDED]},
+        [("action_antonym/166583.webm", *PILING, {"metric": "choice", "type": "action_antonym",
+          "options": MVBENCH["candidates"], "right": 2}),
+         ("action_sequence/ZS9XR.mp4", *PILING, {"right": 2})]),
+    "mvbench": ({"json/action_antonym.json": [MVBENCH],
+         "json/episodic_reasoning.json": [MVBENCH | {"video": "friends_s01"}]},
+        [("ssv2_video/166583.webm", *PILING, {"type": "action_antonym"}),
+         ("tvqa/frames_fps3_hq/friends_s01.mp4", *PILING, {})]),
+    "vitatecs": ({"data/Direction.jsonl": [VITATECS]},
         [("VATEX/i0ccSYMl0vo_000027_000037.mp4", "Describe the video.",
-          VITATECS["caption"], {"type": "Direction", "subsets": ["VATEX"]})],
-    ),
-    "vinoground": (
-        {"vinoground.csv": [VINOGROUND]},
-        [
-            (f"vinoground_videos/0_{side}.mp4", "Describe the video.",
-             VINOGROUND[f"{side}_cap"],
-             {"group": "0", "right": right, "subsets": ["action", "interaction", "cyclical"]})
-            for right, side in enumerate(("pos", "neg"))
-        ],
-    ),
-    "tempcompass": (
-        TEMPCOMPASS,
-        [
-            ("1034419625.mp4", "Which caption matches better?", "He dunks.",
-             {"type": "caption_matching", "options": ["He dunks.", "He sits."],
-             "subsets": ["action"]}),
-            ("1034419625.mp4", "Information A: {}\nGenerated Caption:", "B. dunking",
-             {"metric": "judge", "file": "captioning.json"}),
-            ("1034419625.mp4", "What is he doing?", "passing", {"options": ["dunking", "passing"],
-             "right": 1}),
-            ("1034419625.mp4", "Is he dunking?", "no", {"options": ["yes", "no"], "right": 1}),
-        ],
-    ),
+          VITATECS["caption"], {"type": "Direction", "subsets": ["VATEX"]})]),
+    "vinoground": ({"vinoground.csv": [VINOGROUND]},
+        [(f"vinoground_videos/0_{side}.mp4", "Describe the video.", VINOGROUND[f"{side}_cap"],
+          {"group": "0", "right": right, "subsets": ["action", "interaction", "cyclical"]})
+         for right, side in enumerate(("pos", "neg"))]),
+    "tempcompass": (TEMPCOMPASS,
+        [("1034419625.mp4", "Which caption matches better?", "He dunks.",
+          {"type": "caption_matching", "options": ["He dunks.", "He sits."],
+           "subsets": ["action"]}),
+         ("1034419625.mp4", "Information A: {}\nGenerated Caption:", "B. dunking",
+          {"metric": "judge", "file": "captioning.json"}),
+         ("1034419625.mp4", "What is he doing?", "passing",
+          {"options": ["dunking", "passing"], "right": 1}),
+         ("1034419625.mp4", "Is he dunking?", "no", {"options": ["yes", "no"], "right": 1})]),
     "nextqa": (
-        {"val.csv": [NEXTQA, {**NEXTQA, "type": "TP", "answer": 4}],
-        "atp-hard-ct4.txt": "1\n"},
-        [
-            ("4010069381.mp4", "how do the two men play the instrument?", "roll the handle",
-             {"type": "CH", "subsets": ["C"], "right": 0}),
-            ("4010069381.mp4", "how do the two men play the instrument?", "pat",
-             {"type": "TN", "subsets": ["T", "atp_hard"], "right": 4}),
-        ],
-    ),
-    "egoschema": (
-        {"questions.json": [EGOSCHEMA, {**EGOSCHEMA, "q_uid": "hidden"}],
+        {"val.csv": [NEXTQA, NEXTQA | {"type": "TP", "answer": 4}], "atp-hard-ct4.txt": "1\n"},
+        [("4010069381.mp4", "how do the two men play the instrument?", "roll the handle",
+          {"type": "CH", "subsets": ["C"], "right": 0}),
+         ("4010069381.mp4", "how do the two men play the instrument?", "pat",
+          {"type": "TN", "subsets": ["T", "atp_hard"], "right": 4})]),
+    "egoschema": ({"questions.json": [EGOSCHEMA, {**EGOSCHEMA, "q_uid": "hidden"}],
         "subset_answers.json": {EGOSCHEMA["q_uid"]: 3}},
-        [(f"{EGOSCHEMA['q_uid']}.mp4", "What is C doing?", "C does thing 3.", {"right": 3})],
-    ),
-    "egoschema_full": (
-        {"questions.json": [EGOSCHEMA]},
+        [(f"{EGOSCHEMA['q_uid']}.mp4", "What is C doing?", "C does thing 3.", {"right": 3})]),
+    "egoschema_full": ({"questions.json": [EGOSCHEMA]},
         [(f"{EGOSCHEMA['q_uid']}.mp4", "What is C doing?", "-",
-          {"metric": "judge", "record": {EGOSCHEMA["q_uid"]: None}, "labels": [0, 1, 2, 3, 4]})],
-    ),
-    "msvd_qa": (
-        {"test_qa.json": [MSVD],
+          {"metric": "judge", "record": {EGOSCHEMA["q_uid"]: None}, "labels": [0, 1, 2, 3, 4]})]),
+    "msvd_qa": ({"test_qa.json": [MSVD],
         "youtube_mapping.txt": "-4wsuPCjDBc_5_15 vid1\n7NNg0_n-bS8_21_30 vid1301\n"},
-        [("7NNg0_n-bS8_21_30.mp4", "what is a man doing?", "sing", {"metric": "match",
-        "type": "what"})],
-    ),
-    "msrvtt_qa": (
-        {"test_qa.json": [MSRVTT]},
-        [("video6513.mp4", "what hangs?", "couch", {"metric": "match"})],
-    ),
-    "activitynet_qa": (
-        {"test_q.json": [ANET_Q], "test_a.json": [ANET_A]},
-        [("v_1QIUV7WYKXg.mp4", "is he sad?", "no", {"metric": "match", "type": "yes/no"})],
-    ),
-    "vatex_en": (
-        {"vatex_public_test_english_v1.1.json": [VATEX]},
+        [("7NNg0_n-bS8_21_30.mp4", MSVD["question"], "sing", {"metric": "match", "type": "what"})]),
+    "msrvtt_qa": ({"test_qa.json": [MSRVTT]},
+        [("video6513.mp4", "what hangs?", "couch", {"metric": "match"})]),
+    "activitynet_qa": ({"test_q.json": [ANET_Q], "test_a.json": [ANET_A]},
+        [("v_1QIUV7WYKXg.mp4", "is he sad?", "no", {"metric": "match", "type": "yes/no"})]),
+    "vatex_en": ({"vatex_public_test_english_v1.1.json": [VATEX]},
         [("G9zN5TTuGO4_000179_000189.mp4", "Describe this video in one sentence.", "A man reads.",
-          {"metric": "cider", "references": VATEX["enCap"]})],
-    ),
-    "vatex_zh": (
-        {"vatex_validation_v1.0.json": [{**VATEX, "chCap": ["一个男人在看书。"]}]},
+          {"metric": "cider", "references": VATEX["enCap"]})]),
+    "vatex_zh": ({"vatex_validation_v1.0.json": [{**VATEX, "chCap": ["一个男人在看书。"]}]},
         [("G9zN5TTuGO4_000179_000189.mp4", "用一句话描述这个视频。", "一个男人在看书。",
-          {"metric": "cider"})],
-    ),
-    "charades_sta": (
-        {"charades_sta_test.txt": CHARADES},
+          {"metric": "cider"})]),
+    "charades_sta": ({"charades_sta_test.txt": CHARADES},
         [("3MSZA.mp4",
         'When does this happen: "person turn a light on"? Give its start and end in seconds.',
-          "24.3 - 30.4", {"metric": "span", "seconds": [24.3, 30.4]})],
-    ),
-    "videomme": (
-        {"test-00000-of-00001.parquet": [VIDEOMME]},
+          "24.3 - 30.4", {"metric": "span", "seconds": [24.3, 30.4]})]),
+    "videomme": ({"test-00000-of-00001.parquet": [VIDEOMME]},
         [("fFjv93ACGo8.mp4", "When?", "Berries.",
-          {"type": "Counting Problem", "right": 2, "subsets": ["short", "Knowledge"]})],
-    ),
-    "mlvu": (
-        {"json/1_plotQA.json": [MLVU], "json/9_summary.json": [SUMMARY]},
-        [
-            ("1_plotQA/movie101_66.mp4", "What color is he?", "Yellow", {"type": "plotQA",
-             "right": 0}),
-            ("9_summary/217.mp4", "Please summarize this video.", "Waves lap.",
-             {"metric": "judge", "file": "summary_all.json",
-              "record": [{"video_name": "217.mp4", "Q": "Please summarize this video.",
-              "A": "Waves lap.", "pred": None}]}),
-        ],
-    ),
-    "longvideobench": (
-        {"lvb_val.json": [LONGVIDEO]},
-        [("86CxyhFV9MI.mp4", "In the video, who comes?", "a cat", {"type": "T2E", "right": 1,
-        "subsets": ["15 s"]})],
-    ),
-    "longvideobench_test": (
-        {"lvb_test_wo_gt.json": [LONGVIDEO]},
-        [("86CxyhFV9MI.mp4", "In the video, who comes?", "-",
-          {"metric": "judge", "options": LONGVIDEO["candidates"],
-          "record": {LONGVIDEO["id"]: None}})],
-    ),
+          {"type": "Counting Problem", "right": 2, "subsets": ["short", "Knowledge"]})]),
+    "mlvu": ({"json/1_plotQA.json": [MLVU], "json/9_summary.json": [SUMMARY]},
+        [("1_plotQA/movie101_66.mp4", "What color is he?", "Yellow",
+          {"type": "plotQA", "right": 0}),
+         ("9_summary/217.mp4", "Please summarize this video.", "Waves lap.",
+          {"metric": "judge", "file": "summary_all.json", "record": [{"video_name": "217.mp4",
+           "Q": "Please summarize this video.", "A": "Waves lap.", "pred": None}]})]),
+    "longvideobench": ({"lvb_val.json": [LONGVIDEO]},
+        [("86CxyhFV9MI.mp4", "In the video, who comes?", "a cat",
+          {"type": "T2E", "right": 1, "subsets": ["15 s"]})]),
+    "longvideobench_test": ({"lvb_test_wo_gt.json": [LONGVIDEO]},
+        [("86CxyhFV9MI.mp4", "In the video, who comes?", "-", {"metric": "judge",
+          "options": LONGVIDEO["candidates"], "record": {LONGVIDEO["id"]: None}})]),
 }  # fmt: skip
-
 
 CANDIDATES = ("tvbench", "mvbench", "mlvu", "longvideobench", "longvideobench_test")
 
 
-def publish(folder: Path, files: dict) -> Path:
+def publish(folder: Path, files: dict) -> None:
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -244,7 +179,6 @@ def publish(folder: Path, files: dict) -> Path:
         else:
             text = content if isinstance(content, str) else json.dumps(content, indent=4)
             path.write_text(text, encoding="utf-8")
-    return folder
 
 
 @pytest.fixture
@@ -282,11 +216,9 @@ def test_the_true_caption_of_a_pair_is_not_always_the_first(convert):
 
 
 def test_missing_videos_stay_and_are_reported(tmp_path, convert, capsys):
-    videos = tmp_path / "videos"
-    (videos / "unpacked").mkdir(parents=True)
-    (videos / "unpacked/4010069381.mp4").touch()
-    rows = [NEXTQA, {**NEXTQA, "video": "1"}, {**NEXTQA, "video": "1"}]
-    here, *gone = convert("nextqa", {"val.csv": rows}, "--images_path", str(videos))
+    publish(tmp_path / "videos", {"unpacked/4010069381.mp4": ""})
+    rows = [NEXTQA, *[NEXTQA | {"video": "1"}] * 2]
+    here, *gone = convert("nextqa", {"val.csv": rows}, "--images_path", str(tmp_path / "videos"))
     assert here["video"] == "unpacked/4010069381.mp4" and "missing" not in here
     assert [line["missing"] for line in gone] == [True, True]
     assert "MISSING: 1 videos of 2 questions (66.7%)" in capsys.readouterr().out
@@ -325,17 +257,12 @@ def test_a_missing_key_is_named_with_its_record(name, convert, tmp_path):
         *((name, {"candidates": []}, "its list of options is empty") for name in CANDIDATES),
         *((name, {"candidates": ["a", " "]}, "one of its options is empty") for name in CANDIDATES),
         ("tvbench", {"answer": "Dancing"}, "'Dancing' isn't one of its options"),
-        ("mvbench", {"answer": "Dancing"}, "'Dancing' isn't one of its options"),
         ("mvbench", {"video": "../x.webm"}, "must be relative"),
         ("mlvu", {"answer": "Blue"}, "'Blue' isn't one of its options"),
         ("longvideobench", {"correct_choice": 2}, "its answer is number 2, its options are 0 to 1"),
         ("vitatecs", {"caption": " "}, "one of its options is empty"),
         ("vinoground", {"neg_cap": ""}, "one of its options is empty"),
-        (
-            "tempcompass",
-            {"action": [{"question": "Is it?", "answer": "z"}]},
-            "action 1: its answer",
-        ),
+        ("tempcompass", {"action": [{"question": "?", "answer": "z"}]}, "action 1: its answer"),
         ("tempcompass", {"action": [{"question": "Is it?"}]}, "the key 'answer' is missing"),
         ("tempcompass", {"action": [{"answer": "yes"}]}, "the key 'question' is missing"),
         ("nextqa", {"answer": 5}, "its answer is number 5, its options are 0 to 4"),
@@ -365,11 +292,7 @@ def test_a_wrong_record_is_named_with_its_fix(name, change, reason, convert, tmp
 @pytest.mark.parametrize(
     ("name", "files", "reason"),
     [
-        (
-            "charades_sta",
-            {"charades_sta_test.txt": CHARADES + "3MSZA 5##x\n"},
-            ":2: it isn't `video",
-        ),
+        ("charades_sta", {"charades_sta_test.txt": CHARADES + "3MSZA 5##x\n"}, ":2: it isn't"),
         ("charades_sta", {"charades_sta_test.txt": "3MSZA 9 5##x\n"}, "but starts at 9.0 s"),
         ("egoschema", {"questions.json": [EGOSCHEMA]}, "there is no subset_answers.json"),
         ("longvideobench", {"lvb_val.json": "[{"}, "lvb_val.json: not JSON"),
@@ -391,24 +314,19 @@ def test_faulty_records_count_where_asked_for(convert):
 
 def test_the_demo_world_in_published_forms(tmp_path):
     """What demo.export_benchmarks writes, through the converters: each clip against its reverse."""
-    clips = tmp_path / "test/clips"
-    clips.mkdir(parents=True)
-    lines = []
+    test, out, lines = tmp_path / "test", tmp_path / "out", []
     for name, answer in (("a", "left"), ("a-reversed", "right")):
-        (clips / f"{name}.mp4").touch()
+        publish(test, {f"clips/{name}.mp4": ""})
         for question, text, scoring in (
             ("Where to?", answer, {"type": "direction", "pair": "a"}),
             ("Describe the video.", f"A moves {answer}.", {"type": "caption", "facts": [answer]}),
         ):
-            turns = [{"from": "human", "value": f"<video>\n{question}"}]
-            turns += [{"from": "gpt", "value": text}]
-            video = f"clips/{name}.mp4"
-            lines.append({"video": video, "language": "en", "conversations": turns})
-            lines[-1]["scoring"] = [scoring]
-    (clips.parent / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    (clips.parent / "captions.jsonl").write_text("")
-    out = tmp_path / "out"
-    assert export(clips.parent, out) == {"tvbench": 2, "vitatecs": 2, "vinoground": 1}
+            about = {"video": f"clips/{name}.mp4", "language": "en", "scoring": [scoring]}
+            turns = (("human", f"<video>\n{question}"), ("gpt", text))
+            turns = [{"from": who, "value": value} for who, value in turns]
+            lines.append(about | {"conversations": turns})
+    publish(test, {"questions.jsonl": lines, "captions.jsonl": []})
+    assert export(test, out) == {"tvbench": 2, "vitatecs": 2, "vinoground": 1}
     for name in ("tvbench", "vitatecs", "vinoground"):
         output = str(out / f"{name}.jsonl")
         files = ["--data_path", str(out / name), "--images_path", str(out / "videos")]

@@ -12,13 +12,8 @@ import pytest
 from PIL import Image
 
 from dataset.samples import Sample, Samples, read_samples
-from scripts.convert import (
-    llava_video_178k,
-    minimind_v,
-    sharegpt4video,
-    to_jsonl,
-    video_instruct_100k,
-)
+from scripts.convert import llava_video_178k as llava
+from scripts.convert import minimind_v, sharegpt4video, to_jsonl, video_instruct_100k
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,9 +28,10 @@ def user(*texts: str) -> list[dict]:
     return [{"role": ("user", "assistant")[i % 2], "content": x} for i, x in enumerate(texts)]
 
 
-def write_json(path: Path, records: list, **options) -> Path:
+def write_json(path: Path, *records) -> Path:
+    """A JSON array."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(records, **options), encoding="utf-8")
+    path.write_text(json.dumps(records), encoding="utf-8")
     return path
 
 
@@ -47,8 +43,13 @@ def write_jsonl(path: Path, *records) -> Path:
 def touch(root: Path, *paths: str) -> Path:
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes(b"media")
+        (root / path).touch()
     return root
+
+
+def write_parquet(path: Path, **table) -> Path:
+    pq.write_table(pa.table(table), path)
+    return path
 
 
 def picture(color, size=(16, 12), format="JPEG") -> bytes:
@@ -72,8 +73,8 @@ def convert(tmp_path, capsys):
 
 
 def dropped(tmp_path) -> dict[int, str]:
-    lines = (tmp_path / "out/new.dropped.jsonl").read_text(encoding="utf-8").splitlines()
-    return {line["line"]: line["reason"] for line in map(json.loads, lines)}
+    with (tmp_path / "out/new.dropped.jsonl").open(encoding="utf-8") as file:
+        return {line["line"]: line["reason"] for line in map(json.loads, file)}
 
 
 def texts(sample: Sample) -> list[str]:
@@ -94,24 +95,20 @@ NEXTQA = {
 
 def test_llava_video_178k(tmp_path, convert):
     data = tmp_path / "LLaVA-Video-178K"
-    write_json(data / "0_30_s_nextqa/0_30_s_nextqa_mc_qa_processed.json", [NEXTQA])
-    caption = {
-        "id": "RW587",
-        "conversations": human("<image>\nDescribe.", "A man sits.", "And then?", "He stands up."),
-        "data_source": "0_30_s_academic_v0_1",
-        "video": "academic_source/Charades/RW587.mp4",
-    }
+    write_json(data / "0_30_s_nextqa/0_30_s_nextqa_mc_qa_processed.json", NEXTQA)
+    source, video = "0_30_s_academic_v0_1", "academic_source/Charades/RW587.mp4"
+    turns = human("<image>\nDescribe.", "A man sits.", "And then?", "He stands up.")
+    caption = {"id": "RW587", "conversations": turns, "data_source": source, "video": video}
     question = caption | {"conversations": human("<image>\nWho?", "A man.")}
-    subset = data / "0_30_s_academic_v0_1"
-    write_json(subset / "0_30_s_academic_v0_1_cap_processed.json", [caption], indent=2)
-    write_json(subset / "0_30_s_academic_v0_1_oe_v0_1_qa_processed.json", [question, question])
+    write_json(data / source / f"{source}_cap_processed.json", caption)
+    write_json(data / source / f"{source}_oe_v0_1_qa_processed.json", question, question)
     # One subset was unpacked beside the annotations, the other into the dataset's own folder.
-    touch(data, NEXTQA["video"], f"0_30_s_academic_v0_1/{caption['video']}")
+    touch(data, NEXTQA["video"], f"{source}/{video}")
 
-    (one, two, nextqa), report = convert(llava_video_178k, data, images_path=data)
+    (one, two, nextqa), report = convert(llava, data, images_path=data)
     assert (nextqa.id, nextqa.visuals) == (NEXTQA["id"], [NEXTQA["video"]])
     assert texts(nextqa)[0].startswith("<video>\nWhy are") and texts(nextqa)[1] == "E. training."
-    assert one.visuals == ["0_30_s_academic_v0_1/academic_source/Charades/RW587.mp4"]
+    assert one.visuals == [f"{source}/{video}"]
     assert texts(one) == ["<video>\nDescribe.", "A man sits.", "And then?", "He stands up."]
     assert (one.id, two.id) == ("RW587", "RW587#2")  # one video, two questions
     assert dropped(tmp_path) == {2: "the same as an earlier record, word for word"}
@@ -138,8 +135,8 @@ def test_llava_video_178k(tmp_path, convert):
 def test_records_that_cannot_be_used_are_dropped_and_listed(tmp_path, convert, change, reason):
     root = touch(tmp_path / "videos", NEXTQA["video"], "a/twice.mp4", "b/twice.mp4")
     (root / "out").symlink_to(touch(tmp_path / "elsewhere", "a.mp4"))
-    data = write_json(tmp_path / "data.json", [NEXTQA | change, NEXTQA])
-    samples, report = convert(llava_video_178k, data, images_path=root)
+    data = write_json(tmp_path / "data.json", NEXTQA | change, NEXTQA)
+    samples, report = convert(llava, data, images_path=root)
     assert len(samples) == 1 and reason in dropped(tmp_path)[1]
     assert f"{data}:1: " in report
 
@@ -147,11 +144,11 @@ def test_records_that_cannot_be_used_are_dropped_and_listed(tmp_path, convert, c
 def test_a_file_in_another_folder_is_found_by_its_name(tmp_path, convert):
     record = NEXTQA | {"video": "./NextQA//NExTVideo/1006/8968804598.mp4"}
     root = touch(tmp_path / "videos", "unpacked/1006/8968804598.mp4", "copy/8968804598.mp4")
-    data = write_json(tmp_path / "a.json", [record])
-    (sample,), report = convert(llava_video_178k, data, images_path=root)
+    data = write_json(tmp_path / "a.json", record)
+    (sample,), report = convert(llava, data, images_path=root)
     assert sample.visuals == ["unpacked/1006/8968804598.mp4"]
     assert "1 × a file found under another path" in report
-    (sample,), _ = convert(llava_video_178k, data)  # without a root: as it stands, unchecked
+    (sample,), _ = convert(llava, data)  # without a root: as it stands, unchecked
     assert sample.visuals == [NEXTQA["video"]]
 
 
@@ -161,10 +158,8 @@ def test_held_out_samples_are_of_videos_that_training_never_sees(tmp_path, conve
         return {"id": f"{video}", "video": f"{video}.mp4", "conversations": turns}
 
     data = [record(video, question) for video in range(200) for question in range(2)]
-    path, val = write_json(tmp_path / "a.json", data), tmp_path / "out/val.jsonl"
-    samples, report = convert(
-        llava_video_178k, path, "--val_output", val, "--val_share", "0.1", images_path=None
-    )
+    path, val = write_json(tmp_path / "a.json", *data), tmp_path / "out/val.jsonl"
+    samples, report = convert(llava, path, "--val_output", val, "--val_share", "0.1")
     train, held_out = ({s.visuals[0] for s in part} for part in (samples, read_samples(val)))
     assert not train & held_out and len(train | held_out) == 200 and 8 <= len(held_out) <= 32
     assert f"val.jsonl: {2 * len(held_out)} held-out samples" in report
@@ -182,7 +177,7 @@ def test_video_instruct_100k(tmp_path, convert):
         {"id": "v_1", "video": "v_1.pkl", "conversations": human("What?\n<video>", "A.")},
     ]
     root = touch(tmp_path / "videos", "train/v_k_ZXmr8pmrs.mkv", "v_2.webm", "v_2.pkl", "v_1.MP4")
-    data = write_json(tmp_path / "VideoInstruct100K.json", asked)
+    data = write_json(tmp_path / "VideoInstruct100K.json", *asked)
     samples, _ = convert(video_instruct_100k, data, images_path=root)
     assert [(s.id, *s.visuals) for s in samples] == [
         ("v_k_ZXmr8pmrs", "train/v_k_ZXmr8pmrs.mkv"),
@@ -197,12 +192,9 @@ def test_video_instruct_100k(tmp_path, convert):
 
 
 def test_minimind_v_of_2024_and_2025(tmp_path, convert):
+    turns = human("<image>\n下山还是越野?", "越野滑雪。", "为什么？", "小径。")
     old = [
-        {
-            "id": "000000334872",
-            "image": "000000334872.jpg",
-            "conversations": human("<image>\n下山还是越野?", "越野滑雪。", "为什么？", "小径。"),
-        },
+        {"id": "000000334872", "image": "000000334872.jpg", "conversations": turns},
         {"id": "x", "image": "GCC_1.jpg", "conversations": human("<image>", "")},
     ]
     new = [
@@ -210,20 +202,16 @@ def test_minimind_v_of_2024_and_2025(tmp_path, convert):
         {"conversations": user("你好", "你好！")},
         {"conversations": [{"content": "<image>谁"}, {"content": "猫"}], "image": "a/1.jpg"},
     ]
+    turns = human("Source: <image> Target: <image> What?", "Take.")
     several = [
-        {
-            "id": "000000000000",
-            "image": "0.jpg, 1.jpg",
-            "conversations": human("Source: <image> Target: <image> What?", "Take."),
-        },
+        {"id": "000000000000", "image": "0.jpg, 1.jpg", "conversations": turns},
         {"image": "0.jpg, 1.jpg", "conversations": human("<image>\n<image>\n<image>", "False")},
         {"image": "0.jpg, ", "conversations": human("<image> <image>", "False")},
     ]
-    root = touch(
-        *(tmp_path / "images", "COCO_train2014_000000334872.jpg", "GCC_1.jpg", "train_0_0.jpg"),
-        *("a/COCO_train2014_1.jpg", "0.jpg", "1.jpg"),
-    )
-    data = [write_json(tmp_path / "230k.json", old), write_jsonl(tmp_path / "sft.jsonl", *new)]
+    images = ["COCO_train2014_000000334872.jpg", "GCC_1.jpg", "train_0_0.jpg"]
+    images += ["a/COCO_train2014_1.jpg", "0.jpg", "1.jpg"]
+    root = touch(tmp_path / "images", *images)
+    data = [write_json(tmp_path / "230k.json", *old), write_jsonl(tmp_path / "sft.jsonl", *new)]
     samples, report = convert(minimind_v, *data, images_path=root)
     assert [(sample.id, *sample.visuals) for sample in samples] == [
         ("000000334872", "COCO_train2014_000000334872.jpg"),
@@ -234,7 +222,7 @@ def test_minimind_v_of_2024_and_2025(tmp_path, convert):
     assert len(samples[0].messages) == 4 and samples[3].messages == user("<image>谁", "猫")
     assert "dropped 1," in report and "turn 2: the answer is empty" in report
 
-    data = write_json(tmp_path / "output.json", several)
+    data = write_json(tmp_path / "output.json", *several)
     (sample,), _ = convert(minimind_v, data, images_path=root)
     assert (sample.id, sample.visuals) == ("000000000000", ["0.jpg", "1.jpg"])
     reasons = dropped(tmp_path)
@@ -253,12 +241,8 @@ def test_minimind_v_parquet(tmp_path, convert):
         (user("<image>", "没有图片。"), None),
         (user("<image>\n什么？", "蓝色。"), picture("blue", format="PNG")),
     ]
-    table = {
-        "conversations": [json.dumps(turns, ensure_ascii=False) for turns, _ in rows],
-        "image_bytes": [image for _, image in rows],
-    }
-    data = tmp_path / "sft_i2t.parquet"
-    pq.write_table(pa.table(table), data)
+    turns, images = [json.dumps(turns) for turns, _ in rows], [image for _, image in rows]
+    data = write_parquet(tmp_path / "sft_i2t.parquet", conversations=turns, image_bytes=images)
     root = tmp_path / "pictures"
     samples, report = convert(minimind_v, data, images_path=root)
     kept = (0, 1, 2, 5, 7)
@@ -272,9 +256,8 @@ def test_minimind_v_parquet(tmp_path, convert):
     assert "2 visual tags" in reasons[3] and "can't be read" in reasons[4]
     assert "1 visual tags (<image>, <video>) for 0 visuals" in reasons[6]
     assert "1 × a picture without a tag was left out" in report
-
-    files = sorted(path.name for path in root.rglob("*") if path.is_file())
-    assert sorted(Path(name).suffix for name in files) == [".jpg", ".png"]  # the red one once
+    suffixes = sorted(path.suffix for path in root.rglob("*") if path.is_file())
+    assert suffixes == [".jpg", ".png"]  # the red one once
 
 
 def test_sharegpt4video(tmp_path, convert):
@@ -331,12 +314,10 @@ def test_parquets_of_several_pictures_of_paths_and_of_the_datasets_library(tmp_p
         "structs": {"conversations": [user("<image>?", "Blue.")], "images": [[struct]]},
         "text": {"conversations": ["{", json.dumps(human("Hi", "Hello"))], "id": [b"\xff", None]},
     }
-    for name, table in tables.items():
-        pq.write_table(pa.table(table), tmp_path / f"{name}.parquet")
+    paths = [write_parquet(tmp_path / f"{name}.parquet", **table) for name, table in tables.items()]
     with pytest.raises(ValueError, match="a parquet; convert it.*to_jsonl.* --images_path"):
         read_samples(tmp_path / "paths.parquet")
     root = touch(tmp_path / "root", "b.mp4")
-    paths = [tmp_path / f"{name}.parquet" for name in tables]
     (two, path, struct, text), _ = convert(to_jsonl, *paths, images_path=root)
     assert [pixel(two, root, i) for i in (0, 1)] == [(254, 0, 0), (0, 255, 1)]
     assert (path.id, path.visuals) == ("7", ["b.mp4"])
@@ -361,12 +342,12 @@ def test_parquets_of_several_pictures_of_paths_and_of_the_datasets_library(tmp_p
 def test_wrong_arguments_leave_nothing_behind(tmp_path, monkeypatch, arguments, reason):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    write_json(tmp_path / "a.json", [NEXTQA])
+    write_json(tmp_path / "a.json", NEXTQA)
     write_jsonl(tmp_path / "b.jsonl", 3)
     (tmp_path / "cut.json").write_text(json.dumps([NEXTQA, NEXTQA])[:-20])
     (tmp_path / "z.parquet").write_bytes(b"PAR1 but no more")
-    table = {"conversations": [human("<image>", "Red.")], "image_bytes": [picture("red")]}
-    pq.write_table(pa.table(table), tmp_path / "x.parquet")
+    turns = [human("<image>", "Red.")]
+    write_parquet(tmp_path / "x.parquet", conversations=turns, image_bytes=[picture("red")])
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit, match=reason):
         to_jsonl.main("", to_jsonl.convert, ["--output", "x.jsonl", "--data_path", *arguments])
