@@ -204,7 +204,7 @@ def _transformers_settings(config: dict, about: Path) -> dict:
 
     rope_type, act = rope.get("rope_type", rope.get("type")), config.get("hidden_act")
     scoring, sparse_step = config.get("scoring_func"), config.get("decoder_sparse_step", 1)
-    problems = {
+    misfits = {
         f"model_type {family}": family not in _FAMILIES,
         "use_sliding_window": config.get("use_sliding_window"),
         "dense layers among experts": config.get("mlp_only_layers") or sparse_step != 1,
@@ -212,8 +212,8 @@ def _transformers_settings(config: dict, about: Path) -> dict:
         f"hidden_act {act}": act not in (None, "silu"),
         f"scoring_func {scoring}": scoring not in (None, "softmax"),
     }
-    if found_problems := [problem for problem, is_there in problems.items() if is_there]:
-        raise ValueError(f"{about}: Cinego's language model has no {', '.join(found_problems)}")
+    if problems := [name for name, is_there in misfits.items() if is_there]:
+        raise ValueError(f"{about}: Cinego's language model has no {', '.join(problems)}")
     if family in ("minimind-v", "cinego") and isinstance(config.get("image_ids"), list):
         found["image_ids"] = config["image_ids"]
     return found

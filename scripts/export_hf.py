@@ -46,7 +46,6 @@ from scripts.transformers_code.modeling_cinego import CinegoForCausalLM
 from scripts.transformers_code.processing_cinego import CinegoProcessor
 
 ROOT = Path(__file__).resolve().parent.parent
-ENTRY_POINTS = sorted((ROOT / "scripts/transformers_code").glob("*_cinego.py"))
 # `from model.cinego import …` in our files; a directory of remote code is flat and relative.
 _OWN_IMPORT = re.compile(r"^( *)from (model|dataset)\.(\w+) import", re.MULTILINE)
 
@@ -200,8 +199,8 @@ def image_processor(transform: FrameTransform) -> CLIPImageProcessorPil:
 
 def write_code(folder: Path) -> None:
     """The entry points and all of our files that they import, as a flat package."""
-    waiting = {path: path.name for path in ENTRY_POINTS}
-    written = set()
+    entry_points = (ROOT / "scripts/transformers_code").glob("*_cinego.py")
+    waiting, written = {path: path.name for path in entry_points}, set()
     while waiting:
         path, name = waiting.popitem()
         text = path.read_text(encoding="utf-8")

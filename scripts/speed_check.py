@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -73,36 +74,29 @@ class CachedSource:
         return torch.from_numpy(np.load(self.path))
 
 
-def measure_rate(run: Callable[[], int], device: torch.device, seconds: float) -> float:
-    """How many of what `run` counts are done in a second, after one run to warm up."""
+def measure_rate(run: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """How many runs are done in a second, after one to warm up."""
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     # Processor time adds up over the cores that a part uses; a second has as many of them.
     cores = torch.get_num_threads() if device.type == "cpu" else 1
 
-    def finish() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
+    is_cuda = device.type == "cuda"
+    finish = partial(torch.cuda.synchronize, device) if is_cuda else lambda: None
     run(), finish()
     start, wall, count = clock(), time.perf_counter(), 0
     while time.perf_counter() - wall < seconds:
-        count += run()
-        finish()
+        run(), finish()
+        count += 1
     return count * cores / max(clock() - start, 1e-9)
 
 
 def measure_decoding(flags: SpeedFlags, folder: str) -> Part:
     path = Path(folder, "clip.mp4")
     make_clip(path, flags.video_seconds)
-
-    def decode() -> int:
-        read_frames(path, flags.num_frames, timeout=None)
-        return 1
-
     # One core after the other: decoding runs in as many processes as there are cores.
-    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+    decode = partial(read_frames, path, flags.num_frames, timeout=None)
     rate = measure_rate(decode, torch.device("cpu"), flags.seconds)
-    return Part("decode", rate * cores / threads)
+    return Part("decode", rate / torch.get_num_threads() * (os.cpu_count() or 1))
 
 
 def measure_tower(flags: SpeedFlags, device: torch.device) -> Part:
@@ -110,32 +104,28 @@ def measure_tower(flags: SpeedFlags, device: torch.device) -> Part:
     pixels = torch.randn(flags.num_frames, 3, 224, 224, device=device)
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         tower(pixels)
-    rate = measure_rate(lambda: (tower(pixels), 1)[1], device, flags.seconds)
+    rate = measure_rate(partial(tower, pixels), device, flags.seconds)
     return Part("tower", rate, rate * counter.get_total_flops())
 
 
 def measure_loader_and_step(flags: SpeedFlags, device: torch.device, folder: str) -> list[Part]:
     samples, source = make_samples(84, folder), CachedSource(folder, flags.num_frames)
-    batches: list[dict] = []
-
-    def load() -> int:
-        batches[:] = make_batches(samples, source, 2, tokens=1024, share_prefix=True)
-        return sum(len(batch["inputs"]["frames_per_visual"]) for batch in batches)
-
-    rate = measure_rate(load, torch.device("cpu"), flags.seconds)
+    load = partial(make_batches, samples, source, 2, tokens=1024, share_prefix=True)
+    batches = load()
+    videos = sum(len(batch["inputs"]["frames_per_visual"]) for batch in batches)
+    rate = measure_rate(load, torch.device("cpu"), flags.seconds) * videos
     loader = Part("loader", rate / torch.get_num_threads() * (os.cpu_count() or 1))
     model = make_model(flags.dim, flags.n_layers).to(device)
     optimizers = Optimizers(model, TrainConfig())
 
-    def step() -> int:
+    def step() -> None:
         for batch in batches:
             time_step(model, optimizers, batch, 0, flags.dtype, device)
-        return sum(len(batch["inputs"]["frames_per_visual"]) for batch in batches)
 
     with FlopCounterMode(display=False) as counter:
-        videos = step()
+        step()
     rate = measure_rate(step, device, flags.seconds)
-    return [loader, Part("step", rate, rate * counter.get_total_flops() / videos)]
+    return [loader, Part("step", rate * videos, rate * counter.get_total_flops())]
 
 
 def describe(parts: list[Part], product: float, device: str) -> str:
@@ -178,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     # FLOPs a second of a large matrix product: what the machine can reach at all.
     size = 1024 if device.type == "cpu" else 8192
     a = torch.randn(size, size, device=device, dtype=getattr(torch, flags.dtype))
-    product = measure_rate(lambda: len(a @ a) * 2 * size**2, device, flags.seconds / 2)
+    product = measure_rate(lambda: a @ a, device, flags.seconds / 2) * 2 * size**3
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(describe(parts, product, device.type))
 

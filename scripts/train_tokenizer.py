@@ -9,7 +9,6 @@ given with `--extra`. The same Python version gives the same file, byte for byte
 """
 
 import ast
-import inspect
 import json
 import re
 import sysconfig
@@ -22,7 +21,6 @@ from transformers import PreTrainedTokenizerFast
 
 from cli import Flags, flag, launch, parse_flags
 
-VOCAB_SIZE = 6400
 # MiniMind's special tokens since 2025, in the order of their ids.
 END_OF_TEXT, TURN_START, TURN_END = SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # ChatML without a default system prompt: what isn't in the conversation isn't in the text.
@@ -49,7 +47,7 @@ def standard_library_docstrings() -> Iterator[str]:
         for node in ast.walk(ast.parse(path.read_bytes())):
             if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                 continue
-            text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
+            text = ast.get_docstring(node) or ""
             # Prose only: examples and tables would spend merges on prompts, rulers and indents.
             lines = [line.strip() for line in text.splitlines() if ">>>" not in line]
             yield from (re.sub(" {2,}", " ", line) for line in lines if re.search("[a-z]{2}", line))
@@ -69,15 +67,14 @@ def read_sections(path: Path) -> dict[str, list[str]]:
 def training_text(extra: list[str]) -> Iterator[str]:
     """All texts, each as often as its weight says. Raises OSError or ValueError for `extra`."""
     sections = read_sections(TEXT_FILE)
-    words = {language: " ".join(sections[f"words {language}"]).split() for language in ("en", "zh")}
     common = dict.fromkeys("".join(sections["characters zh"]))
     yield from standard_library_docstrings()
     # GB2312 level 1: rows 16 to 55 of the code table, 3755 characters in common use.
     table = b"".join(bytes([row, cell]) for row in range(0xB0, 0xD8) for cell in range(0xA1, 0xFF))
     weighted = [(character, CHARACTER_WEIGHT) for character in table.decode("gb2312", "ignore")]
     weighted += [(character, COMMON_CHARACTER_WEIGHT) for character in common]
-    weighted += [(word, WORD_WEIGHT) for word in words["zh"]]
-    for word in words["en"]:
+    weighted += [(word, WORD_WEIGHT) for word in " ".join(sections["words zh"]).split()]
+    for word in " ".join(sections["words en"]).split():
         # In a sentence first; then as the first word of an answer, small and capital.
         weighted.append((f" {word}", WORD_WEIGHT))
         weighted += [(start, WORD_WEIGHT // 4) for start in (word, word.capitalize())]
@@ -91,7 +88,7 @@ def training_text(extra: list[str]) -> Iterator[str]:
                 yield re.sub("<(image|video)>", "", turn.get("value") or turn["content"])
 
 
-def train(texts: Iterator[str], vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
+def train(texts: Iterator[str], vocab_size: int = 6400) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

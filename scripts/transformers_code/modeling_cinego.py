@@ -138,11 +138,11 @@ class CinegoForCausalLM(PreTrainedModel, GenerationMixin):
         """As a processor gives them → as `Cinego.embed` takes them."""
         if isinstance(frames_per_visual, Tensor):
             frames_per_visual = frames_per_visual.tolist()
+        if pixel_values is not None:
+            pixel_values = pixel_values.to(self.vision_tower.dtype)
         return {
             "visual_features": visual_features,
-            "pixel_values": None
-            if pixel_values is None
-            else pixel_values.to(self.vision_tower.dtype),
+            "pixel_values": pixel_values,
             "frames_per_visual": frames_per_visual,
             "visual_mask": None if visual_mask is None else visual_mask.bool(),
         }
