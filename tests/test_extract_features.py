@@ -22,8 +22,6 @@ from device import choose_dtype
 from model.vision_tower import VisionTower
 from tests.clips import make_numbered_clip
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 @pytest.fixture
 def data(tmp_path):
@@ -79,8 +77,8 @@ def relative_errors(data, tiny_tower) -> torch.Tensor:
 
 def test_features_manifest_and_resuming(data, tiny_tower, extract):
     # The first time as a user runs it. 7 frames a batch: no clip begins where a batch does.
-    script = [sys.executable, str(ROOT / "extract_features.py")]
-    command = script + flags(tiny_tower, *EXACT, "--batch_size", 7)
+    command = [sys.executable, extract_features.__file__]
+    command += flags(tiny_tower, *EXACT, "--batch_size", 7)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     output = subprocess.check_output(command, cwd=data, env=environment, text=True)
     assert "6 visuals, 6 to do" in output and "2 failed" in output
@@ -242,16 +240,13 @@ def test_int8_is_half_the_bytes(data, extract):
     torch.testing.assert_close(*frames, atol=0.02, rtol=0.02)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((*DATA, "--shard", "2/2"), "--shard 2/2"),
-        ((*DATA, "--vision_path", "nowhere"), "nowhere"),
-        (("--videos", "/dev/null"), "isn't under --images_path"),
-        (("--videos", "clipz"), "clipz: there is no such file or folder"),
-    ],
-)
-def test_wrong_arguments_are_named(data, extract, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        extract(*arguments)
+def test_wrong_arguments_are_named(data, extract):
+    for message, *arguments in (
+        ("--shard 2/2", *DATA, "--shard", "2/2"),
+        ("nowhere", *DATA, "--vision_path", "nowhere"),
+        ("isn't under --images_path", "--videos", "/dev/null"),
+        ("clipz: there is no such file or folder", "--videos", "clipz"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            extract(*arguments)
     assert not (data / "features").exists()

@@ -294,8 +294,7 @@ def test_float16_becomes_int8_and_never_back(full):
     assert half.manifest["dtype"] == "int8"
     assert_same_features(half, tolerance=0.03)
     again = pack(half, to="again")
-    for name in FRAMES:
-        assert (again.rows(name) == half.rows(name)).all()
+    assert all((again.rows(name) == half.rows(name)).all() for name in FRAMES)
     with pytest.raises(ValueError, match="don't become float16 again"):
         pack(half, "--features_dtype", "float16", to="whole")
     (full.directory / "manifest.json").unlink()
