@@ -105,15 +105,12 @@ OF_OURS = {"lineage": {"tokenizer": OURS}}  # what an untrained model is taken t
 def world(tmp_path_factory, tiny_tower):
     """A small model, its export, questions, and what a fresh process made of the export."""
     root = tmp_path_factory.mktemp("export")
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     torch.manual_seed(1)
-    language_model = LanguageModelConfig(
-        len(tokenizer), 64, 2, 4, 2, qk_norm=True, rope_theta=1e4, embedding_std=0.4
-    )
-    language_model.initializer_range = 0.3  # or every video would get the same answer
-    config = CinegoConfig(
-        language_model, vision_hidden_size=32, image_ids=placeholder_ids(tokenizer)
-    )
+    # With small weights every video would get the same answer.
+    large = {"initializer_range": 0.3, "embedding_std": 0.4}
+    language_model = LanguageModelConfig(6400, 64, 2, 4, 2, qk_norm=True, rope_theta=1e4, **large)
+    ids = placeholder_ids(AutoTokenizer.from_pretrained(TOKENIZER))
+    config = CinegoConfig(language_model, vision_hidden_size=32, image_ids=ids)
     tower = VisionTower.from_pretrained(tiny_tower).fingerprint()
     meta = {"training": {"num_frames": 4}, "lineage": {"vision_tower": tower, "tokenizer": OURS}}
     save_model(root / "vlm.pth", Cinego(config), meta)
@@ -139,12 +136,11 @@ def our_answer(path, tower, clip, question):
     return logits, generate(model, inputs, 12, tokenizer.eos_token_id)[0]
 
 
-def until_end(rows):
-    end = 2  # <|im_end|>
+def until_end(rows, end=2):  # <|im_end|>
     return [row[: row.index(end)] if end in row else row for row in rows]
 
 
-def test_a_fresh_process_answers_as_we_do(world):
+def test_a_fresh_process_answers_as_we_do_and_samples_and_trains(world):
     root, tower, asked, found = world
     ours = [our_answer(root / "vlm.pth", tower, *pair) for pair in asked]
     logits, answers = map(list, zip(*ours, strict=True))
@@ -153,10 +149,7 @@ def test_a_fresh_process_answers_as_we_do(world):
     assert answers[0] != answers[1] and all(answers)  # the video is seen
     for way in ("alone", "batch", "from text"):
         assert until_end(found[way]) == answers, way
-
-
-def test_beams_sampling_and_training(world):
-    *_, found = world
+    # Beams, sampling and training.
     assert until_end(found["beams"]) == until_end(found["beams alone"])
     assert found["beams"] != found["batch"]  # three beams find a better answer to something
     assert found["sampled"] == found["sampled again"]
@@ -164,7 +157,9 @@ def test_beams_sampling_and_training(world):
     assert 0 < found["loss"] < 100 and found["learns"] == ["cinego"]  # the tower is frozen
 
 
-def test_saved_again_or_brought_back_it_is_the_same_to_the_byte(world, tmp_path):
+def test_saved_again_or_brought_back_whole_or_the_language_model_alone_it_is_the_same(
+    world, tmp_path
+):
     root, *_ = world
     first, again = (root / name for name in ("hub-v1.0", "hub-v1.0-again"))
     names = sorted(os.listdir(first))
@@ -174,6 +169,10 @@ def test_saved_again_or_brought_back_it_is_the_same_to_the_byte(world, tmp_path)
     main([str(again), str(tmp_path / "vlm.pth")])
     for name in ("vlm.pth", "vlm.json"):
         assert (tmp_path / name).read_bytes() == (root / name).read_bytes()
+    main([str(first), str(tmp_path / "lm"), "--llm_only"])
+    whole = load_video_language_model(root / "vlm.pth").language_model
+    ids = torch.randint(0, 6400, (1, 9))
+    assert torch.equal(load_language_model(tmp_path / "lm")(ids).logits, whole(ids).logits)
 
 
 @pytest.mark.parametrize("family, settings", [("Llama", {}), ("Qwen3", {"qk_norm": True})])
@@ -192,32 +191,23 @@ def test_a_language_model_alone_is_of_a_family_of_transformers(tmp_path, family,
     assert AutoTokenizer.from_pretrained(tmp_path / "lm").eos_token_id == theirs.config.eos_token_id
 
     theirs.save_pretrained(tmp_path / "again")
-    for name in ("config.json", "generation_config.json", "model.safetensors"):
-        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "lm" / name).read_bytes()
     main([str(tmp_path / "lm"), str(tmp_path / "back.pth")])
-    for suffix in (".pth", ".json"):
-        back, first = (tmp_path / f"{name}{suffix}" for name in ("back", "lm"))
-        assert back.read_bytes() == first.read_bytes()
-
-
-def test_the_language_model_of_a_video_language_model(world, tmp_path):
-    root, *_ = world
-    main([str(root / "hub-v1.0"), str(tmp_path / "lm"), "--llm_only"])
-    ids = torch.randint(0, 6400, (1, 9))
-    whole = load_video_language_model(root / "vlm.pth").language_model
-    assert torch.equal(load_language_model(tmp_path / "lm")(ids).logits, whole(ids).logits)
+    names = ("config.json", "generation_config.json", "model.safetensors")
+    pairs = [(f"again/{name}", f"lm/{name}") for name in names]
+    for back, first in (*pairs, ("back.pth", "lm.pth"), ("back.json", "lm.json")):
+        assert (tmp_path / back).read_bytes() == (tmp_path / first).read_bytes()
 
 
 # ---- ancestors, and other towers
 
 
-def write_tower(directory, family, side, patch, **preprocessor):
+def write_tower(directory, family, side, patch, preprocessor):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     sizes |= {"num_attention_heads": 2, "image_size": side, "patch_size": patch}
     torch.manual_seed(2)
     config = getattr(transformers, f"{family}VisionConfig")(**sizes)
     getattr(transformers, f"{family}VisionModel")(config).save_pretrained(directory)
-    about = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, **preprocessor}
+    about = preprocessor | {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
     (directory / "preprocessor_config.json").write_text(json.dumps(about))
     return directory
 
@@ -226,8 +216,8 @@ def test_ancestors_and_other_towers_leave_as_whole_models(tmp_path):
     """MiniMind-V 2024 and Cinego 2025, from their own files, and ours on SigLIP (without CLS)."""
     minimind_v = old_state(vocab=6400, kv_heads=4)
     add_projector(minimind_v, "vision_proj.vision_proj.0", 32)
-    language_model = LanguageModelConfig(6400, 64, 2, 8, 2, embedding_std=0.3)
-    language_model.initializer_range = 0.3
+    large = {"initializer_range": 0.3, "embedding_std": 0.3}
+    language_model = LanguageModelConfig(6400, 64, 2, 8, 2, **large)
     on_siglip = Cinego(CinegoConfig(language_model, vision_hidden_size=32, tokens_per_frame=9))
     crop = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
     squash = {"size": {"height": 48, "width": 48}}
@@ -238,7 +228,7 @@ def test_ancestors_and_other_towers_leave_as_whole_models(tmp_path):
     }
     clip, towers = make_clip(tmp_path / "a.mp4", 40), {}
     for name, (state, shape, preprocessor) in models.items():
-        towers[name] = write_tower(tmp_path / f"{name}_tower", *shape, **preprocessor)
+        towers[name] = write_tower(tmp_path / f"{name}_tower", *shape, preprocessor)
         torch.save(state, tmp_path / f"{name}.pth")
         paths = [str(tmp_path / f"{name}.pth"), str(tmp_path / name)]
         main([*paths, "--vision_path", str(towers[name]), "--num_frames=4", "--accept_tokenizer"])
@@ -262,15 +252,15 @@ def test_a_towers_settings_pass_through_transformers(resize, resample):
 
 def test_what_cannot_be_written_says_why(world, tiny_tower, tmp_path):
     root, *_ = world
-    vlm, tower = str(root / "vlm.pth"), ["--vision_path", str(tiny_tower)]
-    with pytest.raises(ValueError, match="there already"):
-        main([vlm, str(root / "hub-v1.0"), *tower])
-    with pytest.raises(ValueError, match="no vision tower in"):
-        main([vlm, str(tmp_path / "x"), "--vision_path", str(tmp_path)])
-    with pytest.raises(ValueError, match="--tokenizer_path y: no such folder"):
-        main([vlm, str(tmp_path / "x"), *tower, "--tokenizer_path", "y"])
+    vlm, tower = root / "vlm.pth", ["--vision_path", tiny_tower]
     config = LanguageModelConfig(6400, 16, 1, 2, 2, num_experts=2)
     save_model(root / "experts.pth", MiniMind(config), OF_OURS)
-    with pytest.raises(ValueError, match="mixture of experts .* convert it to a .pth"):
-        main([str(root / "experts.pth"), str(tmp_path / "x")])
+    for reason, *words in (
+        ("there already", vlm, root / "hub-v1.0", *tower),
+        ("no vision tower in", vlm, tmp_path / "x", "--vision_path", tmp_path),
+        ("_path y: no such folder", vlm, tmp_path / "x", *tower, "--tokenizer_path", "y"),
+        ("mixture of experts .* convert it to a .pth", root / "experts.pth", tmp_path / "x"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            main([*map(str, words)])
     assert not os.listdir(tmp_path)
