@@ -120,7 +120,7 @@ def is_video_language_model(path: str | Path) -> bool:
 def _build(found: LoadReport, vision_path: str | Path | None = None) -> Cinego | MiniMind:
     """The model with its weights and its report. Until they come it takes no memory."""
     tower = VisionTower.from_pretrained(vision_path) if vision_path and found.has_vision else None
-    settings = found.settings
+    settings = found.assumed | found.inferred | found.given  # the surest last
     try:
         if settings["num_hidden_layers"] > len(found.state):  # building them might take for ever
             raise ValueError(

@@ -77,11 +77,6 @@ class LoadReport:
     left_out: list[str] = field(default_factory=list)  # tensors that the model makes for itself
     num_parameters: int = 0
 
-    @property
-    def settings(self) -> dict:
-        """All of them, the surest last: those of CinegoConfig and of its language model."""
-        return self.assumed | self.inferred | self.given
-
     def __str__(self) -> str:
         assumed = ", ".join(f"{name} {_brief(value)}" for name, value in self.assumed.items())
         more = len(self.left_out) - 3

@@ -79,7 +79,6 @@ def measure_rate(run: Callable[[], object], device: torch.device, seconds: float
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     # Processor time adds up over the cores that a part uses; a second has as many of them.
     cores = torch.get_num_threads() if device.type == "cpu" else 1
-
     is_cuda = device.type == "cuda"
     finish = partial(torch.cuda.synchronize, device) if is_cuda else lambda: None
     run(), finish()
