@@ -119,6 +119,11 @@ class ServerFlags(SharedFlags):
         return found
 
     @property
+    def max_body(self) -> int:
+        """Bytes."""
+        return int(self.max_body_mb * 2**20)
+
+    @property
     def is_local(self) -> bool:
         return self.host in LOOPBACK
 

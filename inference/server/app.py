@@ -65,7 +65,7 @@ def build_app(flags: ServerFlags) -> FastAPI:
 
     @app.exception_handler(APIError)
     async def api_error(request: Request, error: APIError) -> JSONResponse:
-        await drain(request, 4 * service.max_body)
+        await drain(request, 4 * flags.max_body)
         return JSONResponse(error.body(), error.status, error.headers)
 
     @app.exception_handler(HTTPException)

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from inference.flags import ServerFlags
 from inference.server.metrics import Metrics
 from inference.server.schema import APIError
 
@@ -45,20 +46,17 @@ class Share:
 
 
 @asynccontextmanager
-async def read_body(
-    request: Request, max_bytes: int, seconds: float, memory: Share
-) -> AsyncIterator[bytes]:
+async def read_body(request: Request, flags: ServerFlags, memory: Share) -> AsyncIterator[bytes]:
     """It counts as memory for as long as it, or what is in it, is held. Raises APIError."""
     if not (announced := request.headers.get("content-length", "")).isdecimal():
         # A body in chunks may have chunks of one byte each, which cost seconds to put together.
         close = {"Connection": "close"}
         raise APIError(411, "send the request with its Content-Length", headers=close)
-    if int(announced) > max_bytes:
-        found = f"the request is above {max_bytes / 2**20:g} MiB"
-        raise APIError(413, found, "body_too_large")
+    if int(announced) > flags.max_body:
+        raise APIError(413, f"the request is above {flags.max_body_mb:g} MiB", "body_too_large")
     client, chunks, size, values = request.client.host, [], 0, 0.0
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(flags.upload_timeout):
             async for chunk in request.stream():
                 memory.take(client, len(chunk))
                 size += len(chunk)
@@ -70,7 +68,8 @@ async def read_body(
         del chunks
         yield body
     except TimeoutError:
-        raise APIError(408, f"the request didn't arrive within {seconds:g} s") from None
+        found = f"the request didn't arrive within {flags.upload_timeout:g} s"
+        raise APIError(408, found) from None
     finally:
         memory.give_back(client, size)
 

@@ -12,13 +12,13 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote_to_bytes, urlsplit
 
 import httpx2
 
+from inference.flags import ServerFlags
 from inference.server.schema import APIError
 
 MAX_URL = 4096  # characters of one that isn't data: longer ones aren't even parsed
@@ -47,20 +47,14 @@ def path_of(file: BinaryIO) -> str:
     return path if os.path.exists(path) else file.name
 
 
-@dataclass
 class MediaSource:
     """What may be opened, and how much of it."""
 
-    max_bytes: int
-    timeout: float  # seconds for a whole download
-    allowed_path: Path | None = None
-    allowed_domains: frozenset[str] = frozenset()  # "host" or "host:port", exactly
-    http: httpx2.AsyncClient = field(init=False)
-
-    def __post_init__(self):
-        self.allowed_domains = frozenset(name.lower() for name in self.allowed_domains)
-        if self.allowed_path is not None:
-            self.allowed_path = Path(self.allowed_path).resolve(strict=True)
+    def __init__(self, flags: ServerFlags):
+        self.max_bytes, self.timeout = flags.max_body, flags.media_timeout
+        self.allowed_domains = {name.lower() for name in flags.allowed_media_domains or ()}
+        path = flags.allowed_media_path
+        self.allowed_path = None if path is None else Path(path).resolve(strict=True)
         self.http = httpx2.AsyncClient(
             # Without compression a small answer can't unfold into a large one.
             headers={"User-Agent": "cinego", "Accept-Encoding": "identity"},

@@ -6,6 +6,7 @@ A video comes as vLLM takes it: {"type": "video_url", "video_url": {"url": "data
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -16,21 +17,18 @@ from inference.request import Sequence
 MAX_MESSAGES, MAX_PARTS, MAX_STOPS = 256, 64, 16
 
 
+@dataclass(eq=False)
 class APIError(Exception):
     """Becomes {"error": {"message", "type", "param", "code"}} with an HTTP status."""
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        code: str | None = None,
-        param: str | None = None,
-        headers: dict[str, str] | None = None,
-    ):
-        super().__init__(message)
-        # What a client wrote may stand in the message.
-        self.status, self.message, self.code, self.param = status, message[:1000], code, param
-        self.headers = headers or {}
+    status: int
+    message: str
+    code: str | None = None
+    param: str | None = None
+    headers: dict[str, str] | None = None
+
+    def __post_init__(self):
+        self.message = self.message[:1000]  # what a client wrote may stand in it
 
     def body(self) -> dict:
         types = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
@@ -129,10 +127,9 @@ class ChatRequest(_Lenient):
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
             # Pydantic names a part's type in the path as well: messages.0.content.1.text.text.
-            path = first["loc"][:4] + first["loc"][5:]
-            param = ".".join(map(str, path))
-            where = f"{param}: " if param else ""
-            raise APIError(400, f"{where}{first['msg']}", None, param or None) from None
+            param = ".".join(map(str, first["loc"][:4] + first["loc"][5:])) or None
+            found = f"{param}: {first['msg']}" if param else first["msg"]
+            raise APIError(400, found, None, param) from None
 
 
 def as_conversation(messages: list[Message]) -> tuple[list[dict], list[str]]:
@@ -159,10 +156,7 @@ def as_conversation(messages: list[Message]) -> tuple[list[dict], list[str]]:
             turns[-1]["content"] += "\n" + content
         else:
             turns.append({"role": role, "content": content})
-    sources = (
-        part.video_url if isinstance(part, VideoPart) else part.image_url for part in visuals
-    )
-    return turns, [source.url for source in sources]
+    return turns, [getattr(part, part.type).url for part in visuals]
 
 
 def _text(part: TextPart) -> str:
@@ -173,14 +167,17 @@ def _text(part: TextPart) -> str:
 class Reply:
     """Makes the objects of one answer, whole or in chunks; all of them share id and time."""
 
-    def __init__(self, model: str, warnings: list[str]):
+    def __init__(self, model: str, sequence: Sequence, warnings: list[str]):
+        self.sequence = sequence
         self.about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
         self.about |= {"model": model} | ({"warnings": warnings} if warnings else {})
 
-    def whole(self, text: str, finish_reason: str, usage: dict) -> dict:
+    def whole(self, text: str) -> dict:
         message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
-        return {**self.about, "object": "chat.completion", "choices": [choice], "usage": usage}
+        choice = {"index": 0, "message": message, "logprobs": None}
+        choice["finish_reason"] = self.sequence.finish_reason
+        about = {**self.about, "object": "chat.completion"}
+        return {**about, "choices": [choice], "usage": self.usage()}
 
     def chunk(self, delta: dict | None, finish_reason: str | None = None, **usage) -> dict:
         """delta None: the last chunk, which has the usage and no choice."""
@@ -188,11 +185,7 @@ class Reply:
         choices = [] if delta is None else [choice]
         return {**self.about, "object": "chat.completion.chunk", "choices": choices, **usage}
 
-
-def usage_of(sequence: Sequence) -> dict:
-    prompt, completion = sequence.prompt_tokens, sequence.completion_tokens
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-    }
+    def usage(self) -> dict:
+        prompt, completion = self.sequence.prompt_tokens, self.sequence.completion_tokens
+        counts = {"prompt_tokens": prompt, "completion_tokens": completion}
+        return {**counts, "total_tokens": prompt + completion}

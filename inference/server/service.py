@@ -25,14 +25,7 @@ from inference.scheduler import Scheduler
 from inference.server.limits import Share, read_body, unless_gone
 from inference.server.media import MediaSource, path_of
 from inference.server.metrics import Metrics
-from inference.server.schema import (
-    APIError,
-    ChatRequest,
-    Reply,
-    TextPart,
-    as_conversation,
-    usage_of,
-)
+from inference.server.schema import APIError, ChatRequest, Reply, TextPart, as_conversation
 from model.generate import Sampling
 
 BODIES_AT_ONCE = 8  # full-sized ones that may be in memory together
@@ -44,18 +37,12 @@ class Service:
         self.scheduler = Scheduler(
             chat_model, flags.max_batch, flags.batch_wait_ms / 1e3, metrics.count_step
         )
-        self.max_body = int(flags.max_body_mb * 2**20)
-        memory = BODIES_AT_ONCE * self.max_body
+        memory = BODIES_AT_ONCE * flags.max_body
         self.memory = Share(memory, "too much is being uploaded; try again")
         self.slots = Share(flags.max_queue, "the server is full; try again")
         metrics.batch_rows.set_function(lambda: len(self.scheduler.engine.sequences))
         metrics.in_flight.set_function(self.slots.taken.total)
-        self.source = MediaSource(
-            self.max_body,
-            flags.media_timeout,
-            flags.allowed_media_path,
-            frozenset(flags.allowed_media_domains or ()),
-        )
+        self.source = MediaSource(flags)
         # JSON and text are taken apart in one thread: several would keep the server's own from
         # running for as many times as long.
         self.parser = ThreadPoolExecutor(1, "parser")
@@ -81,9 +68,7 @@ class Service:
         """held: what is given back once the answer has been sent."""
         client = request.client.host
         self.slots.check(client)  # before its body
-        async with read_body(
-            request, self.max_body, self.flags.upload_timeout, self.memory
-        ) as body:
+        async with read_body(request, self.flags, self.memory) as body:
             # Whoever sends slowly has no slot: admission control begins here.
             self.slots.take(client)
             held.callback(self.slots.give_back, client)
@@ -92,15 +77,14 @@ class Service:
                 del body
                 visuals = await self._visuals(urls, client)
                 sequence = await self._in_parser(self._sequence, chat, messages, visuals)
-        reply = Reply(self.flags.model_name, [text for each in visuals for text in each.warnings])
-        texts = self._texts(sequence)
+        warnings = [text for each in visuals for text in each.warnings]
+        reply, texts = Reply(self.flags.model_name, sequence, warnings), self._texts(sequence)
         async with unless_gone(request):
             first = await anext(texts)  # a failure before it still has a status of its own
             if not chat.stream:
-                text = first + "".join([text async for text in texts])
-                return JSONResponse(reply.whole(text, sequence.finish_reason, usage_of(sequence)))
+                return JSONResponse(reply.whole(first + "".join([text async for text in texts])))
         with_usage = chat.stream_options is not None and chat.stream_options.include_usage
-        events = self._events(sequence, first, texts, reply, with_usage)
+        events = _events(first, texts, reply, with_usage)
         await held.enter_async_context(aclosing(events))  # closed, whatever ends the response
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return StreamingResponse(events, headers=headers, media_type="text/event-stream")
@@ -116,10 +100,8 @@ class Service:
         chat = ChatRequest.parse(body)
         self.check_model(chat.model)
         parts = (part for message in chat.messages for part in message.content)
-        if (
-            sum(len(part.text) for part in parts if isinstance(part, TextPart))
-            > self.max_characters
-        ):
+        characters = sum(len(part.text) for part in parts if isinstance(part, TextPart))
+        if characters > self.max_characters:
             raise self._too_many_tokens("more than")
         messages, urls = as_conversation(chat.messages)
         if len(urls) > self.flags.max_visuals:
@@ -158,9 +140,8 @@ class Service:
         for number, url in enumerate(urls, 1):
             try:
                 file = await self.source.open(url)
-                turn = self.turns.setdefault(
-                    client, asyncio.Semaphore(max(1, self.flags.decoders - 1))
-                )
+                most = asyncio.Semaphore(max(1, self.flags.decoders - 1))
+                turn = self.turns.setdefault(client, most)
                 try:
                     await turn.acquire()
                 except BaseException:
@@ -176,8 +157,7 @@ class Service:
                 self.metrics.media.labels(error.code or "refused").inc()
                 raise
             seconds = max(0.01, seconds - taken)
-            encode = self.chat_model.encode_clip
-            encoding = self.scheduler.run(encode, f"visual {number}", clip)
+            encoding = self.scheduler.run(self.chat_model.encode_clip, f"visual {number}", clip)
             visuals.append(await asyncio.wrap_future(encoding))
             self.metrics.media.labels("read").inc()
         return visuals
@@ -220,27 +200,23 @@ class Service:
         if sequence.finish_reason == "error":
             raise APIError(500, "the model failed", "internal_error")
 
-    async def _events(
-        self,
-        sequence: Sequence,
-        first: str,
-        texts: AsyncGenerator[str, None],
-        reply: Reply,
-        with_usage: bool,
-    ) -> AsyncIterator[str]:
-        usage = {"usage": None} if with_usage else {}  # in every chunk, as OpenAI has it
-        async with aclosing(texts):
-            yield _sse(reply.chunk({"role": "assistant", "content": ""}, **usage))
-            try:
-                yield _sse(reply.chunk({"content": first}, **usage))
-                async for text in texts:
-                    yield _sse(reply.chunk({"content": text}, **usage))
-                yield _sse(reply.chunk({}, sequence.finish_reason, **usage))
-                if with_usage:
-                    yield _sse(reply.chunk(None, usage=usage_of(sequence)))
-            except APIError as error:
-                yield _sse(error.body())
-            yield "data: [DONE]\n\n"
+
+async def _events(
+    first: str, texts: AsyncGenerator[str, None], reply: Reply, with_usage: bool
+) -> AsyncIterator[str]:
+    usage = {"usage": None} if with_usage else {}  # in every chunk, as OpenAI has it
+    async with aclosing(texts):
+        yield _sse(reply.chunk({"role": "assistant", "content": ""}, **usage))
+        try:
+            yield _sse(reply.chunk({"content": first}, **usage))
+            async for text in texts:
+                yield _sse(reply.chunk({"content": text}, **usage))
+            yield _sse(reply.chunk({}, reply.sequence.finish_reason, **usage))
+            if with_usage:
+                yield _sse(reply.chunk(None, usage=reply.usage()))
+        except APIError as error:
+            yield _sse(error.body())
+        yield "data: [DONE]\n\n"
 
 
 def _sse(chunk: dict) -> str:
