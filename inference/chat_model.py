@@ -55,13 +55,11 @@ class ChatModel:
         quantize: str = "none",
         accept_tokenizer: bool = False,
     ) -> "ChatModel":
-        """checkpoint: a .pth, or a directory that scripts/export_hf.py wrote, which brings its own
-        tower and tokenizer along. vision_path, tokenizer_path: None for those that go with the
-        checkpoint, see `find_parts`. num_frames, sampling and fps: None for what they were in
-        training. dtype, quantize: of the language model, see model/inference.py. accept_tokenizer:
-        use the tokenizer even if it seems to be another model's, see `check_tokenizer`.
-        Raises ValueError, with the fix, where a part is missing or isn't the one that the
-        checkpoint was trained with."""
+        """checkpoint: a .pth, or a directory of scripts/export_hf.py. vision_path, tokenizer_path:
+        None for those that go with it, see `find_parts`. num_frames, sampling and fps: None for
+        what they were in training. dtype, quantize: of the language model, see model/inference.py.
+        accept_tokenizer: see `check_tokenizer`. Raises ValueError, with the fix, where a part is
+        missing or isn't the one that the checkpoint was trained with."""
         checkpoint = Path(checkpoint)
         if vision_path is None or tokenizer_path is None:
             own = find_parts(checkpoint)
@@ -108,16 +106,9 @@ class ChatModel:
         tells near which seconds it is damaged; "error" refuses it. limits: `timeout`, `max_pixels`,
         `max_seconds` and `max_bytes` of `read_frames`, for untrusted files.
         """
-        fps = fps or self.fps
-        return read_frames(
-            path,
-            num_frames or self.num_frames,
-            "fps" if fps else "uniform",
-            fps,
-            transform=self.transform if resize else None,
-            on_damage=on_damage,
-            **limits,
-        )
+        num_frames, fps = num_frames or self.num_frames, fps or self.fps
+        limits |= {"transform": self.transform if resize else None, "on_damage": on_damage}
+        return read_frames(path, num_frames, "fps" if fps else "uniform", fps, **limits)
 
     def encode_frames(self, pixel_values: Tensor) -> Tensor:
         """(N, 3, S, S) → (N, P, D) in fp16, as the feature store keeps them for training."""
@@ -221,7 +212,7 @@ class ChatModel:
                 f"{longest}: shorten the conversation, or lower max_new_tokens"
             )
         num_tokens = self.model.config.tokens_per_visual
-        places = iter([(v, i) for v in visuals for i in range(num_tokens(len(v.features)))])
+        places = ((v, i) for v in visuals for i in range(num_tokens(len(v.features))))
         pairs = zip(prompt.input_ids, prompt.visual_mask, strict=True)
         columns = [next(places) if is_visual else token for token, is_visual in pairs]
         return Request(

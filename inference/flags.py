@@ -140,11 +140,8 @@ class PageFlags(SharedFlags):
 
     def problems(self) -> list[str]:
         found = super().problems()
-        found += [
-            f"--examples {folder}: no such folder"
-            for folder in self.examples or ()
-            if not Path(folder).is_dir()
-        ]
+        missing = (name for name in self.examples or () if not Path(name).is_dir())
+        found += [f"--examples {folder}: no such folder" for folder in missing]
         if (self.num_frames or 0) > MAX_PAGE_FRAMES:
             found.append(f"--num_frames is {self.num_frames}: give {MAX_PAGE_FRAMES} or fewer")
         return found

@@ -7,21 +7,15 @@ questions that could be asked. Memory holds numbers, not texts, of the questions
 import json
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from sys import intern
 
 import numpy as np
 
-from dataset.scoring import (
-    exact_match,
-    fact_vocabulary,
-    format_table,
-    normalise,
-    score_turn,
-    summarise,
-)
+from dataset import scoring
 from inference import floors, metrics
 from inference.test_set import read_answers
 
@@ -71,13 +65,13 @@ class Questions:
                 self.parsed.append(named >= 0)
         if entry["metric"] == "choice":
             options, right = entry["options"], entry["right"]
-            texts = tuple(hash(normalise(text)) for text in options)
+            texts = tuple(hash(scoring.normalise(text)) for text in options)
             self.options[place] = texts, right, floors.longest_option([options], [right])
             if "group" in entry:
                 self.groups[entry["group"]][right] = self.keys[-1], turn["logprobs"]
         elif entry["metric"] == "match":
             start = intern(" ".join(turn["question"].lower().split()[:4]))
-            self.short_answers[place] = start, intern(normalise(turn["answer"]))
+            self.short_answers[place] = start, intern(scoring.normalise(turn["answer"]))
         elif entry["metric"] == "cider":
             self.captions.append((turn["answers"], entry["references"]))
 
@@ -140,7 +134,7 @@ def score_answer(turn: dict) -> dict[tuple[str, str], float]:
             found[kind, "normal"] = float(place == entry["right"])
     elif entry["metric"] == "match":
         for control, text in answers.items():
-            found["exact match", control] = float(exact_match(text, turn["answer"]))
+            found["exact match", control] = float(scoring.exact_match(text, turn["answer"]))
             found["verbatim", control] = float(text == turn["answer"])
             found["token F1", control] = metrics.token_f1(text, turn["answer"])
     elif entry["metric"] == "span":
@@ -183,12 +177,12 @@ class Results:
 def read_results(path: Path) -> Results:
     facts = (  # a caption is scored by all facts of its test set: the file is read twice
         (line["language"], {"facts": turn["scoring"]["facts"]})
-        for line in _samples(path)
+        for line in islice(read_answers(path), 1, None)  # the first says what was asked
         for turn in line["turns"]
         if "facts" in turn["scoring"]
     )
-    vocabulary, results = fact_vocabulary(facts), Results()
-    for line in _samples(path):
+    vocabulary, results = scoring.fact_vocabulary(facts), Results()
+    for line in islice(read_answers(path), 1, None):
         if line["missing"]:
             results.unasked += 1
             results.left_out[" ".join(line["visuals"]) or line["where"]] = line["missing"]
@@ -204,19 +198,13 @@ def read_results(path: Path) -> Results:
                 results.benchmarks[entry.get("benchmark", "-")].add(line, number)
                 continue
             about = {"visuals": line["visuals"], "question": turn["question"], "turn": number}
-            about["key"] = question_key(line, number)
+            about["key"], language = question_key(line, number), line["language"]
             for control, text in turn["answers"].items():
-                score = score_turn(entry, line["language"], text, turn["answer"], vocabulary)
+                score = scoring.score_turn(entry, language, text, turn["answer"], vocabulary)
                 results.others[control].append(about | score)
     for questions in results.benchmarks.values():
         questions.score_together()
     return results
-
-
-def _samples(path: Path) -> Iterable[dict]:
-    lines = read_answers(path)
-    next(lines)  # what was asked of what
-    return lines
 
 
 def write_submissions(results: Results, folder: Path) -> list[Path]:
@@ -264,7 +252,7 @@ def summarise_answers(results: Results) -> dict:
         **{"samples": results.asked, "unasked": results.unasked, "clips": len(results.clips)},
         "left_out": results.left_out,
         "benchmarks": {name: summarise_questions(q) for name, q in results.benchmarks.items()},
-        "controls": {control: summarise(records) for control, records in results.others.items()},
+        "controls": {name: scoring.summarise(some) for name, some in results.others.items()},
     }
     if graded := [r for r in results.others.get("normal", ()) if r["type"] != "caption"]:
         clips = [" ".join(r["visuals"]) for r in graded]
@@ -290,11 +278,9 @@ def summarise_questions(questions: Questions) -> dict:
         result["parsed"] = float(np.mean(questions.parsed))
     if (by := "likelihood" if headline == "group" else headline) in rows:
         places = defaultdict(list)
-        for place, (label, subsets) in enumerate(
-            zip(questions.types, questions.subsets, strict=True)
-        ):
-            for name in (f"  {label}", *(f"  of {subset}" for subset in subsets)):
-                places[name].append(place)
+        for place, label in enumerate(questions.types):
+            for name in (label, *(f"of {subset}" for subset in questions.subsets[place])):
+                places[f"  {name}"].append(place)
         of_types = {f"  {label}" for label in questions.types}
         for name in sorted(places, key=lambda name: (name not in of_types, name)):
             rows[name] = _row(questions, by, places[name])
@@ -380,7 +366,7 @@ def format_summary(summary: dict) -> str:
     """All tables of a test set."""
     parts = [format_benchmark(name, each) for name, each in summary["benchmarks"].items()]
     if summary["controls"]:
-        parts.append(format_table(summary["controls"]))
+        parts.append(scoring.format_table(summary["controls"]))
     if found := summary.get("interval"):
         parts[-1] += f"\n95 % interval of all questions, clustered by video: {_interval(found)}"
     if summary["unasked"] and summary["controls"]:

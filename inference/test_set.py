@@ -171,8 +171,7 @@ def with_letters(message: dict, entry: dict, language: str | None) -> dict:
     """The question with its options behind letters."""
     lines = [message["content"]]
     if "letters" in entry:  # what to ask where the likelihood is that of a description
-        tags = "".join(f"{tag}\n" for tag in VISUAL_TAG.findall(message["content"]))
-        lines = [tags + entry["letters"]]
+        lines = [*VISUAL_TAG.findall(message["content"]), entry["letters"]]
     # Not strict: there are more letters than options.
     lines += [f"{letter}. {text}" for letter, text in zip(LETTERS, entry["options"], strict=False)]
     lines.append(ONLY_LETTER["zh" if language == "zh" else "en"])
@@ -196,7 +195,7 @@ class _Asker:
             unique = list(dict.fromkeys(chain(*same)))
             found = self.chat_model.encode_videos(unique, show_progress=False, bounds=bounds)
             for every, some in zip((visuals, failures), found, strict=True):
-                every.update({(file, bounds): value for file, value in some.items()})
+                every |= {(file, bounds): value for file, value in some.items()}
         lines = [
             _line(sample, "; ".join(failures.get((file, sample.bounds), "") for file in files))
             for sample, files in zip(samples, paths, strict=True)
@@ -204,13 +203,11 @@ class _Asker:
         for control, change in CONTROLS.items():
             made: dict[tuple, Visual] = {}
             rows = [row for row, line in enumerate(lines) if self._is_asked(line, control)]
-            changed = {
-                row: [
-                    self._change(visuals[file, samples[row].bounds], samples[row], change, made)
-                    for file in paths[row]
-                ]
-                for row in rows
-            }
+            changed = defaultdict(list)
+            for row in rows:
+                for file in paths[row]:
+                    visual = visuals[file, samples[row].bounds]
+                    changed[row].append(self._change(visual, samples[row], change, made))
             for turn in range(max((len(lines[row]["turns"]) for row in rows), default=0)):
                 left = [row for row in rows if turn < len(lines[row]["turns"])]
                 # Questions about one clip stand together: what they share is read once.
@@ -223,11 +220,10 @@ class _Asker:
         metrics = {turn["scoring"].get("metric") for turn in line["turns"]}
         if line["missing"] or "faulty" in metrics:
             return False
-        if control == "normal":
-            return True
         # The difference to a blank video is a way of ranking options: no control of the score.
         is_rank = metrics == {"choice"} and control == "no video"
-        return metrics != {"judge"} and (self.settings.controls or is_rank)
+        is_wanted = metrics != {"judge"} and (self.settings.controls or is_rank)
+        return control == "normal" or is_wanted
 
     def _change(self, visual: Visual, sample: Sample, change: Callable, made: dict) -> Visual:
         """The visual under a control, one object for all questions about it."""
