@@ -19,7 +19,6 @@ from model.vision_tower import VisionTower
 from trainer.checkpoint import checksum, find_state
 from trainer.config import TrainConfig
 
-MANIFEST = {"tokens_per_frame": 2, "hidden_size": 4, "dtype": "float16", "sources": {}}
 SHAPE = {"model_type": "minimind", "num_hidden_layers": 2, "num_attention_heads": 8}
 
 
@@ -44,10 +43,16 @@ def state_with_code() -> None:
     find_state(Path(), {})
 
 
+def read_features(name: str, **source) -> None:
+    manifest = {"tokens_per_frame": 2, "hidden_size": 4, "dtype": "float16"}
+    manifest |= {"sources": {name: {"frames": 1, **source}}}
+    Path("manifest.json").write_text(json.dumps(manifest))
+    FeatureStore(".").read(name)
+
+
 def features_with_code() -> None:
-    Path("manifest.json").write_text(json.dumps(MANIFEST | {"sources": {"a.mp4": {"frames": 1}}}))
     np.save("a.mp4.npy", np.array([Malicious()]), allow_pickle=True)
-    FeatureStore(".").read("a.mp4")
+    read_features("a.mp4")
 
 
 def settings_with_code() -> None:
@@ -55,24 +60,25 @@ def settings_with_code() -> None:
     parse_flags(TrainConfig, argv=["--config", "run.yaml"])
 
 
-def code_beside_a_config() -> None:
-    config = SHAPE | {"hidden_size": 64, "auto_map": {"AutoConfig": "evil.Config"}}
-    Path("config.json").write_text(json.dumps(config))
-    Path("evil.py").write_text("import os; os.mkdir('pwned')")
+def load_folder(**config) -> None:
+    """A folder for transformers, its weights those of a small model."""
+    Path("config.json").write_text(json.dumps(SHAPE | config))
     torch.save(MiniMind(LanguageModelConfig(hidden_size=32)).state_dict(), "pytorch_model.bin")
     load_language_model(".")
+
+
+def code_beside_a_config() -> None:
+    Path("evil.py").write_text("import os; os.mkdir('pwned')")
+    load_folder(hidden_size=64, auto_map={"AutoConfig": "evil.Config"})
+
+
+def config_of_terabytes() -> None:
+    load_folder(hidden_size=8 * 10**5, intermediate_size=10**8, vocab_size=6400)
 
 
 def header_of_exabytes() -> None:
     Path("a.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}")
     load_language_model("a.safetensors")
-
-
-def config_of_terabytes() -> None:
-    config = SHAPE | {"hidden_size": 8 * 10**5, "intermediate_size": 10**8, "vocab_size": 6400}
-    Path("config.json").write_text(json.dumps(config))
-    torch.save(MiniMind(LanguageModelConfig(hidden_size=32)).state_dict(), "pytorch_model.bin")
-    load_language_model(".")
 
 
 def tower_of_terabytes() -> None:
@@ -97,33 +103,20 @@ def tokenizer_of_500_megabytes() -> None:
 
 def features_of_another_folder() -> None:
     Path("../secret.mp4.npy").write_bytes(b"")
-    sources = {"../secret.mp4": {"frames": 1}}
-    Path("manifest.json").write_text(json.dumps(MANIFEST | {"sources": sources}))
-    FeatureStore(".").read("../secret.mp4")
+    read_features("../secret.mp4")
 
 
 def shard_of_another_folder() -> None:
-    sources = {"a.mp4": {"frames": 1, "shard": "../../secret", "row": 0}}
-    Path("manifest.json").write_text(json.dumps(MANIFEST | {"sources": sources, "packed": 1}))
-    FeatureStore(".").read("a.mp4")
+    read_features("a.mp4", shard="../../secret", row=0)
 
 
 @pytest.mark.parametrize(
     "load",
     [
-        checkpoint_with_code,
-        video_checkpoint_with_code,
-        state_with_code,
-        features_with_code,
-        settings_with_code,
-        code_beside_a_config,
-        header_of_exabytes,
-        config_of_terabytes,
-        tower_of_terabytes,
-        tower_of_nonsense,
-        tokenizer_of_500_megabytes,
-        features_of_another_folder,
-        shard_of_another_folder,
+        *(checkpoint_with_code, video_checkpoint_with_code, state_with_code, features_with_code),
+        *(settings_with_code, code_beside_a_config, header_of_exabytes, config_of_terabytes),
+        *(tower_of_terabytes, tower_of_nonsense, tokenizer_of_500_megabytes),
+        *(features_of_another_folder, shard_of_another_folder),
     ],
 )
 def test_a_hostile_file_is_refused_with_a_message(load, tmp_path, monkeypatch):

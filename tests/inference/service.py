@@ -1,6 +1,7 @@
 """A script that serves others, as its users start it: a process of its own on a free port."""
 
 import base64
+import json
 import os
 import re
 import socket
@@ -61,9 +62,8 @@ class Server(Service):
 
     def ask(self, content, **settings):
         """`content`: the one user turn. Greedy and short by default."""
-        settings = {"model": "cinego", "max_tokens": 8, "temperature": 0} | settings
-        messages = settings.pop("messages", [{"role": "user", "content": content}])
-        return self.client.chat.completions.create(messages=messages, **settings)
+        body = conversation(content, max_tokens=8, temperature=0) | settings
+        return self.client.chat.completions.create(**body)
 
     def metric(self, name: str) -> float:
         lines = self.raw(get("/metrics"))
@@ -91,7 +91,13 @@ def get(path: str) -> bytes:
     return f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
 
 
-def post(body: bytes, *headers: str, length: int | None = None) -> bytes:
+def conversation(content, **settings) -> dict:
+    """The body of a request with one user turn."""
+    return {"model": "cinego", "messages": [{"role": "user", "content": content}], **settings}
+
+
+def post(body: bytes | dict, *headers: str, length: int | None = None) -> bytes:
+    body = json.dumps(body).encode() if isinstance(body, dict) else body
     lines = (
         "POST /v1/chat/completions HTTP/1.1",
         *("Host: localhost", "Connection: close", "Content-Type: application/json"),

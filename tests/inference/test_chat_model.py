@@ -233,9 +233,8 @@ def test_a_stop_text_ends_the_answer_before_it_and_is_never_given_out(chat_model
     messages, visuals, _ = asked[0]
     whole = alone(chat_model, messages, visuals, Sampling(30))
     stop = whole[6:9]
-    sequence = Sequence(
-        chat_model.make_request(messages, visuals, Sampling(30), ("never said", stop))
-    )
+    stops = ("never said", stop)
+    sequence = Sequence(chat_model.make_request(messages, visuals, Sampling(30), stops))
     pieces = list(chat_model.engine().stream(sequence))
     expected = whole[: whole.index(stop)].strip()
     assert "".join(pieces).strip() == sequence.text.strip() == expected

@@ -2,7 +2,6 @@
 that hang up or come all at once. Those who mean harm are in test_attacks.py."""
 
 import asyncio
-import json
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from inference.server.limits import Deadline
 from inference.server.metrics import Metrics
 from model.generate import Sampling
 from tests.clips import damage_packet, make_clip
-from tests.inference.service import Server, about, data_url, post, until
+from tests.inference.service import Server, about, conversation, data_url, get, post, until
 
 LONG = {"max_tokens": 3000, "seed": 1, "temperature": 2.0}  # continues until somebody ends it
 
@@ -73,9 +72,8 @@ def test_streaming_gives_the_same_answer_in_pieces(server, folder):
     assert "".join(piece or "" for piece in pieces) == whole.choices[0].message.content
     assert len(pieces) > 4
     assert chunks[0].choices[0].delta.role == "assistant"
-    assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * (len(pieces) - 1) + [
-        "length"
-    ]
+    reasons = [chunk.choices[0].finish_reason for chunk in chunks[:-1]]
+    assert reasons == [None] * (len(pieces) - 1) + ["length"]
     assert chunks[-1].usage == whole.usage and chunks[-1].choices == []
     assert len({chunk.id for chunk in chunks}) == 1
 
@@ -140,9 +138,7 @@ def test_models_health_and_metrics(server):
     before = server.metric('cinego_tokens_total{kind="completion"}')
     server.ask("Hello", max_tokens=5)
     assert server.metric('cinego_tokens_total{kind="completion"}') == before + 5
-    assert '{"status":"ok"}' in server.raw(
-        b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-    )
+    assert '{"status":"ok"}' in server.raw(get("/health"))
 
 
 # ---- what is refused
@@ -199,9 +195,8 @@ def test_who_hangs_up_is_no_longer_worked_for(server):
     stream.close()
     until(lambda: server.metric("cinego_batch_rows") == 0)
     # One who waits for the whole answer, too.
-    body = {"model": "cinego", "messages": [{"role": "user", "content": "Go on."}], **LONG}
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
-        connection.sendall(post(json.dumps(body).encode()))
+        connection.sendall(post(conversation("Go on.", **LONG)))
         until(lambda: server.metric("cinego_batch_rows") == 1)
     until(lambda: server.metric("cinego_batch_rows") == 0)
     assert server.metric("cinego_clients_left_total") == left + 2
@@ -211,15 +206,14 @@ def test_who_hangs_up_is_no_longer_worked_for(server):
 
 def test_one_client_leaves_room_for_others(server):
     """It gets seven eighths of --max_queue; above, it gets 503."""
-    body = {"model": "cinego", "messages": [{"role": "user", "content": "Go on."}]}
     with ExitStack() as streams:
         for _ in range(14):
             streams.enter_context(server.ask("Go on.", stream=True, **LONG))
         full = server.raw(post(b"{", length=1000))  # refused before its body is here
         assert " 503 " in full[:20] and "retry-after: 1" in full.lower() and "server_busy" in full
         assert server.metric("cinego_in_flight") == 14
-        body = json.dumps(body | {"max_tokens": 1}).encode()
-        assert " 200 " in server.raw(post(body), address="127.0.0.2")[:20]
+        other = post(conversation("Go on.", max_tokens=1))
+        assert " 200 " in server.raw(other, address="127.0.0.2")[:20]
 
 
 def test_a_client_that_leaves_before_the_model_starts_costs_nothing(chat_model):

@@ -70,18 +70,14 @@ def captions() -> list[dict]:
     parts = ("A man,The girl's dog,Two kids", "isn't hitting,plays,holds up", "a ball,it,3.5 kg")
 
     def caption() -> str:
-        return " ".join(rng.choice(words.split(",")) for words in parts) + rng.choice(
-            [".", "!", ""]
-        )
+        words = " ".join(rng.choice(choices.split(",")) for choices in parts)
+        return words + rng.choice([".", "!", ""])
 
-    return [
-        answer(
-            number,
-            {"metric": "cider", "references": [caption() for _ in range(10)]},
-            answers={"normal": caption()},
-        )
-        for number in range(200)
-    ]
+    lines = []
+    for number in range(200):
+        scoring = {"metric": "cider", "references": [caption() for _ in range(10)]}
+        lines.append(answer(number, scoring, answers={"normal": caption()}))
+    return lines
 
 
 @pytest.mark.parametrize(

@@ -63,16 +63,10 @@ def test_the_likelihood_is_that_of_reading_prompt_and_option_alone(chat_model, f
     clips = [chat_model.encode_video(folder / f"{name}.gif") for name in "ab"]
     asked = [("<video>\nWhere?", [clips[0]]), ("<video>\nWhat is it, then?", [clips[0]])]
     asked += [("<video>\nWhere?", [clips[1]]), ("Hello?", [])]
-    options = [
-        ["left", "to the right, and up", "left"],
-        ["a"],
-        ["一个红色的圆", "b c d"],
-        ["x", "y"],
-    ]
-    requests = [
-        chat_model.make_request([{"role": "user", "content": text}], visuals)
-        for text, visuals in asked
-    ]
+    options = [["left", "to the right, and up", "left"], ["a"]]
+    options += [["一个红色的圆", "b c d"], ["x", "y"]]
+    turns = [([{"role": "user", "content": text}], visuals) for text, visuals in asked]
+    requests = [chat_model.make_request(*each) for each in turns]
     found = log_likelihoods(chat_model, requests, options)
     for request, texts, scores in zip(requests, options, found, strict=True):
         for text, (score, count) in zip(texts, scores, strict=True):
@@ -82,9 +76,8 @@ def test_the_likelihood_is_that_of_reading_prompt_and_option_alone(chat_model, f
             mask = torch.nn.functional.pad(inputs["visual_mask"], (0, len(ids)))
             features = {k: inputs[k] for k in inputs if k.startswith(("visual_f", "frames"))}
             logits = chat_model.model(both, visual_mask=mask, **features).logits
-            each = (
-                logits[0, -len(ids) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(ids)[:, None])
-            )
+            logits = logits[0, -len(ids) - 1 : -1].log_softmax(-1)
+            each = logits.gather(1, torch.tensor(ids)[:, None])
             assert count == len(ids) and ids[-1] == chat_model.tokenizer.eos_token_id
             assert score == pytest.approx(float(each.detach().sum()), abs=1e-3)
 

@@ -13,7 +13,7 @@ from inference.server.app import build_app
 from inference.terminal import Terminal
 from model.generate import Sampling
 from tests.clips import make_clip
-from tests.inference.service import about, data_url
+from tests.inference.service import about, conversation, data_url
 
 WAY = [  # each once: so a clip is decoded and a prompt is tokenised once
     "dataset.video.read_frames",
@@ -66,8 +66,7 @@ def on_page(chat_model, clip) -> str:
 
 def through_api(chat_model, clip, monkeypatch) -> str:
     monkeypatch.setattr(ServerFlags, "load_model", lambda flags: chat_model)
-    messages = [{"role": "user", "content": about(data_url(clip), text=QUESTION)}]
-    body = {"model": "cinego", "messages": messages, "max_tokens": TOKENS}
+    body = conversation(about(data_url(clip), text=QUESTION), max_tokens=TOKENS)
     with TestClient(build_app(ServerFlags()), base_url="http://localhost") as client:
         reply = client.post("/v1/chat/completions", json=body).json()
     return reply["choices"][0]["message"]["content"].strip()

@@ -166,10 +166,9 @@ def test_an_example_and_a_suggestion_need_no_typing(open_page, chat_model, folde
 
 def test_settings_are_those_of_the_answer(open_page, chat_model, folder):
     page = open_page()
-    page.slider(key="temperature").set_value(1.0)
-    page.slider(key="top_k").set_value(50)
-    page.slider(key="top_p").set_value(0.8)
-    page.slider(key="repetition_penalty").set_value(1.2)
+    sliders = {"temperature": 1.0, "top_k": 50, "top_p": 0.8, "repetition_penalty": 1.2}
+    for key, value in sliders.items():
+        page.slider(key=key).set_value(value)
     page.number_input(key="max_new_tokens").set_value(9)
     page.number_input(key="seed").set_value(7)
     next(s for s in page.slider if s.key.startswith("num_frames")).set_value(6)
@@ -276,12 +275,11 @@ def models(tmp_path_factory, tiny_checkpoint, tiny_tower) -> Path:
     return out
 
 
-def test_the_models_of_a_folder_can_be_chosen(models, monkeypatch, folder):
+def test_the_models_of_a_folder_can_be_chosen(models, open_page, folder):
     found = find_models(models)
     names = [str(path.relative_to(models)) for path in found]
     assert names == ["run/sft.pth", "hf", "theirs.pth", "run/pretrain.pth"]
-    monkeypatch.setattr(sys, "argv", ["web_demo.py", "--out_dir", str(models), "--device", "cpu"])
-    page = AppTest.from_file(str(ROOT / "web_demo.py"), default_timeout=60).run()
+    page = open_page("--out_dir", models, "--device", "cpu", model=False)
     assert page.selectbox[0].options == names
     assert "0.3 M parameters with the tower, summary dct, 4 frames" in page.caption[1].value
     answers = []

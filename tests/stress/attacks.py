@@ -33,7 +33,17 @@ from PIL import Image
 from cli import Flags, flag, launch, parse_flags
 from inference.parts import DEMO_MODEL, DEMO_TOWER
 from tests.clips import make_clip
-from tests.inference.service import Server, about, connect, data_url, get, post, read, until
+from tests.inference.service import (
+    Server,
+    about,
+    connect,
+    conversation,
+    data_url,
+    get,
+    post,
+    read,
+    until,
+)
 
 ATTACKER, OTHER = "127.0.0.1", "127.0.0.2"  # clients' addresses
 KEY = "Authorization: Bearer sesame"
@@ -93,9 +103,8 @@ class Target:
         return reply.partition("\r\n\r\n")[2]
 
     def ask(self, content, *wanted: str, address: str = ATTACKER, **settings) -> dict:
-        body = {"model": "cinego", "messages": [{"role": "user", "content": content}]}
-        body |= {"max_tokens": 4} | settings
-        return json.loads(self.send(post(json.dumps(body).encode(), KEY), *wanted, address=address))
+        body = conversation(content, **{"max_tokens": 4} | settings)
+        return json.loads(self.send(post(body, KEY), *wanted, address=address))
 
     def refuse(self, url: str, *codes: str) -> str:
         """The message; the error has to have one of these codes."""
@@ -191,6 +200,7 @@ def tiny_chunks(target: Target) -> None:
 
 
 def megabytes_of_json(target: Target) -> None:
+    turn = b'{"role": "user", "content": "' + b"<" * 190_000 + b'"}'
     part = json.dumps({"type": "text", "text": "<" * 190_000}).encode()
     junk = [
         (b"extra", b"[" + b"0, " * 10_000_000 + b"0]"),
@@ -200,12 +210,7 @@ def megabytes_of_json(target: Target) -> None:
         (b"messages", b'[{"role": "user", "content": "' + b"\\\\" * 15_000_000 + b'"}]'),
         (b"messages", b'[{"role": "user", "content": "' + b"\\u4e2d" * 5_000_000 + b'"}]'),
         (b"messages", b'[{"role": "user", "content": [' + b",".join([part] * 60) + b"]}]"),
-        (
-            b"messages",
-            b"["
-            + b",".join([b'{"role": "user", "content": "' + b"<" * 190_000 + b'"}'] * 160)
-            + b"]",
-        ),
+        (b"messages", b"[" + b",".join([turn] * 160) + b"]"),
     ]
     requests = [post(b'{"model": "cinego", "%s": %s}' % field, KEY) for field in junk]
     with ThreadPoolExecutor(target.many(4, 1)) as pool:
@@ -306,11 +311,8 @@ def hosts_that_are_not_named(target: Target) -> None:
     hosts += ["0.0.0.0", "localhost", "127.0.0.2", "127.0.0.1.", "①②⑦.0.0.1", "[::ffff:7f00:1]"]
     for url in (
         *(f"http://{host}:{port}/clip.mp4" for host in hosts),
-        *(
-            "http://169.254.169.254/",
-            "http://127.0.0.1/clip.mp4",
-            "http://metadata.google.internal",
-        ),
+        *("http://169.254.169.254/", "http://127.0.0.1/clip.mp4"),
+        "http://metadata.google.internal",
         *(f"http://{web}@example.com/", f"http://a:b@{web}/clip.mp4", f"http://{web}\\@a.b/"),
         *(f"http://{web}%20.a.b/", f"http://a.b#@{web}/", f"http://{web}.a.b/", f"https://{port}/"),
         *("http://", "http://[", "http:///clip.mp4", "http://a\tb/", "http://a\r\nb/", "http:a"),
@@ -358,19 +360,15 @@ def keys_that_are_wrong(target: Target) -> None:
 def hang_ups(target: Target) -> None:
     """While they send, while they wait and while they are answered: nothing stays behind."""
     server, process = target.server, psutil.Process(target.server.process.pid)
-    whole = {"model": "cinego", "messages": [{"role": "user", "content": "Go on."}]}
-    whole |= {"max_tokens": 1900, "temperature": 2.0}
-    clip = whole | {"messages": [{"role": "user", "content": about(target.clip)}]}
-    requests = [post(json.dumps(each).encode(), KEY) for each in (whole, clip)]
-    requests.append(post(json.dumps(whole | {"stream": True}).encode(), KEY))
+    settings = {"max_tokens": 1900, "temperature": 2.0}
+    asked = (("Go on.", False), (about(target.clip), False), ("Go on.", True))
+    requests = [post(conversation(it, stream=s, **settings), KEY) for it, s in asked]
     files = process.num_fds()
     for number in range(target.many(300, 30)):
         request = requests[number % 3]
         (peer,) = target.open(1, request[: -1 if number % 4 == 0 else None])
-        if number % 3 == 2 and number % 4:
-            target.note(peer.recv(1 << 16).decode(errors="ignore"))
-        else:
-            target.note("")
+        is_answered = number % 3 == 2 and number % 4
+        target.note(peer.recv(1 << 16).decode(errors="ignore") if is_answered else "")
         peer.close()
     until(lambda: server.metric("cinego_in_flight") == server.metric("cinego_batch_rows") == 0)
     until(lambda: process.num_fds() <= files + 2)
@@ -379,9 +377,8 @@ def hang_ups(target: Target) -> None:
 
 def sigterm(target: Target) -> None:
     """Who talks is heard out, a half-sent body is dropped without a traceback."""
-    body = {"model": "cinego", "messages": [{"role": "user", "content": "Go on."}]}
-    body |= {"max_tokens": 400, "temperature": 2.0, "stream": True}
-    streams = target.open(28, post(json.dumps(body).encode(), KEY))
+    body = conversation("Go on.", max_tokens=400, temperature=2.0, stream=True)
+    streams = target.open(28, post(body, KEY))
     for stream in streams:
         assert b"200 OK" in stream.recv(15)
     halves = target.open(3, post(b'{"model": ', KEY, length=1000))

@@ -21,10 +21,7 @@ from dataset.video import VideoError, read_frames
 from tests.clips import make_numbered_clip
 
 VIDEOS = {
-    "h264.mp4": "libx264",
-    "h264.mkv": "libx264",
-    "h264.ts": "libx264",
-    "h264.flv": "libx264",
+    **dict.fromkeys(("h264.mp4", "h264.mkv", "h264.ts", "h264.flv"), "libx264"),
     "hevc.mp4": "libx265",
     "vp8.webm": "libvpx",
     "vp9.webm": "libvpx-vp9",

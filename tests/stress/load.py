@@ -26,7 +26,7 @@ import httpx2
 import psutil
 
 from cli import Flags, flag, launch, parse_flags
-from tests.inference.service import Server, about, data_url
+from tests.inference.service import Server, about, conversation, data_url
 
 QUESTIONS = ("What happens?", "发生了什么？", "What is it?", "Which way does it go?")
 TEXTS = ("Hello!", "你好", "Who are you?", "What can you see?", "Tell me a story.", "一二三")
@@ -47,10 +47,6 @@ class LoadFlags(Flags):
     max_queue: int = flag(
         12, "requests that the server admits: below --clients, so that 503 happens"
     )
-
-
-def conversation(content, **more) -> dict:
-    return {"model": "cinego", "messages": [{"role": "user", "content": content}], **more}
 
 
 REFUSED = [  # body, and the status that it has to get
@@ -90,15 +86,14 @@ class Load:
             if kind == "refused":
                 reply = await self.http.post(CHAT, json=body)
                 is_right = reply.status_code == wanted
-            elif kind == "video, streamed" or kind == "hangs up":
+            elif kind in ("video, streamed", "hangs up"):
                 leaves = kind == "hangs up"
                 reply, text = await self.ask(number, self.rng.randrange(1, 6) if leaves else None)
                 is_right = reply.status_code == 200 and (leaves or text == self.alone[number])
             else:
                 reply = await self.http.post(CHAT, json=self.asked[number])
-                is_right = (
-                    reply.status_code == 200
-                    and self.alone[number] == (reply.json()["choices"][0]["message"]["content"])
+                is_right = reply.status_code == 200 and (
+                    reply.json()["choices"][0]["message"]["content"] == self.alone[number]
                 )
             self.statuses[reply.status_code] += 1
             if reply.status_code != 503:
