@@ -49,13 +49,11 @@ def test_a_video_language_model_comes_back(tmp_path, summary):
     assert same_weights(model, loaded) and loaded.config == model.config
 
 
-@pytest.mark.parametrize(
-    "language_model",
-    [
-        LanguageModelConfig(64, 32, 2, 4, 2, qk_norm=True, rms_norm_eps=1e-6),  # as MiniMind-3
-        LanguageModelConfig(64, 48, 3, 8, 2),  # as MiniMind2
-    ],
-)
+MINIMIND3 = LanguageModelConfig(64, 32, 2, 4, 2, qk_norm=True, rms_norm_eps=1e-6)
+MINIMIND2 = LanguageModelConfig(64, 48, 3, 8, 2)
+
+
+@pytest.mark.parametrize("language_model", [MINIMIND3, MINIMIND2])
 @pytest.mark.parametrize("summary", ["dct", "gpt4video", "mean"])
 def test_a_bare_state_dict_is_read_from_its_shapes(tmp_path, summary, language_model):
     model = cinego(language_model, summary=summary, num_temporal_filters=5)
@@ -86,16 +84,17 @@ def test_overrides_have_the_last_word(tmp_path):
 
 
 def test_the_wrong_loader_names_the_right_one_and_a_missing_file_itself(tmp_path):
-    save_model(tmp_path / "lm.pth", MiniMind(SMALL), {})
-    save_model(tmp_path / "vlm.pth", cinego(), {})
-    with pytest.raises(ValueError, match="use load_video_language_model"):
-        load_language_model(tmp_path / "vlm.pth")
-    with pytest.raises(ValueError, match="use load_language_model"):
-        load_video_language_model(tmp_path / "lm.pth")
-    with pytest.raises(ValueError, match="no vision tower in .*nothing here"):
-        load_video_language_model(tmp_path / "vlm.pth", tmp_path / "nothing here")
-    with pytest.raises(ValueError, match="no checkpoint nowhere.pth"):
-        load_language_model("nowhere.pth")
+    lm, vlm = tmp_path / "lm.pth", tmp_path / "vlm.pth"
+    save_model(lm, MiniMind(SMALL), {})
+    save_model(vlm, cinego(), {})
+    for load, paths, reason in (
+        (load_language_model, [vlm], "use load_video_language_model"),
+        (load_video_language_model, [lm], "use load_language_model"),
+        (load_video_language_model, [vlm, tmp_path / "nowhere"], "no vision tower in .*nowhere"),
+        (load_language_model, ["nowhere.pth"], "no checkpoint nowhere.pth"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            load(*paths)
 
 
 def test_a_tied_head_may_be_in_the_file_and_an_untied_one_may_not(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from model.cinego import Cinego, find_placeholders
 from model.config import CinegoConfig, LanguageModelConfig
@@ -30,19 +30,14 @@ def sample(model, *parts):
             ids += PLACEHOLDER[:1] * (tokens // 2) + PLACEHOLDER[-1:] * (tokens - tokens // 2)
             mask += [True] * tokens
             frames += part
-    return {
-        "input_ids": torch.tensor(ids),
-        "visual_mask": torch.tensor(mask),
-        "visual_features": torch.randn(sum(frames), P, D),
-        "frames_per_visual": frames,
-    }
+    visuals = {"visual_features": torch.randn(sum(frames), P, D), "frames_per_visual": frames}
+    return {"input_ids": torch.tensor(ids), "visual_mask": torch.tensor(mask), **visuals}
 
 
 def batch(*samples):
     """Right padded, with the frames of all rows one after another, as the data path does it."""
-    length = max(len(s["input_ids"]) for s in samples)
     inputs = {
-        name: torch.stack([F.pad(s[name], (0, length - len(s[name]))) for s in samples])
+        name: pad_sequence([s[name] for s in samples], batch_first=True)
         for name in ("input_ids", "visual_mask")
     }
     frames = [n for s in samples for n in s["frames_per_visual"]]

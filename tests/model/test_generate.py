@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
@@ -28,18 +30,15 @@ def prompt(text_before, num_frames, text_after):
 
 
 def left_padded(*prompts):
-    length = max(len(ids) for ids, _, _ in prompts)
-    pads = [length - len(ids) for ids, _, _ in prompts]
-    rows = list(zip(pads, prompts, strict=True))
+    ids, masks, features = zip(*prompts, strict=True)
+    real = [torch.ones_like(row, dtype=torch.bool) for row in ids]
+    columns = {"input_ids": ids, "visual_mask": masks, "attention_mask": real}
     inputs = {
-        "input_ids": torch.stack([F.pad(ids, (pad, 0)) for pad, (ids, _, _) in rows]),
-        "visual_mask": torch.stack([F.pad(mask, (pad, 0)) for pad, (_, mask, _) in rows]),
-        "attention_mask": torch.stack([torch.arange(length) >= pad for pad in pads]),
+        name: pad_sequence(rows, batch_first=True, padding_side="left")
+        for name, rows in columns.items()
     }
-    features = torch.cat([features for _, _, features in prompts])
-    if len(features):
-        counts = [len(features) for _, _, features in prompts if len(features)]
-        inputs |= {"visual_features": features, "frames_per_visual": counts}
+    if counts := [len(frames) for frames in features if len(frames)]:
+        inputs |= {"visual_features": torch.cat(features), "frames_per_visual": counts}
     return inputs
 
 
@@ -121,14 +120,11 @@ def test_only_the_most_probable_are_sampled_as_often_as_is_due(how, kept):
 
 
 def test_a_repetition_penalty_is_that_of_transformers():
-    from transformers import RepetitionPenaltyLogitsProcessor
-
     logits, seen = torch.randn(1, 50), [3, 7, 7, 11]
     theirs = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([seen]), logits.clone())
     sampler = Sampler(Sampling(repetition_penalty=1.7), seen)
     assert sample_tokens(logits, [sampler]) == theirs.argmax(-1).tolist()
-    (best,) = logits.argmax(-1).tolist()
-    sampler = Sampler(Sampling(repetition_penalty=100.0))
+    best, sampler = logits.argmax().item(), Sampler(Sampling(repetition_penalty=100.0))
     assert sample_tokens(logits, [sampler]) == [best]
     assert sample_tokens(logits.abs(), [sampler]) != [best]  # it has been said
 
@@ -137,22 +133,22 @@ def test_rows_join_and_leave_between_steps_and_decode_as_alone(model):
     prompts = [prompt(*sizes) for sizes in PROMPTS]
     alone = [plain_greedy(model, one, 12) for one in prompts]
     batch, rows = DecodingBatch(model), []  # rows: which prompts are in the batch
+    answers = [[] for _ in prompts]
 
-    def append(tokens):
-        for row, token in zip(rows[-len(tokens) :], tokens, strict=True):
+    def decode():
+        tokens = batch.decode([answers[row][-1] for row in rows]).argmax(-1)
+        for row, token in zip(rows, tokens.tolist(), strict=True):
             answers[row].append(token)
 
-    answers = [[] for _ in prompts]
     for number, one in enumerate(prompts):  # each joins two steps after the one before
-        logits = batch.prefill(left_padded(one))
+        answers[number].append(batch.prefill(left_padded(one)).argmax().item())
         rows.append(number)
-        append(logits.argmax(-1).tolist())
-        for _ in range(2):
-            append(batch.decode([answers[row][-1] for row in rows]).argmax(-1).tolist())
+        decode()
+        decode()
     batch.keep_rows([0, 1, 3, 4])
     del rows[2]
     while len(answers[4]) < 12:
-        append(batch.decode([answers[row][-1] for row in rows]).argmax(-1).tolist())
+        decode()
     assert [answers[row][:12] for row in rows] == [alone[row] for row in rows]
     assert answers[2] == alone[2][: len(answers[2])] and len(answers[2]) < 12
 
@@ -165,20 +161,13 @@ def test_what_a_row_read_continues_in_another_batch(model):
     batch.decode(tokens)
     cache = batch.cache_of(0)
     assert len(cache) == len(first[0]) + 1  # without the padding
+    batch.keep_rows([1])  # the columns that only the other row needed are forgotten
+    assert len(batch.cache) == len(other[0]) + 1
     logits = DecodingBatch(model).prefill({"input_ids": more}, cache)
 
     whole = torch.cat([first[0], torch.tensor(tokens[:1]), more[0]])
     mask = F.pad(first[1], (0, len(whole) - len(first[1])))
     assert logits.argmax(-1).tolist() == plain_greedy(model, (whole, mask, first[2]), 1)
-
-
-def test_a_long_batch_forgets_columns_that_nobody_needs(model):
-    long, short = prompt(40, 0, 1), prompt(2, 0, 1)
-    batch = DecodingBatch(model)
-    batch.prefill(left_padded(long, short))
-    assert len(batch.cache) == 41
-    batch.keep_rows([1])
-    assert len(batch.cache) == 3 and batch.mask is None
 
 
 def test_right_padding_and_wrong_settings_are_refused(model):

@@ -19,10 +19,8 @@ KINDS = {
 
 def make(**settings) -> MiniMind:
     torch.manual_seed(0)
-    config = LanguageModelConfig(
-        *(97, 64, 2, 4), initializer_range=0.1, embedding_std=0.5, **settings
-    )
-    return MiniMind(config).eval()
+    settings |= {"initializer_range": 0.1, "embedding_std": 0.5}
+    return MiniMind(LanguageModelConfig(97, 64, 2, 4, **settings)).eval()
 
 
 def inputs() -> dict:
@@ -38,11 +36,10 @@ def test_float32_gives_the_same_logits_and_answers(kind):
     with torch.no_grad():
         expected, logits = model(**inputs()).logits, ready(**inputs()).logits
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-    together, (ids, mask) = generate(ready, inputs(), 20, 0), inputs().values()
+    together, rows = generate(ready, inputs(), 20, 0), zip(*inputs().values(), strict=True)
     assert together == generate(model, inputs(), 20, 0)
-    assert together == [
-        generate(ready, {"input_ids": ids[i][mask[i]][None]}, 20, 0)[0] for i in range(3)
-    ]
+    alone = [generate(ready, {"input_ids": ids[mask][None]}, 20, 0)[0] for ids, mask in rows]
+    assert together == alone
     assert sum(p.numel() for p in ready.parameters()) == sum(p.numel() for p in model.parameters())
 
 

@@ -9,25 +9,14 @@ from model.config import CinegoConfig, LanguageModelConfig
 from model.kv_cache import KVCache
 from model.minimind import MiniMind
 
-SMALL = LanguageModelConfig(
-    vocab_size=97,
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    initializer_range=0.2,  # large, so that a wrong mask shows in the logits
-    embedding_std=0.5,
-)
+# Large weights, so that a wrong mask shows in the logits.
+SMALL = LanguageModelConfig(97, 32, 3, 4, 2, initializer_range=0.2, embedding_std=0.5)
 
 
 @pytest.fixture
 def model():
     torch.manual_seed(0)
     return MiniMind(SMALL).eval()
-
-
-def plain_loss(logits, labels):
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
 
 
 def test_loss_and_gradient_are_those_of_plain_cross_entropy(model):
@@ -38,7 +27,8 @@ def test_loss_and_gradient_are_those_of_plain_cross_entropy(model):
     output.loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
-    expected = plain_loss(model(ids).logits, labels)
+    logits = model(ids).logits[:, :-1].flatten(0, 1)
+    expected = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
     expected.backward()
     torch.testing.assert_close(output.loss, expected)
     assert output.logits is None
@@ -63,13 +53,11 @@ def test_left_padding_changes_nothing(model):
 
 
 def shared_prefix_row(prefix, rests, length):
-    """ids, segments, positions of a row as the data path builds it: the prefix once, then each
-    conversation's rest, then padding."""
+    """ids, segments, positions of a row: the prefix once, each conversation's rest, padding."""
     ids = torch.cat([prefix, *rests])
     segments = torch.cat([torch.full((len(r),), k) for k, r in enumerate([prefix, *rests])])
-    positions = torch.cat(
-        [torch.arange(len(prefix))] + [len(prefix) + torch.arange(len(rest)) for rest in rests]
-    )
+    places = [torch.arange(len(prefix)), *(len(prefix) + torch.arange(len(r)) for r in rests)]
+    positions = torch.cat(places)
     parts = ((ids, 0), (segments, -1), (positions, 0))
     return [F.pad(part, (0, length - len(ids)), value=value) for part, value in parts]
 
@@ -101,30 +89,25 @@ def test_compiled_layers_are_compiled_once_for_rows_of_any_length(model):
     graphs = []
     for length in (70, 100, 300, 640, 90, 500, 1000, 33, 1024, 800, 200):
         ids = torch.randint(0, 97, (2, length))
-        half = length // 2
-        segments = (torch.arange(length) >= half).long().expand(2, -1)
-        inputs = {"segment_ids": segments, "position_ids": torch.arange(length).expand(2, -1)}
-        torch.testing.assert_close(
-            compiled(ids, labels=ids, **inputs).loss, model(ids, labels=ids, **inputs).loss
-        )
+        positions = torch.arange(length).expand(2, -1)
+        segments = (positions >= length // 2).long()
+        inputs = {"segment_ids": segments, "position_ids": positions}
+        expected = model(ids, labels=ids, **inputs).loss
+        torch.testing.assert_close(compiled(ids, labels=ids, **inputs).loss, expected)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[2] == graphs[-1]
 
 
 def test_a_text_beyond_the_positions_is_refused():
-    model = MiniMind(LanguageModelConfig(**{**SMALL.to_dict(), "max_position_embeddings": 10}))
+    model = MiniMind(LanguageModelConfig(**SMALL.to_dict() | {"max_position_embeddings": 10}))
     with pytest.raises(ValueError, match="11 tokens are more than max_position_embeddings 10"):
         model(torch.zeros(1, 11, dtype=torch.long))
 
 
 def test_a_config_names_everything_that_is_wrong_with_it():
-    wrong = CinegoConfig(
-        LanguageModelConfig(
-            *(6400, 100, 8, 8, 3), num_experts=4, num_experts_per_tok=5, num_shared_experts=-1
-        ),
-        summary="median",
-        image_ids=[30, 32],
-    )
+    experts = {"num_experts": 4, "num_experts_per_tok": 5, "num_shared_experts": -1}
+    language_model = LanguageModelConfig(6400, 100, 8, 8, 3, **experts)
+    wrong = CinegoConfig(language_model, summary="median", image_ids=[30, 32])
     with pytest.raises(ValueError) as error:
         wrong.validate()
     for part in (

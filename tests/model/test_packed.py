@@ -40,23 +40,15 @@ def make_batch(tmp_path_factory):
             question = " ".join(rng.choice(["red", "left", "up"], rng.integers(1, 30)))
             answer = " ".join(rng.choice(["to", "is", "all"], rng.integers(1, 200)))
             tags = "<video>" * len(visuals.split(",")) if visuals else ""
-            turns = [("human", f"{tags}\n{question}"), ("gpt", answer)] * int(rng.integers(1, 3))
-            turns[2:] = [(who, text.replace("<video>", "")) for who, text in turns[2:]]
-            turns = [{"from": who, "value": text} for who, text in turns]
-            lines.append(
-                json.dumps({"conversations": turns} | ({"video": visuals} if visuals else {}))
-            )
+            texts = [f"{tags}\n{question}", answer, question, answer][: 2 * rng.integers(1, 3)]
+            turns = [{"from": ("human", "gpt")[i % 2], "value": t} for i, t in enumerate(texts)]
+            lines.append({"conversations": turns} | ({"video": visuals} if visuals else {}))
     path = tmp_path_factory.mktemp("packed") / "data.jsonl"
-    path.write_text("\n".join(lines))
+    path.write_text("\n".join(map(json.dumps, lines)))
+    parts = read_samples(path), open_tokenizer("model/text_tokenizer"), Features()
 
     def make(share: bool, tokens_per_visual=lambda frames: P) -> dict:
-        dataset = VideoDataset(
-            read_samples(path),
-            open_tokenizer("model/text_tokenizer"),
-            Features(),
-            tokens_per_visual,
-            share_prefix=share,
-        )
+        dataset = VideoDataset(*parts, tokens_per_visual, share_prefix=share)
         return collate([dataset[row] for row in range(len(dataset))], pad_id=0)["inputs"]
 
     return make
@@ -101,12 +93,8 @@ def test_sequences_are_told_to_a_kernel_as_to_the_loop(make_batch):
     assert packed.query_starts[-1] == len(packed.tokens_T)
     assert packed.key_starts[-1] == len(packed.keys_K) > len(packed.tokens_T)
     assert max(packed.key_lengths) <= packed.max_length
-    own = [
-        keys[-n:]
-        for keys, n in zip(
-            packed.keys_K.split(packed.key_lengths), packed.query_lengths, strict=True
-        )
-    ]
+    keys = packed.keys_K.split(packed.key_lengths)
+    own = [rows[-n:] for rows, n in zip(keys, packed.query_lengths, strict=True)]
     assert torch.equal(torch.cat(own), torch.arange(len(packed.tokens_T)))
     assert make_batch(False)["packed"].keys_K is None
 
@@ -159,10 +147,8 @@ def test_a_gpu_s_way_needs_shapes_only(make_batch, share, dtype, moe):
     """The meta device has no numbers: whatever read one, or had a shape that follows from numbers,
     would raise. It takes the ways of CUDA: FlashAttention in half precision, else one mask."""
     model = make_model("gpt4video", **moe).to("meta", dtype).train()
-    inputs = {
-        name: value.to("meta") if hasattr(value, "to") else value
-        for name, value in make_batch(share).items()
-    }
+    inputs = make_batch(share)
+    inputs |= {name: value.to("meta") for name, value in inputs.items() if hasattr(value, "to")}
     with CountOperators() as operators:
         model(**inputs).loss.backward()
     layers, flash = 2, operators.all["torch_attn::_varlen_attn"]
