@@ -54,23 +54,18 @@ def test_a_file_becomes_a_visual_with_its_times(chat_model, folder):
         chat_model.encode_video(folder / "broken.mp4")
 
 
-def test_frames_are_taken_and_shaped_as_in_training(chat_model, folder, tiny_tower):
-    record = chat_model.checkpoint.with_suffix(".json")
-    about = json.loads(record.read_text())
+def test_frames_are_taken_and_shaped_as_in_training(chat_model, folder, tiny_tower, tmp_path):
     how = {"num_frames": 4, "sampling": "fps", "fps": 5.0, "resize": "pad"}
-    clip = folder / "clip.gif"
-    try:
-        record.write_text(json.dumps(about | {"training": how}))
-        load = partial(
-            ChatModel.load, chat_model.checkpoint, tiny_tower, TOKENIZER_PATH, device="cpu"
-        )
-        trained = load()
-        assert trained.transform.resize == "pad"
-        assert len(trained.encode_video(clip).timestamps) == 2
-        assert len(load(fps=10).encode_video(clip).timestamps) == 4
-        assert len(load(sampling="uniform").encode_videos([clip])[0].popitem()[1].features) == 4
-    finally:
-        record.write_text(json.dumps(about))
+    clip, copy = folder / "clip.gif", Path(shutil.copy(chat_model.checkpoint, tmp_path))
+    about = json.loads(chat_model.checkpoint.with_suffix(".json").read_text())
+    load = partial(ChatModel.load, copy, tiny_tower, TOKENIZER_PATH, device="cpu")
+    copy.with_suffix(".json").write_text(json.dumps(about | {"training": how}))
+    trained = load()
+    assert trained.transform.resize == "pad"
+    assert len(trained.encode_video(clip).timestamps) == 2
+    assert len(load(fps=10).encode_video(clip).timestamps) == 4
+    assert len(load(sampling="uniform").encode_videos([clip])[0].popitem()[1].features) == 4
+    copy.with_suffix(".json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match="needs --fps"):
         load(sampling="fps")
 
