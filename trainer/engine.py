@@ -416,10 +416,10 @@ def open_run_folder(config: TrainConfig, world: World) -> Iterator[Path]:
         if reason is None:
             raise
         states = list_states(folder)
-        raise TrainingStopped(
-            f"{folder}: {reason}\nThe last good state is {states[0] if states else 'none yet'}; "
-            "the same command then resumes from there."
-        ) from error
+        then = f"The last good state is {states[0]}; the same command then resumes from there."
+        if not states:
+            then = "No state was written yet; the same command then starts from the beginning."
+        raise TrainingStopped(f"{folder}: {reason}\n{then}") from error
 
 
 def describe_lack_of_room(error: OSError | RuntimeError) -> str | None:
