@@ -416,9 +416,9 @@ def open_run_folder(config: TrainConfig, world: World) -> Iterator[Path]:
         if reason is None:
             raise
         states = list_states(folder)
-        then = f"The last good state is {states[0]}; the same command then resumes from there."
-        if not states:
-            then = "No state was written yet; the same command then starts from the beginning."
+        then = "No state was written yet; the same command then starts from the beginning."
+        if states:
+            then = f"The last good state is {states[0]}; the same command then resumes from there."
         raise TrainingStopped(f"{folder}: {reason}\n{then}") from error
 
 
