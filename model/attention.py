@@ -19,6 +19,9 @@ except ImportError:  # torch before 2.10
 # On a CPU so many queries of a sequence attend at a time, each block to only the keys before its
 # end: of the square of a long sequence, half is masked.
 ATTENTION_BLOCK = 128
+# What a call of its own costs a CPU, in products of a query's and a key's channel that it could
+# have done instead. So short rows of many short sequences are cheaper under one mask.
+PRODUCTS_A_CALL = 1_000_000
 
 
 def make_mask(
@@ -67,13 +70,15 @@ def attend(
     )
 
 
-def is_packable(x: Tensor, dropout: float) -> bool:
-    """Whether attention on the device of x takes a batch without padding: a CPU does; of GPUs,
-    FlashAttention, which is for half precision and knows no dropout here."""
-    if x.device.type == "cpu":
-        return True
-    is_half = compute_dtype(x) in (torch.bfloat16, torch.float16)
-    return varlen_attn is not None and is_half and not dropout and is_recent_gpu(x)
+def is_packable(x_BLC: Tensor, packed, dropout: float) -> bool:
+    """Whether attention takes a batch without padding rather than with one mask: a CPU where the
+    masked squares of the rows cost more than a call for each sequence; of GPUs, FlashAttention,
+    which is for half precision and knows no dropout here."""
+    if x_BLC.device.type == "cpu":
+        masked_products = x_BLC.numel() * x_BLC.shape[1]
+        return masked_products > PRODUCTS_A_CALL * len(packed.query_lengths)
+    is_half = compute_dtype(x_BLC) in (torch.bfloat16, torch.float16)
+    return varlen_attn is not None and is_half and not dropout and is_recent_gpu(x_BLC)
 
 
 def is_recent_gpu(x: Tensor) -> bool:

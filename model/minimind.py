@@ -219,7 +219,7 @@ class MiniMind(nn.Module):
             slice_indices = (slice(None), slice(-logits_to_keep, None))
 
         dropout = self.config.dropout if self.training else 0.0
-        if packed is not None and is_packable(x_BLC, dropout):
+        if packed is not None and is_packable(x_BLC, packed, dropout):
             position_ids = position_ids.expand(x_BLC.shape[:2]).flatten()[packed.tokens_T][None]
             x_BLC = x_BLC.flatten(0, 1).index_select(0, packed.tokens_T)[None]  # (1, T, C)
             mask, slice_indices = packed, (0, packed.supervised_N)
