@@ -37,8 +37,8 @@ def test_tutorial_prints_what_it_shows():
         encoding="utf-8",
     )
     assert run.returncode == 0, run.stderr
-    printed = run.stdout.split(f"{mark}\n")
-    for (code, shown), output in zip(snippets, printed, strict=False):
+    *printed, _ = run.stdout.split(f"{mark}\n")
+    for (code, shown), output in zip(snippets, printed, strict=True):
         assert NUMBER.sub("#", output.strip()) == NUMBER.sub("#", shown.strip()), code
         numbers = [float(number) for number in NUMBER.findall(output)]
         assert numbers == pytest.approx(

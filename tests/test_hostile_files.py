@@ -51,7 +51,7 @@ def read_features(name: str, **source) -> None:
 
 
 def features_with_code() -> None:
-    np.save("a.mp4.npy", np.array([Malicious()]), allow_pickle=True)
+    np.save("a.mp4.npy", np.array([Malicious()]), allow_pickle=True)  # what the attacker writes
     read_features("a.mp4")
 
 

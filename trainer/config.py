@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from argparse import ArgumentTypeError
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -13,14 +14,18 @@ run_flag = partial(flag, scope="run")
 
 
 class Workers(int):
-    """A number, or "auto": a core each, where one is left for the training process; at most 8."""
+    """A number, or "auto": a core each, where one is left for the training process; at most 8.
+    argparse.ArgumentTypeError for another word."""
 
     def __new__(cls, text: int | str) -> "Workers":
         if text == "auto":
             usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
             cores = len(usable) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             text = min(max(1, cores - 1), 8)
-        return super().__new__(cls, text)
+        try:
+            return super().__new__(cls, text)
+        except ValueError:
+            raise ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
 
 
 @dataclass
@@ -86,7 +91,7 @@ class RunFlags(Flags):
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps", scope="process")
     num_workers: Workers = flag(
         "auto",
-        "processes that load data; 0: the training process does; auto: one a core, at most 8",
+        "processes that load data; 0: the training process does; auto: one a core but one, 1 to 8",
         scope="process",
         at_least=0,
     )

@@ -40,6 +40,8 @@ def test_auto_is_a_loading_process_a_core(monkeypatch):
         for flags in ([], ["--num_workers", "auto"]):
             assert parse_flags(TrainConfig, argv=flags).num_workers == workers
     assert parse_flags(TrainConfig, argv=["--num_workers", "0"]).num_workers == 0
+    with pytest.raises(ValueError, match="--num_workers.*'many' is neither a number nor auto"):
+        parse_flags(TrainConfig, argv=["--num_workers", "many"])
 
 
 @pytest.mark.parametrize(
