@@ -23,6 +23,9 @@ VISUAL_TAG = re.compile(r"<image>|<video>|<{25}>{25}")
 # Stands for a visual while the template runs. A Unicode noncharacter, never part of real text.
 VISUAL_MARK = "\ufdd0"
 
+# Questions and short answers repeat in a data set: so many rendered or tokenised ones are kept.
+CACHED_TEXTS = 1 << 15
+
 
 class ConversationError(ValueError):
     """A conversation that can't be encoded; the message says why and how to fix it."""
@@ -121,7 +124,9 @@ def _check_count(tags: int, visuals: int) -> None:
         )
 
 
-def _render(tokenizer, messages: list[dict], add_generation_prompt: bool) -> str:
+@lru_cache(maxsize=CACHED_TEXTS)
+def _render(tokenizer, turns: tuple[tuple[str, str], ...], add_generation_prompt: bool) -> str:
+    messages = [{"role": role, "content": content} for role, content in turns]
     return tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=add_generation_prompt
     )
@@ -136,13 +141,14 @@ def _split_answers(
     before it ends. What a template opens by itself (MiniMind-3's empty think block) thus belongs
     to the prompt in training as in generation.
     """
-    full = _render(tokenizer, messages, add_generation_prompt)
+    turns = tuple((message["role"], message["content"]) for message in messages)
+    full = _render(tokenizer, turns, add_generation_prompt)
     chunks, done = [], 0
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+    for i, (role, _) in enumerate(turns):
+        if role != "assistant":
             continue
-        prompt = _render(tokenizer, messages[:i], True)
-        answered = _render(tokenizer, messages[: i + 1], False)
+        prompt = _render(tokenizer, turns[:i], True)
+        answered = _render(tokenizer, turns[: i + 1], False)
         # An answer with its own reasoning departs inside the think block: supervised from there.
         start = len(os.path.commonprefix([prompt, answered]))
         end = answered.rfind(tokenizer.eos_token, start)
@@ -157,9 +163,8 @@ def _split_answers(
     return [*chunks, (full[done:], False)]
 
 
-@lru_cache(maxsize=1 << 13)
+@lru_cache(maxsize=CACHED_TEXTS)
 def _piece_ids(tokenizer, text: str) -> list[int]:
-    # Questions and short answers repeat in a data set: most pieces come from the cache.
     return tokenizer.encode(text, add_special_tokens=False)
 
 

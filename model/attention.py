@@ -16,9 +16,9 @@ try:
 except ImportError:  # torch before 2.10
     varlen_attn = None
 
-# On a CPU so many queries of a sequence attend at a time, each block to only the keys before its
-# end: of the square of a long sequence, half is masked.
-ATTENTION_BLOCK = 128
+# On a CPU so many queries attend at a time, each block to only the keys before its end: of the
+# square of queries and keys, half is masked.
+ATTENTION_BLOCK = 64
 # What a call of its own costs a CPU, in products of a query's and a key's channel that it could
 # have done instead. So short rows of many short sequences are cheaper under one mask.
 PRODUCTS_A_CALL = 1_000_000
@@ -62,12 +62,30 @@ def attend(
         q_BHGE = q_BHLE.view(len(q_BHLE), k_BHTE.shape[1], groups, q_BHLE.shape[-1])
         mixed = F.scaled_dot_product_attention(q_BHGE, k_BHTE, v_BHTE, mask, dropout)
         return mixed.reshape(q_BHLE.shape)
+    if q_BHLE.device.type == "cpu" and mask is not None:
+        return attend_in_blocks(q_BHLE, k_BHTE, v_BHTE, mask, dropout)
     # torch's masked kernel for GPUs wants as many heads of keys as of queries: with fewer, masked
     # attention falls back to products in float32.
     k_BHTE, v_BHTE = k_BHTE.repeat_interleave(groups, 1), v_BHTE.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(
         q_BHLE, k_BHTE, v_BHTE, mask, dropout, is_causal=mask is None
     )
+
+
+@torch.compiler.disable  # there are as many calls as blocks: each would be compiled
+def attend_in_blocks(
+    q_BHLE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, mask: Tensor, dropout: float
+) -> Tensor:
+    """`attend` on a CPU. The queries are the last L of the T tokens, and see none after them."""
+    end = k_BHTE.shape[2] - q_BHLE.shape[2]
+    mixed = []
+    for q, allowed in zip(
+        q_BHLE.split(ATTENTION_BLOCK, 2), mask.split(ATTENTION_BLOCK, -2), strict=True
+    ):
+        end += q.shape[2]
+        k, v, allowed = k_BHTE[:, :, :end], v_BHTE[:, :, :end], allowed[..., :end]
+        mixed.append(F.scaled_dot_product_attention(q, k, v, allowed, dropout, enable_gqa=True))
+    return torch.cat(mixed, 2)
 
 
 def is_packable(x_BLC: Tensor, packed, dropout: float) -> bool:
@@ -115,11 +133,11 @@ def attend_packed(q_1HTE: Tensor, k_1HTE: Tensor, v_1HTE: Tensor, packed, dropou
     return mixed_THE.transpose(0, 1)[None]
 
 
-@torch.compiler.disable  # there are as many calls as sequences: each would be compiled
+@torch.compiler.disable  # as above, a call for each sequence
 def attend_in_turn(
     q_1HTE: Tensor, k_1HTE: Tensor, v_1HTE: Tensor, packed, dropout: float = 0.0
 ) -> Tensor:
-    """`attend_packed` by one sequence after the other, and one block of its queries."""
+    """`attend_packed` by one sequence after the other."""
     if packed.keys_K is not None:
         k_1HTE, v_1HTE = (x.index_select(2, packed.keys_K) for x in (k_1HTE, v_1HTE))
     longest = max(packed.key_lengths)
@@ -131,19 +149,7 @@ def attend_in_turn(
         v_1HTE.split(packed.key_lengths, 2),
         strict=True,
     ):
-        end = k.shape[2] - q.shape[2]  # what stands before the queries: the shared prefix
-        for block in q.split(ATTENTION_BLOCK, 2):
-            start, end = end, end + block.shape[2]
-            mask = causal[start:end, :end] if start else None
-            mixed.append(
-                F.scaled_dot_product_attention(
-                    block,
-                    k[:, :, :end],
-                    v[:, :, :end],
-                    mask,
-                    dropout,
-                    is_causal=mask is None,
-                    enable_gqa=True,
-                )
-            )
+        end = k.shape[2]
+        mask = causal[end - q.shape[2] : end, :end]
+        mixed.append(attend_in_blocks(q, k, v, mask, dropout))
     return torch.cat(mixed, 2)
