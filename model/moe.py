@@ -34,10 +34,11 @@ class MixtureOfExperts(nn.Module):
         nothing in bfloat16; in other types it is, once a layer, for the sizes of the pieces.
         """
         x_TC = x.flatten(0, -2)
-        # In float32 even under autocast: rounding must not decide which expert a token meets.
+        # At least float32, even under autocast: rounding must not decide which expert a token meets.
+        wide = torch.promote_types(x_TC.dtype, torch.float32)
         device = "cpu" if x.is_meta else x.device.type  # meta has no autocast
         with torch.autocast(device, enabled=False):
-            scores_TE = F.linear(x_TC.float(), self.gate.weight.float()).softmax(-1)
+            scores_TE = F.linear(x_TC.to(wide), self.gate.weight.to(wide)).softmax(-1)
         weights_TK, experts_TK = scores_TE.topk(self.top_k)
         if self.normalise:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
