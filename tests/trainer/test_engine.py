@@ -146,7 +146,8 @@ def train_both_ways(argv):
             model = make_model(**shape).double()
             if world.rank:
                 torch.nn.init.ones_(model.vision_proj.weight)  # replaced by the main process's
-            run(model, make_loader(SHARED, 1, world), None, world, run_name=f"two_{name}", **settings)
+            loader, two = make_loader(SHARED, 1, world), f"two_{name}"
+            run(model, loader, world=world, run_name=two, **settings)
             torch.save(model.state_dict(), f"{name}{world.rank}.pth")
 
 
