@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dataset.conversation import ConversationError, Encoded, encode
@@ -129,33 +128,27 @@ class ChatModel:
         return self.encode_clip(str(path), self.decode_frames(path, num_frames, fps))
 
     def encode_videos(
-        self,
-        paths: list[Path],
-        show_progress: bool = True,
-        bounds: tuple[float, float] | None = None,
-    ) -> tuple[dict[Path, Visual], dict[Path, str]]:
-        """Decodes each file once, in parallel, and runs the tower once for many: visuals by path,
-        and why the others can't be used; damaged ones can't, as in training. bounds: the part of
-        each that is meant, in seconds."""
+        self, files: Collection[tuple[Path, tuple[float, float] | None]]
+    ) -> tuple[dict[tuple, Visual], dict[tuple, str]]:
+        """Decodes files in parallel, each with the seconds of the part of it that is meant (None:
+        all of it): visuals by file, and why the others can't be used; damaged ones can't, as in
+        training."""
 
-        def decode(path: Path) -> Frames | VideoError:
+        def decode(file: tuple) -> Frames | VideoError:
             try:
-                return self.decode_frames(path, resize=True, on_damage="error", bounds=bounds)
+                return self.decode_frames(file[0], resize=True, on_damage="error", bounds=file[1])
             except VideoError as error:
                 return error
 
-        visuals, failures = {}, {}
-        silent = not show_progress or len(paths) < 2
-        bar = tqdm(total=len(paths), desc="reading clips", unit="clip", disable=silent)
-        with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
-            for start in range(0, len(paths), CLIPS_AT_ONCE):
-                chunk = paths[start : start + CLIPS_AT_ONCE]
-                for path, clip in zip(chunk, pool.map(decode, chunk), strict=True):
+        visuals, failures, files = {}, {}, list(files)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for start in range(0, len(files), CLIPS_AT_ONCE):
+                chunk = files[start : start + CLIPS_AT_ONCE]
+                for file, clip in zip(chunk, pool.map(decode, chunk), strict=True):
                     if isinstance(clip, VideoError):
-                        failures[path] = str(clip)
+                        failures[file] = str(clip)
                     else:
-                        visuals[path] = self.encode_clip(str(path), clip)
-                bar.update(len(chunk))
+                        visuals[file] = self.encode_clip(str(file[0]), clip)
         return visuals, failures
 
     @torch.inference_mode()

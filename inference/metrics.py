@@ -1,4 +1,4 @@
-"""Scores of answers, and how sure they are: what eval.py computes, as functions of plain values.
+"""Scores of answers, their floors, and how sure they are, as functions of plain values.
 
 No judge, and nothing is guessed: an answer that can't be read is wrong. Intervals and comparisons
 are clustered by video, because questions about one video are right or wrong together: on Video-MME
@@ -7,9 +7,9 @@ that triples the naive standard error.
 
 import math
 import re
-from collections import Counter
+import zlib
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 import numpy as np
@@ -18,13 +18,14 @@ from dataset.scoring import normalise
 
 LETTERS = "ABCDEFGHIJ"
 CJK = r"\u3400-\u9fff\uf900-\ufaff"
+FOLDS = 10
 SAYS_ANSWER = r"(?:the\s+)?(?:best\s+|correct\s+)?(?:answer|option|choice)?\s*(?:is)?\s*:?\s*"
 
 
 # ------------------------------------------------------------------------------------ one answer
 
 
-def parse_letter(text: str, num_options: int) -> int | None:
+def parse_letter(text: str, options: Sequence) -> int | None:
     """The option that an answer names by its letter: "B", "(b)", "B. because", "Answer: B".
 
     None where it names none. A letter counts at the start only, and only if it stands by itself:
@@ -32,7 +33,7 @@ def parse_letter(text: str, num_options: int) -> int | None:
     """
     match = re.match(rf"\s*{SAYS_ANSWER}\(?([a-z])(?:[).:]|\s*$)", text, re.IGNORECASE)
     place = LETTERS.find(match[1].upper()) if match else -1
-    return place if 0 <= place < num_options else None
+    return place if 0 <= place < len(options) else None
 
 
 def closest_option(text: str, options: Sequence[str]) -> int | None:
@@ -136,24 +137,65 @@ def two_by_two(first: Sequence[float], second: Sequence[float]) -> dict[str, flo
     return {"text": float(text), "video": float(video), "group": float(text and video)}
 
 
+# ----------------------------------------------------------------------------------------- floors
+# A score means nothing below what is reached without the video, often without the question: on
+# MVBench a table of its answers' texts gets 38 %, where chance is 28 % and published models of 256
+# million parameters get 33 %.
+
+
+def chance(options: Sequence[Sequence]) -> float:
+    """The expected score of choosing at random."""
+    return float(np.mean([1 / len(each) for each in options]))
+
+
+def most_frequent(rights: Sequence[Hashable]) -> float:
+    """The score of always giving the same answer, or choosing the same place: of the best one."""
+    return Counter(rights).most_common(1)[0][1] / len(rights)
+
+
+def longest_option(options: Sequence[str], right: int) -> float:
+    """The score of choosing the option with the most characters, its expectation among equals."""
+    lengths = [len(text) for text in options]
+    return (lengths[right] == max(lengths)) / lengths.count(max(lengths))
+
+
+def answer_table(
+    options: Sequence[Sequence[Hashable]], rights: Sequence[int], clusters: Sequence[Hashable]
+) -> float:
+    """The score of choosing the option whose text is most often right where it is offered.
+
+    The table is made of the other videos' questions (10 folds by video), with one right offer in
+    as many as there are options added to each text, so that a text seen once isn't certain. It
+    knows neither the video nor the question: what it gets is how far the answers give themselves
+    away.
+    """
+    right_in, offered_in = (defaultdict(Counter) for _ in range(2))
+    folds = [zlib.crc32(str(cluster).encode()) % FOLDS for cluster in clusters]  # a video's own
+    for texts, right, fold in zip(options, rights, folds, strict=True):
+        right_in[fold][texts[right]] += 1
+        offered_in[fold].update(texts)
+    all_right, all_offered = sum(right_in.values(), Counter()), sum(offered_in.values(), Counter())
+    scores = []
+    for texts, right, fold in zip(options, rights, folds, strict=True):
+        prior = 1 / len(texts)
+        rates = [
+            (all_right[text] - right_in[fold][text] + prior)
+            / (all_offered[text] - offered_in[fold][text] + 1)
+            for text in texts
+        ]
+        best = [place for place, rate in enumerate(rates) if rate >= max(rates) - 1e-9]
+        scores.append((right in best) / len(best))
+    return float(np.mean(scores))
+
+
 # --------------------------------------------------------------------------------------- certainty
-
-
-@dataclass
-class Estimate:
-    """A mean with its 95 % interval."""
-
-    score: float
-    low: float
-    high: float
-    n: int  # questions
-    clusters: int  # videos
 
 
 def estimate(
     scores: Sequence[float], clusters: Sequence[Hashable], bounded: bool = True
-) -> Estimate:
-    """The mean of the scores, its interval clustered by video.
+) -> dict[str, float]:
+    """`score`, the mean, with `low` and `high`, its 95 % interval clustered by video; `n` questions
+    and `clusters`, videos.
 
     The standard error adds up the residuals within each cluster first (Liang and Zeger 1986, as in
     arXiv 2411.00640, 2.2). bounded: scores lie in 0 to 1, and the interval is Wilson's for so many
@@ -164,32 +206,20 @@ def estimate(
         raise ValueError("no scores to estimate a mean of")
     scores_N = np.asarray(scores, dtype=float)
     mean, n = float(scores_N.mean()), len(scores_N)
-    error, num_clusters = _clustered_error(scores_N, clusters)
+    number = {cluster: place for place, cluster in enumerate(dict.fromkeys(clusters))}
+    num_clusters = len(number)
+    sums_C = np.bincount([number[cluster] for cluster in clusters], scores_N - mean)
+    correction = num_clusters / max(num_clusters - 1, 1)
+    error = math.sqrt(correction * float(sums_C @ sums_C)) / n
     z = _student(num_clusters - 1)
+    about = {"n": n, "clusters": num_clusters}
     if not bounded:
-        return Estimate(mean, mean - z * error, mean + z * error, n, num_clusters)
+        return {"score": mean, "low": mean - z * error, "high": mean + z * error, **about}
     effective = mean * (1 - mean) / error**2 if error > 0 and 0 < mean < 1 else num_clusters
     center = (mean + z**2 / (2 * effective)) / (1 + z**2 / effective)
     half = math.sqrt(max(mean * (1 - mean), 0) / effective + (z / (2 * effective)) ** 2)
     half *= z / (1 + z**2 / effective)
-    return Estimate(mean, max(center - half, 0.0), min(center + half, 1.0), n, num_clusters)
-
-
-def compare(
-    ours: Sequence[float], theirs: Sequence[float], clusters: Sequence[Hashable]
-) -> Estimate:
-    """Our mean minus theirs over the same questions, in the same order, with its interval: paired,
-    because both runs find the same questions hard. It is a difference where 0 lies outside."""
-    return estimate(np.subtract(ours, theirs), clusters, bounded=False)
-
-
-def _clustered_error(scores_N: np.ndarray, clusters: Sequence[Hashable]) -> tuple[float, int]:
-    """Standard error of the mean, and how many clusters there are."""
-    number: dict[Hashable, int] = {}
-    places_N = [number.setdefault(cluster, len(number)) for cluster in clusters]
-    sums_C = np.bincount(places_N, scores_N - scores_N.mean(), len(number))
-    correction = len(number) / max(len(number) - 1, 1)
-    return math.sqrt(correction * float(sums_C @ sums_C)) / len(scores_N), len(number)
+    return {"score": mean, "low": max(center - half, 0.0), "high": min(center + half, 1.0), **about}
 
 
 def _student(degrees: int) -> float:

@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import zlib
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -184,36 +183,31 @@ class _Asker:
         size = chat_model.transform.image_size
         grey = chat_model.transform(np.full((1, size, size, 3), 127, np.uint8))
         self.grey = chat_model.encode_frames(grey).cpu()
-        self.without_video: dict[str, dict] = {}  # question in words → its answer and likelihoods
+        self.blank: dict[str, dict] = {}  # a question without its video in words → its turn
 
     def answer(self, samples: list[Sample]) -> list[dict]:
         """One line a sample, as it stands in the answers' file."""
-        paths = [sample.files(self.settings.images_path) for sample in samples]
-        visuals, failures = {}, {}  # by file and the part of it that is meant
-        for bounds in dict.fromkeys(sample.bounds for sample in samples):
-            same = [p for s, p in zip(samples, paths, strict=True) if s.bounds == bounds]
-            unique = list(dict.fromkeys(chain(*same)))
-            found = self.chat_model.encode_videos(unique, show_progress=False, bounds=bounds)
-            for every, some in zip((visuals, failures), found, strict=True):
-                every |= {(file, bounds): value for file, value in some.items()}
+        files = [
+            [(path, sample.bounds) for path in sample.files(self.settings.images_path)]
+            for sample in samples
+        ]
+        visuals, failures = self.chat_model.encode_videos(dict.fromkeys(chain(*files)))
         lines = [
-            _line(sample, "; ".join(failures.get((file, sample.bounds), "") for file in files))
-            for sample, files in zip(samples, paths, strict=True)
+            _line(sample, "; ".join(failures[file] for file in own if file in failures))
+            for sample, own in zip(samples, files, strict=True)
         ]
         for control, change in CONTROLS.items():
             made: dict[tuple, Visual] = {}
-            rows = [row for row, line in enumerate(lines) if self._is_asked(line, control)]
-            changed = defaultdict(list)
-            for row in rows:
-                for file in paths[row]:
-                    visual = visuals[file, samples[row].bounds]
-                    changed[row].append(self._change(visual, samples[row], change, made))
-            for turn in range(max((len(lines[row]["turns"]) for row in rows), default=0)):
-                left = [row for row in rows if turn < len(lines[row]["turns"])]
+            jobs = []
+            for sample, line, own in zip(samples, lines, files, strict=True):
+                if self._is_asked(line, control):
+                    changed = [self._change(visuals[file], sample, change, made) for file in own]
+                    jobs.append((sample, line, changed))
+            for turn in range(max((len(line["turns"]) for _, line, _ in jobs), default=0)):
+                left = [job for job in jobs if turn < len(job[1]["turns"])]
                 # Questions about one clip stand together: what they share is read once.
                 for start in range(0, len(left), self.settings.batch_size):
-                    batch = left[start : start + self.settings.batch_size]
-                    self._ask(control, turn, [(samples[r], lines[r], changed[r]) for r in batch])
+                    self._ask(control, turn, left[start : start + self.settings.batch_size])
         return lines
 
     def _is_asked(self, line: dict, control: str) -> bool:
@@ -239,19 +233,20 @@ class _Asker:
     def _ask(self, control: str, turn: int, batch: list[tuple[Sample, dict, list[Visual]]]) -> None:
         """One turn of some samples. A later turn is asked with the model's own earlier answers
         before it, as in use; the true ones would help."""
-        texts, ranked, blank = [], [], defaultdict(list)
+        texts, ranked, same = [], [], []
         for sample, line, visuals in batch:
             given = [earlier["answers"][control] for earlier in line["turns"][:turn]]
             messages, now = prompt_messages(sample, given), line["turns"][turn]
             options = now["scoring"].get("options", ())
             if control == "no video":  # the same words get the same answer
-                key = json.dumps([messages, options, len(visuals)])
-                blank[key].append(now)
-                if key in self.without_video or len(blank[key]) > 1:
+                first = self.blank.setdefault(json.dumps([messages, options, len(visuals)]), now)
+                if first is not now:
+                    same.append((now, first))
                     continue
             tokenizer = self.chat_model.tokenizer
             longest = max((len(answer_ids(tokenizer, option)) for option in options), default=0)
-            request = self._request(sample, messages, visuals, longest)
+            length = longest or self.settings.max_new_tokens
+            request = self._request(sample, messages, visuals, length)
             (ranked if options else texts).append((sample, now, request))
         if texts:
             answers = self.chat_model.generate([request for *_, request in texts])
@@ -259,14 +254,12 @@ class _Asker:
                 now["answers"][control] = answer
         if ranked:
             self._rank(control, ranked)
-        for key, turns in blank.items():
-            first = {name: turns[0][name].get(control) for name in ("answers", "logprobs")}
-            found = self.without_video.setdefault(key, first)
-            for now in turns:
-                for name, value in found.items():
-                    now[name][control] = value
-        if len(self.without_video) > REMEMBERED:
-            self.without_video.clear()
+        for now, first in same:
+            now["answers"][control] = first["answers"][control]
+            if control in first["logprobs"]:
+                now["logprobs"][control] = first["logprobs"][control]
+        if len(self.blank) > REMEMBERED:
+            self.blank.clear()
         choices = [job for job in ranked if job[1]["scoring"]["metric"] == "choice"]
         if control == "normal" and self.settings.generate != "none" and choices:
             self._generate_choice(choices)
@@ -291,11 +284,10 @@ class _Asker:
             now[self.settings.generate] = answer
 
     def _request(
-        self, sample: Sample, messages: list[dict], visuals: list[Visual], max_new_tokens: int = 0
+        self, sample: Sample, messages: list[dict], visuals: list[Visual], max_new_tokens: int
     ) -> Request:
-        sampling = Sampling(max_new_tokens or self.settings.max_new_tokens)
         try:
-            return self.chat_model.make_request(messages, visuals, sampling)
+            return self.chat_model.make_request(messages, visuals, Sampling(max_new_tokens))
         except ConversationError as error:
             raise ValueError(f"{sample.where}: {error}") from None
 
@@ -310,5 +302,5 @@ def _line(sample: Sample, missing: str) -> dict:
         turns[-1] |= {"scoring": entry, "answers": {}, "logprobs": {}}
     return {
         **{"id": sample.id, "where": sample.where, "visuals": sample.visuals},
-        **{"language": sample.language or "-", "missing": missing.strip("; "), "turns": turns},
+        **{"language": sample.language or "-", "missing": missing, "turns": turns},
     }

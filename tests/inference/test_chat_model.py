@@ -64,7 +64,7 @@ def test_frames_are_taken_and_shaped_as_in_training(chat_model, folder, tiny_tow
     assert trained.transform.resize == "pad"
     assert len(trained.encode_video(clip).timestamps) == 2
     assert len(load(fps=10).encode_video(clip).timestamps) == 4
-    assert len(load(sampling="uniform").encode_videos([clip])[0].popitem()[1].features) == 4
+    assert len(load(sampling="uniform").encode_videos([(clip, None)])[0].popitem()[1].features) == 4
     copy.with_suffix(".json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match="needs --fps"):
         load(sampling="fps")
@@ -76,7 +76,7 @@ def test_a_damaged_file_is_taken_as_a_player_shows_it_and_told(chat_model, tmp_p
     visual = chat_model.encode_video(path)
     assert len(visual.features) == 4 and visual.damaged == [pytest.approx(seconds, abs=0.1)]
     assert f"clip.mp4 is damaged near {seconds:.1f} s" in visual.warnings[0]
-    assert path in chat_model.encode_videos([path])[1]  # scores stay strict
+    assert (path, None) in chat_model.encode_videos([(path, None)])[1]  # scores stay strict
 
 
 def test_frames_unlike_those_of_training_are_told(folder):
