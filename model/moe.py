@@ -34,7 +34,7 @@ class MixtureOfExperts(nn.Module):
         nothing in bfloat16; in other types it is, once a layer, for the sizes of the pieces.
         """
         x_TC = x.flatten(0, -2)
-        # At least float32, even under autocast: rounding must not decide which expert a token meets.
+        # At least float32, also under autocast: rounding mustn't decide which expert a token meets.
         wide = torch.promote_types(x_TC.dtype, torch.float32)
         device = "cpu" if x.is_meta else x.device.type  # meta has no autocast
         with torch.autocast(device, enabled=False):
