@@ -2,8 +2,11 @@
 
 import os
 import time
+from functools import cache
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -43,6 +46,29 @@ def choose_dtype(name: str, device: torch.device) -> str:
         has = torch.cpu.get_capabilities()
         return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
     return "float32"
+
+
+def to_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The same on the device; to a GPU on a stream of their own, while it computes the batch
+    before."""
+    if device.type != "cuda":
+        return {k: v.to(device) if hasattr(v, "to") else v for k, v in inputs.items()}
+    compute, copying = torch.cuda.current_stream(), copy_stream(device)
+    with torch.cuda.stream(copying):
+        tensors = {k: v for k, v in inputs.items() if hasattr(v, "to")}
+        moved = {k: v.to(device, non_blocking=True) for k, v in tensors.items()}
+    compute.wait_stream(copying)
+    for value in moved.values():  # else their memory could be given away before they are read
+        if isinstance(value, Tensor):
+            value.record_stream(compute)
+        else:  # a PackedBatch
+            value.map(lambda tensor: tensor.record_stream(compute))
+    return inputs | moved
+
+
+@cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def peak_flops(device: torch.device, dtype: str) -> float:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from device import peak_flops
 from trainer.config import TrainConfig
 from trainer.distributed import World
-from trainer.engine import fit
+from trainer.engine import fit, plan_steps
 
 STEPS = 2  # the first one is slower: code is made, memory is taken, workers start
 
@@ -29,8 +29,7 @@ def dry_run(
     of metrics.
     """
     sampler = loader.batch_sampler
-    steps_per_epoch = math.ceil(len(loader) / config.accumulation_steps)
-    steps = min(steps_per_epoch * config.epochs, config.max_steps or math.inf)
+    _, steps_per_epoch, steps = plan_steps(loader, config, world.size)
     (tokens,) = world.all_reduce_sum(sum(int(sampler.lengths[batch].sum()) for batch in sampler))
 
     with tempfile.TemporaryDirectory() as folder:

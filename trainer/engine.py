@@ -4,73 +4,30 @@
 and, once in a while, evaluates, logs and saves.
 """
 
-import itertools
 import math
-import secrets
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from device import choose_dtype
-from lock import hold_lock
-from trainer.checkpoint import find_state, list_states, remove_leftovers, save_state
+from device import choose_dtype, to_device
+from trainer.checkpoint import Checkpoints, Progress, TrainingStopped, remove_leftovers
 from trainer.config import TrainConfig
-from trainer.distributed import ProcessLost, World, is_restarted
-from trainer.interrupt import StopRequest
-from trainer.logger import MetricsLogger, format_losses
+from trainer.distributed import World
+from trainer.interrupt import StoppedBySignal, StopRequest
+from trainer.logger import MetricsLogger
 from trainer.optim import Optimizers, learning_rate_factor
 
 Batch = dict[str, Any]  # "inputs" for the model's forward, counts, "sample_ids", "bad"
 
 # A share of bad samples means nothing before so many were seen (or an epoch ended).
 SAMPLES_TO_JUDGE = 200
-
-
-class TrainingStopped(ValueError):
-    """Training can't continue: a loss that isn't finite, too much data that can't be read, or a
-    checkpoint that can't be written."""
-
-
-class StoppedBySignal(SystemExit):
-    """Somebody asked the run to end and it has saved; the code is the shell's for that signal."""
-
-
-@dataclass
-class Progress:
-    """Where a run stands. With weights and optimizers it is all that a resumed run needs:
-    randomness isn't in it, since the data order follows from (seed, epoch), dropout from (seed,
-    step)."""
-
-    step: int = 0  # optimizer steps done, skipped ones included
-    samples_seen: int = 0
-    samples_bad: int = 0
-    best_loss: float = math.inf  # the lowest validation loss, and the step that had it
-    best_step: int = 0
-    validations_since_best: int = 0
-    metrics: dict[str, Any] = field(default_factory=dict)  # the last line
-    tracker_id: str = field(default_factory=lambda: secrets.token_hex(4))  # one curve, resumed too
-
-    def count_step(self, stats: "StepStats") -> None:
-        self.step += 1
-        self.samples_seen += int(stats.samples)
-        self.samples_bad += int(stats.bad)
-
-    def count_validation(self, loss: float) -> bool:
-        """Whether it is the lowest loss so far."""
-        self.validations_since_best += 1
-        if improved := loss < self.best_loss:
-            self.best_loss, self.best_step, self.validations_since_best = loss, self.step, 0
-        return improved
 
 
 @dataclass
@@ -155,29 +112,6 @@ def compute_loss(model: nn.Module, batch: Batch, dtype: str, device: torch.devic
         return model(inputs)
 
 
-def to_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The same on the device; to a GPU on a stream of their own, while it computes the batch
-    before."""
-    if device.type != "cuda":
-        return {k: v.to(device) if hasattr(v, "to") else v for k, v in inputs.items()}
-    compute, copying = torch.cuda.current_stream(), copy_stream(device)
-    with torch.cuda.stream(copying):
-        tensors = {k: v for k, v in inputs.items() if hasattr(v, "to")}
-        moved = {k: v.to(device, non_blocking=True) for k, v in tensors.items()}
-    compute.wait_stream(copying)
-    for value in moved.values():  # else their memory could be given away before they are read
-        if isinstance(value, Tensor):
-            value.record_stream(compute)
-        else:  # a PackedBatch
-            value.map(lambda tensor: tensor.record_stream(compute))
-    return inputs | moved
-
-
-@cache
-def copy_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -197,7 +131,7 @@ def evaluate(
         loss_sum += compute_loss(model, batch, config.dtype, world.device)
         tokens += batch["supervised_tokens"]
     model.train()
-    logger.log_bad_samples(world.gather_objects(bad))
+    logger.log_bad_samples(bad)
     loss_sum, tokens = world.all_reduce_sum(float(loss_sum), tokens)
     return loss_sum / tokens if tokens else math.nan
 
@@ -208,85 +142,59 @@ def fit(
     val_loader: Iterable[Batch] | None,
     config: TrainConfig,
     world: World,
-    save_weights: Callable[[Path, dict[str, Any]], Callable[[], None]],
+    copy_weights: Callable[[Path, dict[str, Any]], Callable[[], None]],
     lineage: dict[str, Any],
 ) -> dict[str, Any]:
     """Trains `model` in place and returns the last line of metrics.
 
     `model(**batch["inputs"]).loss` is the *sum* of the cross-entropy over the batch's supervised
     tokens. `train_loader.batch_sampler` has `plan_for(processes)`, `set_epoch(epoch)` and
-    `skip(batches)`. `save_weights(path, meta)` copies the weights and returns what writes them or
-    raises OSError. `lineage` (what the data and the first weights are) goes into the checkpoint and
-    into the state, so that a resumed run is the same run. Raises TrainingStopped and
-    StoppedBySignal as these classes say, ProcessLost where another process is gone, ValueError if
-    the processes differ, another training writes to the run's folder, or its state is of another.
+    `skip(batches)`. `copy_weights(path, meta)` returns what writes them or raises OSError.
+    `lineage` (what the data and the first weights are) goes into the checkpoint and into the state,
+    so that a resumed run is the same run. Raises TrainingStopped and StoppedBySignal as these
+    classes say, ProcessLost where another process is gone, ValueError if the processes differ,
+    another training writes to the run's folder, or its state is of another.
     """
     config.dtype = choose_dtype(config.dtype, world.device)
     world.check_consistent({**config.shared(), **lineage, "validation": val_loader is not None})
-    name, identity = config.run_name, config.identity() | lineage
-    with (
-        open_run_folder(config, world) as folder,
-        StopRequest(verbose=world.is_main) as stop,
-        ThreadPoolExecutor(1) as thread,
-    ):
+    checkpoints = Checkpoints(config, world, lineage, copy_weights)
+    name, weights_path = config.run_name, checkpoints.weights_path
+    with checkpoints.open_folder(), StopRequest(verbose=world.is_main) as stop:
         # ---- where the run stands
-        weights_path = folder.with_name(f"{name}.pth")
-        wanted = world.is_main and (config.resume == "auto" or is_restarted())
-        # The main process alone reads: the others may be on machines that don't see its disk.
-        state = world.broadcast_state(find_state(folder, identity) if wanted else None)
-        if state and state["finished"]:
-            if world.broadcast_state(weights_path.is_file()):
+        state, progress = checkpoints.load(), Progress()
+        if state:
+            progress = Progress(**state["progress"])
+            if state["finished"]:
                 world.print_rank0(f"{name}: already finished, {weights_path} stands")
-                return state["progress"]["metrics"]
-            state = None  # its weights were taken away: somebody wants them made again
-        # What a step is follows from the number of processes that the run started with. Others
-        # that resume it cut the same batches in another way.
-        processes = state["processes"] if state else world.size
-        parts = train_loader.batch_sampler.plan_for(processes)
-        accumulation_steps = config.accumulation_steps * parts
-        steps_per_epoch = math.ceil(len(train_loader) / accumulation_steps)
-        total_steps = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
-        if total_steps == 0:
-            raise ValueError("the training data gives no batch; add samples")
+                return progress.metrics
+        plan = plan_steps(train_loader, config, checkpoints.processes)
+        accumulation_steps, steps_per_epoch, total_steps = plan
 
         # ---- model, optimizers and log, as they were
         model.to(world.device).train()
         optimizers = Optimizers(model, config)
         scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
         learning = {"model": model, "optimizers": optimizers, "scaler": scaler}
-        progress = Progress()
         if state:
             for key, part in learning.items():
                 part.load_state_dict(state[key])
-            progress = Progress(**state["progress"])
             del state
         trainee = world.distribute(SummedLoss(model))
         if world.is_main:
-            remove_leftovers(folder, weights_path, progress.step)
+            remove_leftovers(checkpoints.folder, weights_path, progress.step)
         logger = MetricsLogger(config, world, progress.step, total_steps, progress.tracker_id)
         world.print_rank0(f"{name}: {optimizers.description}; on {world.device} in {config.dtype}")
         world.print_rank0(f"{name}: steps {progress.step} to {total_steps}")
-        copy_weights = partial(save_weights, weights_path)
-        saver = CheckpointSaver(
-            thread, folder, config, lineage, processes, learning, copy_weights, logger
-        )
 
-        stats, batches, last = None, None, False
+        batches = step_batches(train_loader, progress.step, steps_per_epoch, accumulation_steps)
+        stats, last = None, False
         while not last:
-            # ---- once an epoch: a new order (or, resumed in its middle, the rest of the old one)
-            epoch, step_in_epoch = divmod(progress.step, steps_per_epoch)
-            if batches is None or step_in_epoch == 0:
-                train_loader.batch_sampler.set_epoch(epoch)
-                train_loader.batch_sampler.skip(step_in_epoch * accumulation_steps)
-                batches = iter(train_loader)
-
             # ---- one optimizer step
             started = time.perf_counter()
-            micro_batches = list(itertools.islice(batches, accumulation_steps))
+            micro_batches = next(batches)
             waited = time.perf_counter() - started
-            rate = learning_rate_factor(
-                progress.step, total_steps, config.warmup_iters, config.schedule
-            )
+            schedule = (config.warmup_iters, config.schedule)
+            rate = learning_rate_factor(progress.step, total_steps, *schedule)
             optimizers.set_learning_rates(rate)
             previous, stopping = stats, stop.signum is not None
             stats = train_step(
@@ -294,16 +202,25 @@ def fit(
             )
             # The step before has surely been computed by now, while the device has work.
             check_finite(previous, scaler, world)
-            if saver.writing.done():
-                saver.writing.result()  # raises what the write did
+            checkpoints.check_writing()
             if stats.stopping:  # this process, or another one
-                save_and_exit(saver, progress, total_steps, stop.signum or signal.SIGTERM)
-            progress.count_step(stats)
+                signum = stop.signum or signal.SIGTERM
+                if progress.step:  # else there is nothing to save
+                    checkpoints.save(progress, learning, False, logger.draw_curves)
+                    checkpoints.check_writing(wait=True)
+                    world.print_rank0(
+                        f"{signal.Signals(signum).name}: saved step {progress.step} of "
+                        f"{total_steps}; the same command resumes from there"
+                    )
+                raise StoppedBySignal(128 + signum)
+            progress.step += 1
+            progress.samples_seen += int(stats.samples)
+            progress.samples_bad += int(stats.bad)
             logger.count_step(stats, waited)
             if stats.bad:
-                bad = [record for batch in micro_batches for record in batch["bad"]]
-                logger.log_bad_samples(world.gather_objects(bad))
-            if progress.samples_seen >= SAMPLES_TO_JUDGE or step_in_epoch + 1 == steps_per_epoch:
+                logger.log_bad_samples([bad for batch in micro_batches for bad in batch["bad"]])
+            ends_epoch = progress.step % steps_per_epoch == 0
+            if progress.samples_seen >= SAMPLES_TO_JUDGE or ends_epoch:
                 check_skipped_fraction(progress, config, logger)
 
             # ---- once in a while: evaluate, log, save
@@ -330,111 +247,42 @@ def fit(
                 saving = saving or last or (config.patience and improved)
             progress.metrics = logger.log(metrics)
             if saving:
-                saver.save(progress, finished=last)
+                checkpoints.save(progress, learning, last, logger.draw_curves)
             logger.restart_window()
 
-        saver.writing.result()
-        logger.close()
-        if progress.step < total_steps:
-            world.print_rank0(
-                f"{name}: stopped, {progress.validations_since_best} validations without a "
-                f"val_loss under {progress.best_loss:.4f}"
-            )
-        of = f" of step {progress.best_step}" if config.patience and progress.best_step else ""
-        where = f"; weights{of} in {weights_path}" if weights_path.is_file() else ""  # or a dry run
-        world.print_rank0(f"{name}: {format_losses(progress.metrics)}{where}")
+        checkpoints.check_writing(wait=True)
+        logger.close(progress, weights_path)
         return progress.metrics
 
 
-@dataclass
-class CheckpointSaver:
-    """Copies weights and state of a run; a thread writes them while training continues."""
+def plan_steps(
+    loader: Iterable[Batch], config: TrainConfig, processes: int
+) -> tuple[int, int, int]:
+    """Micro-batches a step, steps an epoch and steps in all, of a run of that many processes.
 
-    thread: ThreadPoolExecutor
-    folder: Path
-    config: TrainConfig
-    lineage: dict[str, Any]
-    processes: int  # that the run started with
-    learning: dict[str, Any]  # what has a state_dict
-    copy_weights: Callable[[dict[str, Any]], Callable[[], None]]
-    logger: MetricsLogger
-
-    def __post_init__(self):
-        self.writing = self.thread.submit(int)  # the last write; this one does nothing
-
-    def save(self, progress: Progress, finished: bool) -> None:
-        """The weights are written first, since the state makes them part of the run."""
-        if not self.logger.world.is_main:
-            return
-        self.writing.result()
-        state = {"identity": self.config.identity() | self.lineage, "processes": self.processes}
-        state |= {"progress": asdict(progress), "finished": finished}
-        if not finished:  # a finished run needs no more than the mark that it is finished
-            state |= {key: part.state_dict() for key, part in self.learning.items()}
-            state = tree_map_only(Tensor, lambda t: t.to("cpu", copy=True), state)
-        keep, step = 1 if finished else self.config.keep_last, progress.step
-        writes = [partial(save_state, self.folder, step, state, keep), self.logger.draw_curves]
-        if not self.config.patience or progress.best_step in (0, step):  # else the best ones stay
-            meta = {"step": step, "metrics": progress.metrics, "lineage": self.lineage}
-            writes.insert(0, self.copy_weights(meta))
-        self.writing = self.thread.submit(lambda: [write() for write in writes])
-
-
-def save_and_exit(
-    saver: CheckpointSaver, progress: Progress, total_steps: int, signum: int
-) -> NoReturn:
-    """As a signal asks for. Before the first step there is nothing to save."""
-    name = signal.Signals(signum).name
-    if progress.step:
-        saver.save(progress, finished=False)
-        saver.writing.result()
-        saver.logger.world.print_rank0(
-            f"{name}: saved step {progress.step} of {total_steps}; the same command resumes from "
-            "there"
-        )
-    raise StoppedBySignal(128 + signum)
-
-
-@contextmanager
-def open_run_folder(config: TrainConfig, world: World) -> Iterator[Path]:
-    """The run's folder, made if missing and held against a second training of the same name.
-
-    What can't be written there, or handed over by the loading processes, ends the run as
-    TrainingStopped, with the state that is left.
+    What a step is follows from the number of processes that the run started with. Others that
+    resume it cut the same batches in another way. Raises ValueError if there is no batch.
     """
-    folder = Path(config.out_dir) / config.run_name
-    try:
-        with ExitStack() as stack:
-            if world.is_main:
-                folder.mkdir(parents=True, exist_ok=True)
-                stack.callback(hold_lock(folder / "lock", "training"))
-            yield folder
-    except ProcessLost:
-        raise
-    except (OSError, RuntimeError) as error:
-        reason = describe_lack_of_room(error)
-        if reason is None:
-            raise
-        states = list_states(folder)
-        then = "No state was written yet; the same command then starts from the beginning."
-        if states:
-            then = f"The last good state is {states[0]}; the same command then resumes from there."
-        raise TrainingStopped(f"{folder}: {reason}\n{then}") from error
+    accumulation_steps = config.accumulation_steps * loader.batch_sampler.plan_for(processes)
+    steps_per_epoch = math.ceil(len(loader) / accumulation_steps)
+    total_steps = min(config.epochs * steps_per_epoch, config.max_steps or math.inf)
+    if total_steps == 0:
+        raise ValueError("the training data gives no batch; add samples")
+    return accumulation_steps, steps_per_epoch, total_steps
 
 
-def describe_lack_of_room(error: OSError | RuntimeError) -> str | None:
-    """What the user can do about an error of the disk or of shared memory; None: it is another."""
-    if "shared memory" in str(error) or "</torch_" in str(error):
-        return (
-            f"the loading processes can't hand over a batch: {str(error).strip().splitlines()[-1]}"
-            "\nShared memory (/dev/shm) is too small for --num_workers batches: lower it or "
-            "--batch_size, or give the container more (docker run --ipc=host, or --shm-size 8g)"
-        )
-    # torch.save makes a RuntimeError about positions in a file of a full disk.
-    reason = error if isinstance(error, OSError) else error.__context__
-    if isinstance(reason, OSError):
-        return f"{reason}. Free space, or fix the folder's permissions"
-    return None
+def step_batches(
+    loader: Iterable[Batch], step: int, steps_per_epoch: int, accumulation_steps: int
+) -> Iterator[list[Batch]]:
+    """The micro-batches of each step from `step` on, endlessly; each epoch has its own order."""
+    epoch, done = divmod(step, steps_per_epoch)
+    while True:
+        loader.batch_sampler.set_epoch(epoch)
+        loader.batch_sampler.skip(done * accumulation_steps)
+        batches = iter(loader)
+        for _ in range(done, steps_per_epoch):
+            yield list(islice(batches, accumulation_steps))
+        epoch, done = epoch + 1, 0
 
 
 def check_skipped_fraction(progress: Progress, config: TrainConfig, logger: MetricsLogger) -> None:

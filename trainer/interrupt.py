@@ -31,6 +31,10 @@ def _wait_for_parent(parent: int) -> None:
     os._exit(0)
 
 
+class StoppedBySignal(SystemExit):
+    """Somebody asked the run to end and it has saved; the code is the shell's for that signal."""
+
+
 class StopRequest:
     """As a context, turns the signals into `signum`, which the training loop looks at."""
 

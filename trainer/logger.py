@@ -115,7 +115,8 @@ class MetricsLogger:
         return row
 
     def log_bad_samples(self, bad: list[dict[str, Any]]) -> None:
-        """Names each undecodable sample once, however many epochs meet it."""
+        """Names each undecodable sample of all processes once, however many epochs meet it."""
+        bad = self.world.gather_objects(bad)
         fresh = {_key(record): record for record in bad if _key(record) not in self.quarantined}
         if self.world.is_main and fresh:
             _append(self.quarantine_path, fresh.values())
@@ -127,11 +128,20 @@ class MetricsLogger:
             rows = read_rows(self.metrics_path)
             draw_curves({self.config.run_name: rows}, self.folder / "curves.png")
 
-    def close(self) -> None:
-        """Ends the bar and the tracker's run."""
+    def close(self, progress: Any, weights_path: Path) -> None:
+        """Ends the bar and the tracker's run, and prints what came out."""
         self.bar.close()
         if self.tracker:
             self.tracker.finish()
+        name, best = self.config.run_name, progress.best_step if self.config.patience else 0
+        if progress.step < self.bar.total:
+            self.world.print_rank0(
+                f"{name}: stopped, {progress.validations_since_best} validations without a "
+                f"val_loss under {progress.best_loss:.4f}"
+            )
+        of = f" of step {best}" if best else ""
+        where = f"; weights{of} in {weights_path}" if weights_path.is_file() else ""  # or a dry run
+        self.world.print_rank0(f"{name}: {format_losses(progress.metrics)}{where}")
 
 
 def open_tracker(name: str, folder: Path, config: TrainConfig, run_id: str) -> ModuleType:
