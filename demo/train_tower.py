@@ -23,7 +23,7 @@ import io
 import json
 import math
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,11 +32,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from cli import Flags, flag, launch, parse_flags
+from dataset.transforms import FrameTransform
 from demo.objects import (
     COLOURS,
     DRAWINGS,
@@ -52,6 +53,8 @@ from demo.scene import split_of
 from demo.world import FRAME_SIZE, background, paste
 from device import choose_dtype
 from model.vision_tower import VisionTower
+from trainer.config import TrainConfig
+from trainer.optim import Optimizers, learning_rate_factor
 
 WIDTH, LAYERS = 128, 5  # the features are WIDTH wide
 PATCH_SIZE = 16
@@ -60,24 +63,26 @@ BACKGROUND = len(OBJECTS)  # label of a patch that shows no object
 IGNORED = -100  # label of a patch that shows a distractor: cross-entropy's own default
 DISTRACTORS = 0.35  # share of the classes in a picture that are no objects of this world
 MAX_COUNT = 4
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's own
+HELD_OUT = 500  # stills of each split that the training is watched by
+# What is predicted while the tower learns, and how many numbers each: of every patch, of a picture.
+OF_PATCHES = {"patch": len(OBJECTS) + 1, "centre": 6}
+OF_PICTURES = {"present": len(OBJECTS), "total": MAX_COUNT + 1, "middle": 3}
 
 
 # ---- stills and their labels
 
 
-class Stills(IterableDataset):
-    """Endless random stills with their labels; worker w of seed s always makes the same ones."""
+class Stills(Dataset):
+    """Random stills with their labels; number i of a seed is always the same one."""
 
-    def __init__(self, seed: int, batch_size: int, split: str = "train"):
-        self.seed, self.batch_size, self.split = seed, batch_size, split
+    def __init__(self, seed: int, number: int, split: str = "train"):
+        self.seed, self.number, self.split = seed, number, split
 
-    def __iter__(self):
-        worker = get_worker_info()
-        rng = np.random.default_rng([self.seed, worker.id if worker else 0])
-        while True:
-            stills = [make_still(rng, self.split) for _ in range(self.batch_size)]
-            yield {key: torch.from_numpy(np.stack([s[key] for s in stills])) for key in stills[0]}
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        return make_still(np.random.default_rng([self.seed, i]), self.split)
 
 
 def _sample_objects(rng: np.random.Generator, split: str) -> list[Object | None]:
@@ -111,8 +116,8 @@ def _sample_places(rng: np.random.Generator, number: int) -> list[tuple[float, f
                 places.append((x, y, d))
 
 
-def make_still(rng: np.random.Generator, split: str = "train") -> dict[str, np.ndarray]:
-    """One picture, uint8 (3, H, W), and all that is known of it: for each patch its class and
+def make_still(rng: np.random.Generator, split: str) -> dict[str, np.ndarray]:
+    """One picture, uint8 (H, W, 3), and all that is known of it: for each patch its class and
     (is a centre; x, y, log size; cosine and sine of the turn), for the picture the classes present,
     their total number and the mean place."""
     picture = background(rng)
@@ -152,12 +157,11 @@ def make_still(rng: np.random.Generator, split: str = "train") -> dict[str, np.n
         picture = Image.open(file)
     middle = np.mean([[x, y, d * 2] for x, y, d in places] or [[0, 0, 0]], axis=0) / FRAME_SIZE
     return {
-        "picture": np.asarray(picture).transpose(2, 0, 1),
+        "picture": np.array(picture),
         "patch": patch,
         "centre": centre,
         "present": present,
-        "total": np.int64(len(objects)),
-        "one_class": np.bool_(len(set(objects)) == 1 and len(objects) > 1),
+        "total": len(objects),
         "middle": middle.astype(np.float32),
     }
 
@@ -211,23 +215,32 @@ def build_tower() -> CLIPVisionModel:
     return tower
 
 
-class Heads(nn.Module):
-    """What is predicted from the tower's features while it learns, and thrown away afterwards."""
+class TowerWithHeads(nn.Module):
+    """The tower, and the heads that are thrown away afterwards."""
 
     def __init__(self):
         super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.patch = nn.Linear(WIDTH, len(OBJECTS) + 1)
-        self.centre = nn.Linear(WIDTH, 6)
-        self.present = nn.Linear(WIDTH, len(OBJECTS))
-        self.total = nn.Linear(WIDTH, MAX_COUNT + 1)
-        self.middle = nn.Linear(WIDTH, 3)
+        self.tower, self.norm = build_tower(), nn.LayerNorm(WIDTH)
+        sizes = OF_PATCHES | OF_PICTURES
+        self.heads = nn.ModuleDict({name: nn.Linear(WIDTH, sizes[name]) for name in sizes})
+        self.processor = CLIPImageProcessorPil(
+            size={"shortest_edge": FRAME_SIZE},
+            crop_size={"height": FRAME_SIZE, "width": FRAME_SIZE},
+        )
+        self.transform = FrameTransform.from_config(self.processor.to_dict(), "the tower")
 
-    def forward(self, features_NPD: Tensor) -> dict[str, Tensor]:
-        hidden = self.norm(features_NPD)
-        out = {name: getattr(self, name)(hidden[:, 1:]) for name in ("patch", "centre")}
-        cls = hidden[:, 0]
-        return out | {name: getattr(self, name)(cls) for name in ("present", "total", "middle")}
+    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
+        """uint8 (N, H, W, 3) → predictions from the features that `VisionTower` gives."""
+        features_NPD = self.tower(self.transform.normalize(pictures)).last_hidden_state
+        hidden_NPD = self.norm(features_NPD)
+        found = {name: self.heads[name](hidden_NPD[:, 1:]) for name in OF_PATCHES}
+        return found | {name: self.heads[name](hidden_NPD[:, 0]) for name in OF_PICTURES}
+
+    def save(self, directory: Path, trained: dict) -> None:
+        """A directory as CLIP's: fp16 weights, config, preprocessor; and how it was trained."""
+        copy.deepcopy(self.tower).half().save_pretrained(directory)
+        self.processor.save_pretrained(directory)
+        (directory / "training.json").write_text(json.dumps(trained, indent=2) + "\n")
 
 
 def losses(out: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -251,48 +264,17 @@ def losses(out: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor
     }
 
 
-def encode(tower: CLIPVisionModel, pictures: Tensor) -> Tensor:
-    """uint8 (N, 3, H, W) → features (N, P, D) before the final norm, as `VisionTower` gives."""
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
-    pixel_values = (pictures.float() / 255 - mean) / std
-    hidden = tower.pre_layrnorm(tower.embeddings(pixel_values))
-    return tower.encoder(inputs_embeds=hidden).last_hidden_state
-
-
 @torch.no_grad()
-def score(tower, heads, batches: list[dict], unseen: list[dict]) -> dict[str, float]:
-    """Shares of right answers on stills that were never trained on; places in pixels.
-
-    The total is scored on combinations (object, count) of the test set, which training never shows.
-    """
-    results = defaultdict(list)
-    for batch in batches:
-        out = heads(encode(tower, batch["picture"]))
-        right = out["patch"].argmax(2) == batch["patch"]
-        shown = (batch["patch"] != BACKGROUND) & (batch["patch"] != IGNORED)
-        off = (out["middle"] - batch["middle"])[batch["total"] == 1][:, :2].abs() * FRAME_SIZE
-        results["patch"].append(right[shown])
-        results["background"].append(right[batch["patch"] == BACKGROUND])
-        results["present"].append(((out["present"] > 0) == batch["present"].bool()).all(1))
-        results["middle (px)"].append(off)
-    for batch in unseen:
-        total = batch["total"]
-        right = heads(encode(tower, batch["picture"]))["total"].argmax(1) == total
-        for n in range(1, MAX_COUNT + 1):
-            results[f"unseen total {n}"].append(right[total == n])
-        results["unseen total of one class"].append(right[batch["one_class"]])
-    return {key: torch.cat(values).float().mean().item() for key, values in results.items()}
-
-
-def save(tower: CLIPVisionModel, directory: Path, trained: dict) -> None:
-    """A directory as CLIP's: fp16 weights, config, preprocessor; and how it was trained."""
-    copy.deepcopy(tower).half().save_pretrained(directory)
-    preprocessor = {"image_processor_type": "CLIPImageProcessor"}  # and its defaults, but for
-    preprocessor["size"] = {"shortest_edge": FRAME_SIZE}
-    preprocessor["crop_size"] = {"height": FRAME_SIZE, "width": FRAME_SIZE}
-    preprocessor |= {"image_mean": MEAN, "image_std": STD}
-    for name, values in (("preprocessor_config", preprocessor), ("training", trained)):
-        (directory / f"{name}.json").write_text(json.dumps(values, indent=2) + "\n")
+def score(model: TowerWithHeads, batch: dict[str, Tensor]) -> dict[str, float]:
+    """Shares of right answers: patches that show an object, pictures' objects and their number."""
+    out = model(batch["picture"])
+    shown = (batch["patch"] != BACKGROUND) & (batch["patch"] != IGNORED)
+    right = {
+        "patch": (out["patch"].argmax(2) == batch["patch"])[shown],
+        "present": ((out["present"] > 0) == batch["present"].bool()).all(1),
+        "total": out["total"].argmax(1) == batch["total"],
+    }
+    return {name: round(values.float().mean().item(), 4) for name, values in right.items()}
 
 
 @dataclass
@@ -310,51 +292,42 @@ class TowerFlags(Flags):
     seed: int = flag(0, "of weights and stills")
 
 
-def main() -> None:
-    flags = parse_flags(TowerFlags, __doc__)
+def main(argv: list[str] | None = None) -> None:
+    flags = parse_flags(TowerFlags, __doc__, argv)
     torch.manual_seed(flags.seed)
-    tower, heads, before = build_tower(), Heads(), {}
+    model, before = TowerWithHeads(), {}
     if flags.start_from:
-        tower.load_state_dict(VisionTower.from_pretrained(flags.start_from).model.state_dict())
+        state = VisionTower.from_pretrained(flags.start_from).model.state_dict()
+        model.tower.load_state_dict(state)
         before = {"before": json.loads((flags.start_from / "training.json").read_text())}
-    matrices = [p for p in tower.encoder.parameters() if p.ndim == 2]
-    parameters = [*tower.parameters(), *heads.parameters()]
-    others = [p for p in parameters if not any(p is matrix for matrix in matrices)]
-    muon = {"lr": flags.muon_learning_rate, "weight_decay": 0.01, "adjust_lr_fn": "original"}
-    adamw = {"lr": flags.learning_rate, "weight_decay": 0.01, "betas": (0.9, 0.98)}
-    optimizers = [torch.optim.Muon(matrices, **muon), torch.optim.AdamW(others, **adamw)]
+    rates = {"learning_rate": flags.learning_rate, "muon_learning_rate": flags.muon_learning_rate}
+    optimizers = Optimizers(model, TrainConfig(optimizer="muon", weight_decay=0.01, **rates))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    print(optimizers.description)
 
-    def schedule(step: int) -> float:
-        return min((step + 1) / 100, 1 - step / flags.steps)
-
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(o, schedule) for o in optimizers]
-    print(f"tower: {sum(p.numel() for p in tower.parameters()) / 1e6:.2f} M parameters")
-
-    streams = [iter(Stills(flags.seed + 10_000, 200, split)) for split in ("train", "test")]
-    held_out = [[next(batches) for _ in range(5)] for batches in streams]
-    stills = Stills(flags.seed, flags.batch_size)
-    loader = iter(DataLoader(stills, batch_size=None, num_workers=1, prefetch_factor=8))
+    held_out = {}
+    for split in ("train", "test"):  # the latter: numbers of an object that training never shows
+        stills = DataLoader(Stills(flags.seed + 10_000, HELD_OUT, split), HELD_OUT)
+        (held_out[split],) = stills
+    stills = Stills(flags.seed, flags.steps * flags.batch_size)
+    loader = DataLoader(stills, flags.batch_size, num_workers=1, prefetch_factor=8)
     in_bfloat16 = choose_dtype("auto", torch.device("cpu")) == "bfloat16"
     started = time.process_time()
-    for step in (bar := tqdm(range(flags.steps), desc="tower", unit="step")):
-        batch = next(loader)
+    for step, batch in enumerate(bar := tqdm(loader, desc="tower", unit="step")):
+        optimizers.set_learning_rates(learning_rate_factor(step, flags.steps, 100, "linear"))
         with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
-            out = heads(encode(tower, batch["picture"]))
+            out = model(batch["picture"])
         parts = losses({key: value.float() for key, value in out.items()}, batch)
         sum(parts.values()).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad(set_to_none=True)
-        if step % 20 == 0:
-            bar.set_postfix({key: f"{value.item():.3f}" for key, value in parts.items()})
+        optimizers.step(scaler, optimizers.clip_gradients(scaler, max_norm=1.0))
+        optimizers.zero_grad()
+        bar.set_postfix({key: f"{value.item():.3f}" for key, value in parts.items()}, refresh=False)
         if (step + 1) % 200 == 0 or step + 1 == flags.steps:
-            scores = score(tower, heads, *held_out)
-            tqdm.write(f"step {step + 1}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+            scores = {split: score(model, stills) for split, stills in held_out.items()}
+            tqdm.write(f"step {step + 1}: {scores}")
             command = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(flags).items()}
             trained = {"command": command, "cpu_seconds": round(time.process_time() - started)}
-            save(tower, flags.out, before | trained | {"held_out_stills": scores})
+            model.save(flags.out, before | trained | {"held_out_stills": scores})
 
 
 if __name__ == "__main__":

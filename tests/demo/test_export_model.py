@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from demo import figures
+from demo import figures, train_tower
 from demo.export_model import export_model, make_examples
 from demo.known_world import warn_unlike_training
 from inference import DEMO_MODEL
 from model.checkpoint import load_video_language_model, read_about
+from model.vision_tower import VisionTower
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +61,14 @@ def test_the_pictures_of_the_documentation_show_two_answers(tmp_path, capsys):
     figures.main(["--out", str(tmp_path)])
     assert "['the blue triangle', 'the white square']" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["filters.png", "reversed.gif"]
+
+
+def test_a_tower_is_trained_and_trained_further(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_tower, "HELD_OUT", 8)
+    more = ["--start_from", str(tmp_path / "a"), "--seed", "1"]
+    for name, flags in (("a", []), ("b", more)):
+        train_tower.main(
+            ["--steps", "2", "--batch_size", "4", "--out", str(tmp_path / name), *flags]
+        )
+        tower = VisionTower.from_pretrained(tmp_path / name)
+        assert tower(torch.zeros(2, 3, 112, 112)).shape == (2, 50, 128)
