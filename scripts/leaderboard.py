@@ -15,6 +15,12 @@ from matplotlib.figure import Figure
 
 from cli import Flags, flag, launch, parse_flags
 
+BLIND = ("no video", "first frame")  # controls in which no time can be seen
+ROW = (
+    "| {model} | {measure} | {bold}{score:.1f}{bold} | {low:.1f} to {high:.1f} | {floor:.1f} "
+    "({floor_name}) | {n:,} | {missing:,} |"
+)
+
 
 @dataclass
 class LeaderboardFlags(Flags):
@@ -27,26 +33,27 @@ class LeaderboardFlags(Flags):
         return super().problems() + ["name the eval.json of some runs"] * (not self.files)
 
 
-@dataclass
-class Entry:
-    """One model's figure on one test set, as fractions."""
+def read_entries(path: Path) -> list[dict]:
+    """The figures of ROW for each test set of a run, and `test_set`; scores in percent.
 
-    model: str
-    test_set: str
-    measure: str
-    score: float
-    low: float
-    high: float
-    n: int
-    missing: int
-    floors: dict[str, float]  # by name, the blank video among them
-
-
-def read_entries(path: Path) -> list[Entry]:
-    """Raises ValueError, with the fix, for a file that eval.py didn't write, or wrote before the
+    Raises ValueError, with the fix, for a file that eval.py didn't write, or wrote before the
     figures had these names."""
     try:
-        return _entries(json.loads(path.read_text(encoding="utf-8")))
+        result = json.loads(path.read_text(encoding="utf-8"))
+        entries = []
+        for test_set, summary in result["benchmarks"].items():
+            if measure := summary.get("headline"):
+                row = summary["rows"][measure]
+                blind = {name: row["controls"][name] for name in BLIND if name in row["controls"]}
+                floors = row.get("floors", {}) | blind
+                entries.append(_entry(test_set, measure, row, floors, summary["missing"]))
+        if "interval" in result:
+            floors = {"most frequent": result["accuracy"]["majority"]["all"]}
+            if "no video" in result["controls"]:
+                floors["no video"] = result["controls"]["no video"]["all"]
+            data = ", ".join(Path(file).stem for file in result["data_path"])
+            entries.append(_entry(data, "exact match", result["interval"], floors, 0))
+        return [{"model": result["checkpoint"], **entry} for entry in entries]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}: not what eval.py --output writes ({error!r}); run eval.py again: it reads "
@@ -54,57 +61,36 @@ def read_entries(path: Path) -> list[Entry]:
         ) from error
 
 
-def _entries(result: dict) -> list[Entry]:
-    model, entries = str(result["checkpoint"]), []
-    for test_set, summary in result["benchmarks"].items():
-        if measure := summary.get("headline"):
-            row, missing = summary["rows"][measure], summary["missing"]
-            controls, without_order = row["controls"], ("no video", "first frame")
-            blind = {name: controls[name] for name in without_order if name in controls}
-            figures = (row["score"], row["low"], row["high"], row["n"], missing)
-            entries.append(Entry(model, test_set, measure, *figures, row.get("floors", {}) | blind))
-    if "interval" in result:
-        found, controls = result["interval"], result["controls"]
-        floors = {"most frequent": result["accuracy"]["majority"]["all"]}
-        floors |= {"no video": controls["no video"]["all"]} if "no video" in controls else {}
-        figures = (found["score"], found["low"], found["high"], found["n"], 0)
-        data = ", ".join(Path(file).stem for file in result["data_path"])
-        entries.append(Entry(model, data, "exact match", *figures, floors))
-    return entries
+def _entry(test_set: str, measure: str, row: dict, floors: dict, missing: int) -> dict:
+    floor, name = max(((100 * value, name) for name, value in floors.items()), default=(0.0, "-"))
+    score, low, high = (100 * row[name] for name in ("score", "low", "high"))
+    # Below its floors a score says nothing about video, however high it is.
+    entry = {"test_set": test_set, "measure": measure, "bold": "**" if low > floor else ""}
+    entry |= {"floor": floor, "floor_name": name, "n": row["n"], "missing": missing}
+    return entry | {"score": score, "low": low, "high": high}
 
 
-def as_markdown(entries: list[Entry]) -> str:
-    """A table for each test set, the best model first."""
+def as_markdown(entries: list[dict]) -> str:
+    """A table for each test set."""
     lines = ["# Leaderboard", "", "In percent, with 95 % intervals clustered by video."]
-    for test_set in dict.fromkeys(entry.test_set for entry in entries):
-        same = sorted((e for e in entries if e.test_set == test_set), key=lambda e: -e.score)
+    for test_set in dict.fromkeys(entry["test_set"] for entry in entries):
         lines += ["", f"## {test_set}", ""]
         lines += ["| model | measure | score | 95 % interval | highest floor | n | missing |"]
         lines += ["|---|---|---:|---:|---|---:|---:|"]
-        for entry in same:
-            name, floor = max(entry.floors.items(), key=lambda item: item[1], default=("-", 0.0))
-            # Below its floors a score says nothing about video, however high it is.
-            bold = "**" if entry.low > floor else ""
-            lines.append(
-                f"| {entry.model} | {entry.measure} | {bold}{100 * entry.score:.1f}{bold} "
-                f"| {100 * entry.low:.1f} to {100 * entry.high:.1f} | {100 * floor:.1f} ({name}) "
-                f"| {entry.n:,} | {entry.missing:,} |"
-            )
+        lines += [ROW.format_map(entry) for entry in entries if entry["test_set"] == test_set]
     return "\n".join([*lines, "", "Bold: the whole interval lies above the highest floor.", ""])
 
 
-def draw(entries: list[Entry], path: Path) -> None:
+def draw(entries: list[dict], path: Path) -> None:
     """A bar a score, with its interval and a mark at its highest floor."""
     figure = Figure(figsize=(8, 0.8 + 0.4 * len(entries)), layout="constrained")
     axis = figure.subplots()
-    entries = sorted(entries, key=lambda entry: (entry.test_set, -entry.score))[::-1]
-    for place, entry in enumerate(entries):
-        error = [[100 * (entry.score - entry.low)], [100 * (entry.high - entry.score)]]
-        axis.barh(place, 100 * entry.score, xerr=error, height=0.6, color="tab:blue", capsize=3)
-        if entry.floors:
-            floor = 100 * max(entry.floors.values())
-            axis.plot([floor, floor], [place - 0.4, place + 0.4], color="tab:red")
-    labels = [f"{entry.test_set}: {entry.model}" for entry in entries]
+    for place, entry in enumerate(reversed(entries)):
+        score, floor = entry["score"], entry["floor"]
+        error = [[score - entry["low"]], [entry["high"] - score]]
+        axis.barh(place, score, xerr=error, height=0.6, color="tab:blue", capsize=3)
+        axis.plot([floor, floor], [place - 0.4, place + 0.4], color="tab:red")
+    labels = ["{test_set}: {model}".format_map(entry) for entry in reversed(entries)]
     axis.set_yticks(range(len(entries)), labels, fontsize=8)
     axis.set_xlabel("percent; red: the highest floor")
     figure.savefig(path, dpi=150)
@@ -118,11 +104,12 @@ def main(argv: list[str] | None = None) -> None:
     entries = [entry for file in flags.files for entry in read_entries(Path(file))]
     if not entries:
         raise ValueError(f"{', '.join(flags.files)}: no score in them")
+    entries.sort(key=lambda entry: (entry["test_set"], -entry["score"]))  # the best model first
     flags.output.parent.mkdir(parents=True, exist_ok=True)
-    table = flags.output.with_suffix(".md")
+    table, picture = (flags.output.with_suffix(suffix) for suffix in (".md", ".png"))
     table.write_text(as_markdown(entries), encoding="utf-8")
-    draw(entries, flags.output.with_suffix(".png"))
-    print(f"{as_markdown(entries)}\n{table} and {flags.output.with_suffix('.png')}")
+    draw(entries, picture)
+    print(f"{as_markdown(entries)}\n{table} and {picture}")
 
 
 if __name__ == "__main__":

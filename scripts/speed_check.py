@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from benchmarks.decode import make_clip
-from benchmarks.train_step import make_batches, make_model, make_samples, time_step
+from benchmarks.train_step import Source, make_batches, make_model, make_samples, time_step
 from cli import Flags, flag, launch, parse_flags
 from dataset.video import read_frames
 from device import choose_device
@@ -52,23 +52,10 @@ class SpeedFlags(Flags):
 
 
 @dataclass
-class Part:
-    """What one part of the way from a file to a trained step costs."""
+class SourceOnDisk(Source):
+    """The same features for all videos, read from a file as in training."""
 
-    name: str
-    videos_per_second: float  # of the whole machine
-    flops_per_second: float = 0.0
-
-
-class CachedSource:
-    """Features on disk, as extract_features.py leaves them."""
-
-    kind = "visual_features"
-
-    def __init__(self, folder: str, num_frames: int):
-        self.path = Path(folder, "features.npy")
-        features = np.random.default_rng(0).standard_normal((num_frames, 50, 768))
-        np.save(self.path, features.astype(np.float16))
+    path: Path
 
     def load(self, name: str) -> torch.Tensor:
         return torch.from_numpy(np.load(self.path))
@@ -76,44 +63,45 @@ class CachedSource:
 
 def measure_rate(run: Callable[[], object], device: torch.device, seconds: float) -> float:
     """How many runs are done in a second, after one to warm up."""
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    # Processor time adds up over the cores that a part uses; a second has as many of them.
-    cores = torch.get_num_threads() if device.type == "cpu" else 1
-    is_cuda = device.type == "cuda"
-    finish = partial(torch.cuda.synchronize, device) if is_cuda else lambda: None
-    run(), finish()
+    on_cpu, clock = device.type == "cpu", time.perf_counter
+    if on_cpu:
+        clock = time.process_time  # adds up over the cores: a second has as many of them
+    run()
     start, wall, count = clock(), time.perf_counter(), 0
     while time.perf_counter() - wall < seconds:
-        run(), finish()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         count += 1
-    return count * cores / max(clock() - start, 1e-9)
+    return count * (torch.get_num_threads() if on_cpu else 1) / max(clock() - start, 1e-9)
 
 
-def measure_decoding(flags: SpeedFlags, folder: str) -> Part:
-    path = Path(folder, "clip.mp4")
-    make_clip(path, flags.video_seconds)
-    # One core after the other: decoding runs in as many processes as there are cores.
-    decode = partial(read_frames, path, flags.num_frames, timeout=None)
-    rate = measure_rate(decode, torch.device("cpu"), flags.seconds)
-    return Part("decode", rate / torch.get_num_threads() * (os.cpu_count() or 1))
+def measure_on_all_cores(run: Callable[[], object], seconds: float) -> float:
+    """The same of what runs in as many processes as there are cores."""
+    rate = measure_rate(run, torch.device("cpu"), seconds)
+    return rate / torch.get_num_threads() * (os.cpu_count() or 1)
 
 
-def measure_tower(flags: SpeedFlags, device: torch.device) -> Part:
+def measure(flags: SpeedFlags, device: torch.device, folder: Path) -> dict[str, tuple]:
+    """Each part's name: videos a second of the whole machine, FLOPs a second or None."""
+    clip, seconds = folder / "clip.mp4", flags.seconds
+    make_clip(clip, flags.video_seconds)
+    decode = partial(read_frames, clip, flags.num_frames, timeout=None)
+    parts = {"decode": (measure_on_all_cores(decode, seconds), None)}
+
     tower = VisionTower(CLIPVisionModel(CLIPVisionConfig(patch_size=32))).to(device)
     pixels = torch.randn(flags.num_frames, 3, 224, 224, device=device)
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        tower(pixels)
-    rate = measure_rate(partial(tower, pixels), device, flags.seconds)
-    return Part("tower", rate, rate * counter.get_total_flops())
+    rate = measure_rate(partial(tower, pixels), device, seconds)
+    parts["tower"] = rate, rate * count_flops(partial(tower, pixels))
 
-
-def measure_loader_and_step(flags: SpeedFlags, device: torch.device, folder: str) -> list[Part]:
-    samples, source = make_samples(84, folder), CachedSource(folder, flags.num_frames)
+    source = SourceOnDisk(flags.num_frames, folder / "features.npy")
+    np.save(source.path, Source(flags.num_frames).load("0").numpy())
+    samples = make_samples(84, folder)
     load = partial(make_batches, samples, source, 2, tokens=1024, share_prefix=True)
     batches = load()
     videos = sum(len(batch["inputs"]["frames_per_visual"]) for batch in batches)
-    rate = measure_rate(load, torch.device("cpu"), flags.seconds) * videos
-    loader = Part("loader", rate / torch.get_num_threads() * (os.cpu_count() or 1))
+    parts["loader"] = measure_on_all_cores(load, seconds) * videos, None
+
     model = make_model(flags.dim, flags.n_layers).to(device)
     optimizers = Optimizers(model, TrainConfig())
 
@@ -121,33 +109,35 @@ def measure_loader_and_step(flags: SpeedFlags, device: torch.device, folder: str
         for batch in batches:
             time_step(model, optimizers, batch, 0, flags.dtype, device)
 
+    rate = measure_rate(step, device, seconds)
+    parts["step"] = rate * videos, rate * count_flops(step)
+    return parts
+
+
+def count_flops(run: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
-        step()
-    rate = measure_rate(step, device, flags.seconds)
-    return [loader, Part("step", rate * videos, rate * counter.get_total_flops())]
+        run()
+    return counter.get_total_flops()
 
 
-def describe(parts: list[Part], product: float, device: str) -> str:
+def describe(parts: dict[str, tuple], product: float, device: str) -> str:
     """The table, what is slow, and what to do about it."""
-    usual = USUAL.get(device, {})
+    usual, slow = USUAL.get(device, {}), []
     lines = [f"{'':<10}{'videos/s':>10}{'GFLOP/s':>10}{'of a product':>14}"]
-    slow = []
-    for part in parts:
-        lines.append(f"{part.name:<10}{part.videos_per_second:>10.1f}")
-        if part.flops_per_second:
-            share = part.flops_per_second / product
-            lines[-1] += f"{part.flops_per_second / 1e9:>10.0f}{share:>14.0%}"
-            if share < usual.get(part.name, 0):
-                slow.append(f"{part.name} ({share:.0%}, usual is {usual[part.name]:.0%} or more)")
+    for name, (rate, flops) in parts.items():
+        lines.append(f"{name:<10}{rate:>10.1f}")
+        if flops:
+            lines[-1] += f"{flops / 1e9:>10.0f}{flops / product:>14.0%}"
+            if flops / product < usual.get(name, 0):
+                slow.append(f"{name} ({flops / product:.0%}, usual is {usual[name]:.0%} or more)")
     lines.append(f"a large matrix product: {product / 1e9:.0f} GFLOP/s")
-    rate = {part.name: part.videos_per_second for part in parts}
     for job, names in (
         ("Extracting features", ("decode", "tower")),
         ("Training on features", ("loader", "step")),
         ("Training on videos", ("decode", "tower", "step")),
     ):
-        slowest = min(names, key=lambda name: rate[name])
-        lines.append(f"{job} waits for: {slowest} ({rate[slowest]:.1f} videos/s)")
+        slowest = min(names, key=lambda name: parts[name][0])
+        lines.append(f"{job} waits for: {slowest} ({parts[slowest][0]:.1f} videos/s)")
     if slow:
         lines.append(
             f"NOT NORMAL: {', '.join(slow)}. Close other programs; compare torch's version and "
@@ -162,8 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = parse_flags(SpeedFlags, __doc__, argv)
     device = choose_device(flags.device)
     with tempfile.TemporaryDirectory() as folder:
-        parts = [measure_decoding(flags, folder), measure_tower(flags, device)]
-        parts += measure_loader_and_step(flags, device, folder)
+        parts = measure(flags, device, Path(folder))
     # FLOPs a second of a large matrix product: what the machine can reach at all.
     size = 1024 if device.type == "cpu" else 8192
     a = torch.randn(size, size, device=device, dtype=getattr(torch, flags.dtype))
