@@ -23,12 +23,11 @@ judge scores is written to `file` as `record`, in place of null; of `options` th
 import csv
 import hashlib
 import inspect
-import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
@@ -37,7 +36,7 @@ from dataset.samples import parse_sample
 from dataset.video import VIDEO_SUFFIXES
 from files import whole_file
 from inference.metrics import LETTERS
-from scripts.convert.common import read_rows
+from scripts.convert.common import read_records
 from scripts.convert.media import Media
 
 MAX_REPORTED = 10  # bad records in one message
@@ -170,28 +169,21 @@ def vinoground(record: dict, folder: Path) -> Iterator[Question]:
 
 def tempcompass(record: dict, folder: Path) -> Iterator[Question]:
     """questions/{multi-choice,yes_no,caption_matching,captioning}.json."""
-    task, video = record["file"], record["place"]
-    for aspect in (key for key, value in record.items() if isinstance(value, list)):
-        for number, item in enumerate(record[aspect], 1):
-            try:
-                yield _tempcompass(item, task, video, aspect)
-            except ValueError as error:
-                raise ValueError(f"{aspect} {number}: {error}") from None
-
-
-def _tempcompass(item: dict, task: str, video: str, aspect: str) -> Question:
-    text, answer, videos = item["question"], item["answer"].strip(), stems(video)
+    task, (video, aspect, _), videos = record["file"], record["place"], stems(record["place"][0])
+    text, answer = record["question"], record["answer"].strip()
     if task == "captioning":
+        item = {k: v for k, v in record.items() if k not in ("file", "place")}
         record = {video: {aspect: [item | {"prediction": None}]}}
-        return submit(videos, text, task, "captioning.json", record, answer)
-    if task == "yes_no":
-        return choose(videos, text, ["yes", "no"], answer, task, subsets=[aspect])
-    question, *lines = (line.strip() for line in text.split("\n"))
-    if answer not in lines:
-        raise ValueError(f"its answer {answer!r} isn't one of its options {lines}")
-    label = r"^(?:Option|Sentence|Caption) [12AB]:\s*|^[A-D][.)]?\s+"
-    options = [re.sub(label, "", line) for line in lines]
-    return choose(videos, question, options, lines.index(answer), task, subsets=[aspect])
+        yield submit(videos, text, task, "captioning.json", record, answer)
+        return
+    options = ["yes", "no"]
+    if task != "yes_no":
+        text, *lines = (line.strip() for line in text.split("\n"))
+        label = r"^(?:Option|Sentence|Caption) [12AB]:\s*|^[A-D][.)]?\s+"
+        options = [re.sub(label, "", line) for line in lines]
+        if answer in lines:
+            answer = options[lines.index(answer)]
+    yield choose(videos, text, options, answer, task, subsets=[aspect])
 
 
 def nextqa(record: dict, folder: Path) -> Iterator[Question]:
@@ -200,9 +192,9 @@ def nextqa(record: dict, folder: Path) -> Iterator[Question]:
     text, options = record["question"].strip(" ?") + "?", [record[f"a{i}"] for i in range(5)]
     # The authors' own evaluation counts questions about what came before (TP) as TN.
     kind = {"TP": "TN"}.get(record["type"], record["type"])
-    # Its rows are counted from 0, lines from 1, and the first is the header.
-    is_hard = record["file"] == "val" and str(record["place"] - 2) in _atp_hard(folder)
-    subsets = [kind[0], *["atp_hard"] * is_hard]
+    # Published elsewhere; its rows are counted from 0, lines from 1, and the first is the header.
+    hard = _beside(folder, "atp-hard-ct4.txt", needed=False) if record["file"] == "val" else {}
+    subsets = [kind[0], *["atp_hard"] * (str(record["place"] - 2) in hard)]
     right = int(record["answer"])
     yield choose(stems(record["video"]), text, options, right, kind, subsets=subsets)
 
@@ -325,26 +317,27 @@ def charades_sta(record: dict, folder: Path) -> Iterator[Question]:
 
 
 # The files that hold the questions: the first of these patterns that some file fits.
-BENCHMARKS: dict[str, tuple[Callable[[dict, Path], Iterator[Question]], tuple[str, ...]]] = {
-    "tvbench": (tvbench, ("json/*.json", "*.json")),
-    "vitatecs": (vitatecs, ("data/*.jsonl", "*.jsonl")),
-    "vinoground": (vinoground, ("vinoground.csv",)),
-    "tempcompass": (tempcompass, ("questions/*.json",)),
-    "nextqa": (nextqa, ("{split}.csv",)),
-    "egoschema": (egoschema, ("questions.json",)),
-    "egoschema_full": (egoschema_full, ("questions.json",)),
-    "msvd_qa": (msvd_qa, ("{split}_qa.json",)),
-    "msrvtt_qa": (msrvtt_qa, ("{split}_qa.json",)),
-    "activitynet_qa": (activitynet_qa, ("{split}_q.json",)),
-    "vatex_en": (vatex_en, ("vatex_public_test_english_v1.1.json",)),
-    "vatex_zh": (vatex_zh, ("vatex_validation_v1.0.json",)),
-    "charades_sta": (charades_sta, ("charades_sta_{split}.txt",)),
-    "mvbench": (mvbench, ("json/*.json", "*.json")),
-    "videomme": (videomme, ("*.parquet",)),
-    "mlvu": (mlvu, ("[1-9]_*.json",)),
-    "longvideobench": (longvideobench, ("lvb_val.json",)),
-    "longvideobench_test": (longvideobench_test, ("lvb_test_wo_gt.json",)),
+PATTERNS = {
+    tvbench: ("json/*.json", "*.json"),
+    vitatecs: ("data/*.jsonl", "*.jsonl"),
+    vinoground: ("vinoground.csv",),
+    tempcompass: ("questions/*.json",),
+    nextqa: ("{split}.csv",),
+    egoschema: ("questions.json",),
+    egoschema_full: ("questions.json",),
+    msvd_qa: ("{split}_qa.json",),
+    msrvtt_qa: ("{split}_qa.json",),
+    activitynet_qa: ("{split}_q.json",),
+    vatex_en: ("vatex_public_test_english_v1.1.json",),
+    vatex_zh: ("vatex_validation_v1.0.json",),
+    charades_sta: ("charades_sta_{split}.txt",),
+    mvbench: ("json/*.json", "*.json"),
+    videomme: ("*.parquet",),
+    mlvu: ("[1-9]_*.json",),
+    longvideobench: ("lvb_val.json",),
+    longvideobench_test: ("lvb_test_wo_gt.json",),
 }
+BENCHMARKS = {function.__name__: function for function in PATTERNS}
 
 
 # ------------------------------------------------------------------------------------- the files
@@ -358,99 +351,94 @@ def find_files(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
     raise ValueError(f"there is no {' or '.join(patterns)} in {folder}: download it there")
 
 
-def read_records(path: Path) -> Iterator[tuple[str, dict]]:
+def read_published(path: Path) -> Iterator[tuple[str, dict]]:
     """(where it stands, record) of a published file; ValueError names the file if it is broken."""
-    if path.suffix == ".parquet":
-        numbered, where = read_rows(path), "{}: row {}"
-    else:
-        text, where = path.read_text(encoding="utf-8-sig"), "{}:{}"
-        lines = ((n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip())
-        if path.suffix == ".csv":
-            reader = csv.DictReader(io.StringIO(text, newline=""))
-            numbered = ((reader.line_num, row) for row in reader)
-        elif path.suffix == ".txt":
-            numbered = ((n, {"line": line}) for n, line in lines)
-        elif path.suffix == ".jsonl":
-            numbered = ((n, _parse(path, line)) for n, line in lines)
-        else:
-            content, where = _parse(path, text), "{}: item {}"
-            numbered = content.items() if isinstance(content, dict) else enumerate(content, 1)
+    if path.suffix == ".csv":
+        lines = path.read_text(encoding="utf-8-sig").splitlines(keepends=True)
+        numbered = enumerate(csv.DictReader(lines), 2)
+    elif path.suffix == ".txt":
+        lines = enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1)
+        numbered = ((number, {"line": line}) for number, line in lines if line.strip())
+    elif path.suffix != ".json":
+        numbered = read_records(path)
+    elif isinstance(content := _read_json(path), list):
+        numbered = enumerate(content, 1)
+    else:  # TempCompass: {video: {aspect: [question, …]}}
+        numbered = [
+            ((video, aspect, number), item)
+            for video, aspects in content.items()
+            for aspect, items in aspects.items()
+            if isinstance(items, list)
+            for number, item in enumerate(items, 1)
+        ]
     for place, record in numbered:
+        where = f"{path}:{' '.join(map(str, place)) if isinstance(place, tuple) else place}"
         if not isinstance(record, dict):
-            raise ValueError(f"{where.format(path, place)}: not a JSON object; download it again")
-        yield where.format(path, place), record | {"file": path.stem, "place": place}
+            reason = record if isinstance(record, ValueError) else "not a JSON object"
+            raise ValueError(f"{where}: {reason}; download it again")
+        yield where, record | {"file": path.stem, "place": place}
 
 
-def _parse(path: Path, text: str) -> object:
+def _read_json(path: Path) -> dict | list:
     try:
-        return json.loads(text)
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); download it again") from error
 
 
 @lru_cache(maxsize=4)
-def _beside(folder: Path, name: str) -> dict:
+def _beside(folder: Path, name: str, needed: bool = True) -> dict:
     """What a file that goes with the questions holds: a JSON object, a list of answers by their
     question_id, or the first word of each line by the last."""
-    path = find_files(folder, (name,))[0]
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix == ".txt":
-        return {words[-1]: words[0] for words in map(str.split, text.splitlines()) if words}
-    content = _parse(path, text)
-    if isinstance(content, list):
-        return {answer["question_id"]: answer for answer in content}
-    return content
-
-
-@lru_cache(maxsize=1)
-def _atp_hard(folder: Path) -> dict:
-    try:
-        return _beside(folder, "atp-hard-ct4.txt")
-    except ValueError:  # the split is published elsewhere, and may not be wanted
+    if not needed and not any(folder.rglob(name)):
         return {}
+    (path, *_) = find_files(folder, (name,))
+    if path.suffix == ".txt":
+        lines = map(str.split, path.read_text(encoding="utf-8-sig").splitlines())
+        return {words[-1]: words[0] for words in lines if words}
+    content = _read_json(path)
+    return {a["question_id"]: a for a in content} if isinstance(content, list) else content
 
 
 # ------------------------------------------------------------------------------------- the command
 
 
-def convert(
-    name: str,
-    data_path: str,
-    images_path: str | None,
-    output: str,
-    split: str | None = None,
-    keep_faulty: bool = False,
-) -> str:
-    """Writes the benchmark `name` as the jsonl `output`; returns a report in words.
+def convert(name: str, flags: "BenchmarkFlags") -> str:
+    """Writes the benchmark `name` as jsonl; returns a report in words.
 
-    keep_faulty: a record that can't be used becomes a line that counts as wrong; otherwise raises
-    ValueError that lists the first of them with file, line, reason and fix.
-    """
-    benchmark, patterns = BENCHMARKS[name]
-    folder, output, media = Path(data_path), Path(output), Media(images_path)
-    split = split or ("val" if name == "nextqa" else "test")
-    paths = find_files(folder, tuple(pattern.format(split=split) for pattern in patterns))
+    Raises ValueError that lists the first records that can't be used with file, line, reason and
+    fix, unless they are kept as lines that count as wrong (--keep_faulty)."""
+    folder, output, media = Path(flags.data_path), Path(flags.output), Media(flags.images_path)
+    benchmark = BENCHMARKS[name]
+    split = flags.split or ("val" if name == "nextqa" else "test")
+    paths = find_files(folder, tuple(p.format(split=split) for p in PATTERNS[benchmark]))
     count, absent, missing, problems = 0, 0, {}, []
 
-    def converted() -> Iterator[dict]:
-        for where, record in (pair for path in paths for pair in read_records(path)):
+    def asked() -> Iterator[Question]:
+        for where, record in (pair for path in paths for pair in read_published(path)):
             try:
                 for question in benchmark(record, folder):
-                    yield _line(name, question, media, missing)
+                    parse_sample(_line(name, question), 0, "")
+                    yield question
             except (KeyError, ValueError, TypeError, AttributeError) as error:
                 reason = f"the key {error} is missing" if isinstance(error, KeyError) else error
                 problems.append(f"{where}: {reason}")
-                faulty = Question([], problems[-1], "-", {"metric": "faulty", "type": "faulty"})
-                yield _line(name, faulty, media, missing)
+                yield Question([], problems[-1], "-", {"metric": "faulty", "type": "faulty"})
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(output) as file:
-        for count, line in enumerate(converted(), 1):
-            line = {"id": f"{name}-{count}", **line}
-            absent += "missing" in line
+        for count, question in enumerate(asked(), 1):
+            line = {"id": f"{name}-{count}", **_line(name, question)}
+            try:
+                if question.videos:
+                    line["video"] = media.find(*question.videos)
+            except ValueError as error:
+                line["missing"] = True
+                absent += 1
+                missing.setdefault(line["video"], str(error))
             file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         some = "\n".join(problems[:MAX_REPORTED])
-        if problems and not keep_faulty:
+        if problems and not flags.keep_faulty:
             raise ValueError(
                 f"{some}\n{len(problems)} of the records of {name} can't be used: download the "
                 "annotations again, correct these, or count them as wrong (--keep_faulty)"
@@ -468,7 +456,7 @@ def convert(
             f"MISSING: {len(missing):,} videos of {absent:,} questions ({absent / count:.1%}), "
             f"listed in {listed}. They stay in the file and count as not answered."
         )
-    root = images_path or "FOLDER_OF_THE_VIDEOS"
+    root = flags.images_path or "FOLDER_OF_THE_VIDEOS"
     lines.append(
         f"next: python eval.py --data_path {output} --images_path {root} --controls --output "
         f"out/{name}/eval.json"
@@ -476,26 +464,17 @@ def convert(
     return "\n".join(lines)
 
 
-def _line(name: str, question: Question, media: Media, missing: dict[str, str]) -> dict:
-    """A line of the output; a video that isn't found joins `missing`, with the reason."""
+def _line(name: str, question: Question) -> dict:
+    """A line of the output, before its video is looked for."""
     line = {"language": question.language}
     if question.videos:
         line["video"] = question.videos[0]
     asked = "<video>\n" * bool(question.videos) + question.text
-    line["conversations"] = [
-        {"from": "human", "value": asked},
-        {"from": "gpt", "value": question.answer},
-    ]
+    turns = (("human", asked), ("gpt", question.answer))
+    line["conversations"] = [{"from": who, "value": text} for who, text in turns]
     line["scoring"] = [{"benchmark": name, **question.scoring}]
     if question.bounds:
         line["start"], line["end"] = question.bounds
-    parse_sample(line, 0, "")  # a path that leaves the folder is an error, not a missing video
-    try:
-        if question.videos:
-            line["video"] = media.find(*question.videos)
-    except ValueError as error:
-        line["missing"] = True
-        missing.setdefault(line["video"], str(error))
     return line
 
 
@@ -527,14 +506,13 @@ class BenchmarkFlags(Flags):
 def main(argv: list[str] | None = None) -> None:
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
-        first = {key: inspect.getdoc(f).splitlines()[0] for key, (f, _) in BENCHMARKS.items()}
+        first = {key: inspect.getdoc(f).splitlines()[0] for key, f in BENCHMARKS.items()}
         names = "\n".join(f"    {key:<20}{files}" for key, files in first.items())
         print(f"{__doc__}\nBenchmarks, and the files of each:\n{names}")
         return
     if name not in BENCHMARKS:
         raise ValueError(f"no benchmark {name!r}: choose one of {', '.join(BENCHMARKS)}")
-    flags = parse_flags(BenchmarkFlags, BENCHMARKS[name][0].__doc__, rest)
-    print(convert(name, **{field.name: getattr(flags, field.name) for field in fields(flags)}))
+    print(convert(name, parse_flags(BenchmarkFlags, BENCHMARKS[name].__doc__, rest)))
 
 
 if __name__ == "__main__":
