@@ -22,7 +22,7 @@ from tqdm import tqdm
 from cli import Flags, flag, launch, parse_flags
 from dataset.conversation import name_and_text
 from dataset.jsonl import parse_json, read_lines
-from dataset.samples import Sample, parse_sample
+from dataset.samples import parse_sample
 from files import whole_file
 from scripts.convert.media import Media
 
@@ -91,7 +91,14 @@ def run(convert: Convert, flags: ConvertFlags) -> str:
         dropped_file, *files = map(stack.enter_context, map(whole_file, (dropped_path, *outputs)))
         for path, number, record in tqdm(records, unit=" records", smoothing=0.1):
             try:
-                converted, sample = convert_record(convert, record, number, path, media)
+                if not isinstance(record, dict):
+                    unlike = ValueError("a record must be a JSON object")
+                    raise record if isinstance(record, ValueError) else unlike
+                media.take_pictures(record, path.stem)
+                converted = {k: v for k, v in convert(record, media).items() if v is not None}
+                sample = parse_sample(converted, number, str(path))  # as training does
+                if sample.messages[-1]["role"] != "assistant":
+                    raise ValueError("the last turn must be an answer")
                 text = f"{sample.visuals}{sample.messages}{sample.reverse}"
                 digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
                 if digest in seen:
@@ -108,9 +115,13 @@ def run(convert: Convert, flags: ConvertFlags) -> str:
                 reasons.setdefault(key, f"{path}:{number}: {reason[:300]}")
                 continue
             media.save(sample.visuals)
+            ids[sample.id] += 1
+            unique = f"{sample.id}#{ids[sample.id]}" if ids[sample.id] > 1 else sample.id
             first = {k: converted[k] for k in ("id", "video", "image") if converted.get(k)}
-            line = first | converted | {"id": unique_id(sample.id, ids)}
-            is_held_out = len(outputs) > 1 and in_share(sample, flags.val_share)
+            line = first | converted | {"id": unique}
+            # The same for all samples of a visual, in any run.
+            key = zlib.crc32((",".join(sample.visuals) or f"{sample.messages}").encode())
+            is_held_out = len(outputs) > 1 and key < flags.val_share * 2**32
             written[is_held_out] += 1
             files[is_held_out].write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         some = "\n".join(f"{n:>9,}  {reasons[key]}" for key, n in counts.most_common())
@@ -128,38 +139,6 @@ def run(convert: Convert, flags: ConvertFlags) -> str:
     root = root or "FOLDER_OF_THE_MEDIA"
     lines.append(f"next: python -m scripts.check_data --data_path {output} --images_path {root}")
     return "\n".join(lines)
-
-
-def convert_record(
-    convert: Convert, record: object, number: int, path: Path, media: Media
-) -> tuple[dict, Sample]:
-    """The converted record, and the sample that training will make of it; ValueError if none."""
-    if isinstance(record, ValueError):
-        raise record
-    if not isinstance(record, dict):
-        raise ValueError(f"a record must be a JSON object, not {type(record).__name__}")
-    media.take_pictures(record, path.stem)
-    converted = {name: value for name, value in convert(record, media).items() if value is not None}
-    sample = parse_sample(converted, number, str(path))
-    if sample.messages[-1]["role"] != "assistant":
-        raise ValueError("the last turn must be an answer")
-    return converted, sample
-
-
-def in_share(sample: Sample, share: float) -> bool:
-    """Whether a sample belongs to that share: the same for all samples of a visual, in any run."""
-    key = ",".join(sample.visuals) or f"{sample.messages}"
-    return zlib.crc32(key.encode()) < share * 2**32
-
-
-def unique_id(name: str, ids: Counter) -> str:
-    """`name`, or `name#2`, `name#3` … where it came before."""
-    unique = name
-    while unique in ids:
-        ids[name] += 1
-        unique = f"{name}#{ids[name]}"
-    ids[unique] = 1
-    return unique
 
 
 # -------------------------------------------------------------------------------------- reading
@@ -241,3 +220,8 @@ def one_path(record: dict, key: str) -> str:
     if not isinstance(path, str) or not path.strip():
         raise ValueError(f"no {key} is named")
     return path.strip()
+
+
+def one_turn(question: str, answer: object) -> list[dict]:
+    """A question about a video and its answer, as a conversation."""
+    return [{"from": "human", "value": f"<video>\n{question}"}, {"from": "gpt", "value": answer}]

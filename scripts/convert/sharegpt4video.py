@@ -16,7 +16,7 @@ looked for under `video_path`, then in a folder called as its archive, then by i
 import zlib
 from pathlib import PurePosixPath
 
-from scripts.convert.common import Media, main, one_path
+from scripts.convert.common import Media, main, one_path, one_turn
 
 PROMPTS = (
     "Describe this video in detail.",
@@ -27,12 +27,9 @@ PROMPTS = (
 
 
 def convert(record: dict, media: Media) -> dict:
-    captions = record.get("captions")
-    if not isinstance(captions, list):
-        raise ValueError("'captions' must be a list")
-    whole = [
-        c.get("content") for c in captions if isinstance(c, dict) and str(c.get("idx")) == "-1"
-    ]
+    captions = record["captions"] if isinstance(record.get("captions"), list) else []
+    captions = (c for c in captions if isinstance(c, dict))
+    whole = [c.get("content") for c in captions if str(c.get("idx")) == "-1"]
     if not whole:
         raise ValueError("no caption of the whole video (idx -1)")
     path, archive = one_path(record, "video_path"), record.get("zip_folder")
@@ -44,10 +41,7 @@ def convert(record: dict, media: Media) -> dict:
     return {
         "id": name,
         "video": media.find(*places),
-        "conversations": [
-            {"from": "human", "value": f"<video>\n{prompt}"},
-            {"from": "gpt", "value": whole[0]},
-        ],
+        "conversations": one_turn(prompt, whole[0]),
     }
 
 

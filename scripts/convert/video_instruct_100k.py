@@ -13,25 +13,18 @@ the videos': later questions about one are called `id#2`, `id#3`, …
 from pathlib import PurePosixPath
 
 from dataset.video import VIDEO_SUFFIXES
-from scripts.convert.common import Media, main, one_path, turns
+from scripts.convert.common import Media, main, one_path, one_turn, turns
 
 
 def convert(record: dict, media: Media) -> dict:
     if "conversations" in record:
         name = str(PurePosixPath(one_path(record, "video")).with_suffix(""))
-        video = media.find(*(name + suffix for suffix in VIDEO_SUFFIXES))
-        return {"id": record.get("id", name), "video": video, "conversations": turns(record)}
-    name, question, answer = (record.get(key) for key in ("video_id", "q", "a"))
-    if not isinstance(name, str) or not isinstance(question, str) or not question.strip():
-        raise ValueError("'video_id' and 'q' must be text")
-    return {
-        "id": name,
-        "video": media.find(*(name + suffix for suffix in VIDEO_SUFFIXES)),
-        "conversations": [
-            {"from": "human", "value": f"<video>\n{question.strip()}"},
-            {"from": "gpt", "value": answer},
-        ],
-    }
+        conversations = turns(record)
+    else:
+        name, question = (one_path(record, key) for key in ("video_id", "q"))
+        conversations = one_turn(question, record.get("a"))
+    video = media.find(*(name + suffix for suffix in VIDEO_SUFFIXES))
+    return {"id": record.get("id", name), "video": video, "conversations": conversations}
 
 
 if __name__ == "__main__":
