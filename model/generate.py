@@ -8,6 +8,7 @@ between any two steps; `generate` is the same loop for a batch that starts toget
 Shapes: B rows, L tokens of a prompt, T columns of the cache, V vocabulary.
 """
 
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -57,52 +58,68 @@ GREEDY = Sampling()
 
 
 class Sampler:
-    """Samples one row's tokens by its own settings and generator."""
+    """What one row's sampling remembers: its settings, its generator and the ids it has seen."""
 
     def __init__(self, sampling: Sampling = GREEDY, prompt_ids: Iterable[int] = ()):
         """prompt_ids: what the repetition penalty falls on from the start."""
-        self.sampling, self.seen_ids = sampling, set(prompt_ids)
-        # On the CPU: neither its neighbours nor the device change what a row samples.
-        self.generator = torch.Generator()
-        if sampling.seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(sampling.seed)
+        self.sampling, self.prompt_ids = sampling, list(prompt_ids)
+        # Of its own and on the CPU: neither neighbours nor the device change what a row samples.
+        self.generator = random.Random(sampling.seed)
+        self.penalty_V: Tensor | None = None  # on the logits' device; 1 for ids that weren't seen
 
-    def sample(self, logits_V: Tensor) -> int:
-        """The next token's id; logits_V on the CPU."""
+    def settings(self, size: int) -> tuple[float, ...]:
+        """Of the next token, one of `size`: temperature, how many to sort, top_p, min_p, and a
+        number in [0, 1) that float32 holds exactly."""
         how = self.sampling
-        if how.repetition_penalty != 1:
-            seen = torch.tensor(sorted(self.seen_ids), dtype=torch.long)
-            old, penalty = logits_V[seen], how.repetition_penalty
-            logits_V = logits_V.index_copy(
-                0, seen, torch.where(old > 0, old / penalty, old * penalty)
-            )
         if how.temperature == 0:
-            token = int(logits_V.argmax())
-        else:
-            probabilities, ids = (logits_V / how.temperature).softmax(-1).sort(descending=True)
-            if how.top_k:
-                probabilities = probabilities[: how.top_k]
-                probabilities = probabilities / probabilities.sum()
-            # The token that crosses top_p is still in, so that one is always left.
-            kept = probabilities.cumsum(-1) - probabilities < how.top_p
-            kept &= probabilities >= how.min_p * probabilities[0]
-            token = int(ids[torch.multinomial(probabilities * kept, 1, generator=self.generator)])
-        self.seen_ids.add(token)
-        return token
+            return 1e-5, 1, 1, 0, 0
+        top_k = how.top_k or (size if how.top_p < 1 else 0)
+        uniform = self.generator.getrandbits(24) / 2**24
+        return max(how.temperature, 1e-5), min(top_k, size), how.top_p, how.min_p, uniform
 
 
 def sample_tokens(logits_BV: Tensor, samplers: list[Sampler]) -> list[int]:
-    """One token for each row."""
+    """One token for each row, found where the logits are: their device is waited for once."""
     how = [sampler.sampling for sampler in samplers]
     if all(each.temperature == 0 and each.repetition_penalty == 1 for each in how):
         return logits_BV.argmax(-1).tolist()
-    # One copy for all rows: a GPU would make each of them wait.
-    return [
-        sampler.sample(logits_V)
-        for sampler, logits_V in zip(samplers, logits_BV.cpu(), strict=True)
-    ]
+    if any(each.repetition_penalty != 1 for each in how):
+        for sampler, logits_V in zip(samplers, logits_BV, strict=True):
+            if sampler.penalty_V is None:
+                seen = _to_device(sampler.prompt_ids, logits_V.device).long()
+                penalty = sampler.sampling.repetition_penalty
+                sampler.penalty_V = torch.ones_like(logits_V).index_fill_(0, seen, penalty)
+        penalty_BV = torch.stack([sampler.penalty_V for sampler in samplers])
+        logits_BV = torch.where(logits_BV > 0, logits_BV / penalty_BV, logits_BV * penalty_BV)
+
+    settings = [sampler.settings(logits_BV.shape[1]) for sampler in samplers]
+    columns = _to_device(settings, logits_BV.device).split(1, dim=1)
+    temperature_B1, top_k_B1, top_p_B1, min_p_B1, uniform_B1 = columns
+    probabilities_BV = (logits_BV / temperature_B1).softmax(-1)
+    least_B1 = min_p_B1 * probabilities_BV.amax(-1, keepdim=True)  # that may be sampled
+    if width := max(top_k for _, top_k, *_ in settings):
+        most_BK = probabilities_BV.topk(width).values
+        most_BK = most_BK * (torch.arange(width, device=most_BK.device) < top_k_B1)
+        before_BK = most_BK.cumsum(-1) - most_BK
+        # The token that crosses top_p is still in, so that one is always left.
+        kept_BK = (before_BK < top_p_B1 * most_BK.sum(-1, keepdim=True)) & (most_BK > 0)
+        least_of_kept_B1 = most_BK.where(kept_BK, 1).amin(-1, keepdim=True)
+        least_B1 = least_B1.maximum(least_of_kept_B1 * (top_k_B1 > 0))
+    # The inverse of the distribution function: the first token that takes the sum above the number.
+    kept_BV = probabilities_BV >= least_B1
+    sums_BV = (probabilities_BV * kept_BV).cumsum(-1)
+    is_above_BV = (sums_BV > uniform_B1 * sums_BV[:, -1:]) & kept_BV
+    tokens = is_above_BV.byte().argmax(-1).tolist()
+    for sampler, token in zip(samplers, tokens, strict=True):
+        if sampler.sampling.repetition_penalty != 1:
+            sampler.penalty_V[token].fill_(sampler.sampling.repetition_penalty)
+    return tokens
+
+
+def _to_device(numbers: list, device: torch.device) -> Tensor:
+    """Without waiting for what the device still does."""
+    tensor = torch.tensor(numbers, pin_memory=device.type == "cuda")
+    return tensor.to(device, non_blocking=True)
 
 
 class DecodingBatch:

@@ -9,6 +9,7 @@ from transformers import RepetitionPenaltyLogitsProcessor
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
 from model.generate import DecodingBatch, Sampler, Sampling, generate, sample_tokens
+from tests.model.test_packed import CountOperators
 
 P, D, EOS, NEVER = 4, 16, 2, 10_000
 
@@ -127,6 +128,25 @@ def test_a_repetition_penalty_is_that_of_transformers():
     best, sampler = logits.argmax().item(), Sampler(Sampling(repetition_penalty=100.0))
     assert sample_tokens(logits, [sampler]) == [best]
     assert sample_tokens(logits.abs(), [sampler]) != [best]  # it has been said
+
+
+def test_a_row_samples_the_same_in_any_company_and_nothing_waits_for_the_device():
+    cuts = [{"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.2}, {"repetition_penalty": 1.5}]
+    kinds = [{}, {"temperature": 0}, *cuts, {"temperature": 0, "repetition_penalty": 9.0}]
+    how = [Sampling(**{"temperature": 1.5, "seed": 3} | kind) for kind in kinds]
+    steps = torch.randn(20, len(how), 50)
+    alone = [
+        [sample_tokens(logits_BV[row : row + 1], [sampler])[0] for logits_BV in steps]
+        for row, sampler in enumerate(Sampler(each, [7]) for each in how)
+    ]
+    samplers = [Sampler(each, [7]) for each in how]
+    together = [sample_tokens(steps[0], samplers)]
+    with CountOperators() as operators:
+        together += [sample_tokens(logits_BV, samplers) for logits_BV in steps[1:]]
+    assert [*map(list, zip(*together, strict=True))] == alone
+    # Once a step Python's numbers become a tensor, which `pin_memory` lets a GPU fetch meanwhile;
+    # reading the tokens is no operator here.
+    assert operators.waiting == {"lift_fresh": 19}
 
 
 def test_rows_join_and_leave_between_steps_and_decode_as_alone(model):
