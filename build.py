@@ -19,11 +19,11 @@ from transformers import PreTrainedTokenizerBase
 from cli import TOKENIZER_PATH, VISION_PATH, Flags, FrameFlags, flag
 from dataset.conversation import placeholder_ids
 from dataset.feature_store import FeatureStore
+from dataset.sampler import LengthGroupedBatchSampler
 from dataset.samples import read_samples
 from dataset.video import FrameTransform
 from dataset.video_dataset import (
     FeatureSource,
-    LengthGroupedBatchSampler,
     VideoDataset,
     VideoSource,
     collate,

@@ -32,8 +32,9 @@ import torch
 import torch.nn.functional as F
 
 from dataset.conversation import IGNORED
+from dataset.sampler import LengthGroupedBatchSampler
 from dataset.samples import Samples, read_samples
-from dataset.video_dataset import LengthGroupedBatchSampler, VideoDataset, collate
+from dataset.video_dataset import VideoDataset, collate
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
 from model.tokenizer import open_tokenizer

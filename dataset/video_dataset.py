@@ -1,4 +1,4 @@
-"""From samples to ragged batches: rows, the order they come in, and padding.
+"""From samples to ragged batches: rows of conversations with their visuals, and padding.
 
     samples = read_samples("train.jsonl")
     dataset = VideoDataset(samples, tokenizer, FeatureSource(store), num_tokens=lambda frames: 50)
@@ -9,13 +9,13 @@ Text, images, videos and several of them share one batch. With `share_prefix`, a
 about one visual share one row (dataset/packing.py).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 from dataset.conversation import IGNORED, ConversationError, encode, truncate
 from dataset.packing import PackedBatch, Row, pack_batch, pack_row, plan_rows
@@ -145,106 +145,6 @@ def _bad(sample: Sample, visual: str | None, error: Exception) -> dict:
 
 
 # ------------------------------------------------------------------------------------- batches
-
-
-class LengthGroupedBatchSampler(Sampler[list[int]]):
-    """Batches of rows of like length, in random order; every row once an epoch.
-
-    All ranks get equally many batches, and at one step rows of like length. The order depends on
-    seed and epoch alone, so that a resumed run skips exactly what it has seen. `len` counts the
-    whole epoch, skipped batches too, and is that of every epoch.
-
-    tokens_per_batch: a batch holds about so many tokens a rank, many short rows or few long ones,
-    in place of `batch_size` rows: memory and time of a step then hardly depend on the lengths.
-    """
-
-    def __init__(
-        self,
-        lengths: np.ndarray,
-        batch_size: int,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        shuffle: bool = True,
-        tokens_per_batch: int = 0,
-    ):
-        if batch_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"batch_size {batch_size} and rank {rank} of {world_size} don't work")
-        if shuffle and len(lengths) < world_size:
-            raise ValueError(
-                f"{len(lengths)} rows are too few for {world_size} processes: each needs one. Add "
-                "samples (of other videos, where those of one share a row) or start fewer processes"
-            )
-        self.lengths = np.asarray(lengths)
-        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
-        self.rank, self.world_size, self.tokens_per_batch = rank, world_size, tokens_per_batch
-        self.epoch = self.skipped = 0
-        self.planned = world_size
-
-    def plan_for(self, processes: int) -> int:
-        """Give the batches of that many processes, on however many there are now.
-
-        Returns how many of this rank's batches make one of the plan: what two processes were to
-        take at once, one process takes in two.
-        """
-        self.planned = processes
-        return -(-processes // self.world_size)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch, self.skipped = epoch, 0
-
-    def skip(self, num_batches: int) -> None:
-        """Leave out this rank's first batches of the next pass, once."""
-        self.skipped = num_batches
-
-    def __len__(self) -> int:
-        return self._steps() * self.plan_for(self.planned)
-
-    def _steps(self) -> int:
-        """Batches of all ranks together, in an epoch."""
-        # Where rows don't go up evenly, a batch holds one more rather than a rank having none.
-        if self.tokens_per_batch:
-            total, most = int(self.lengths.sum()), self.planned * int(self.lengths.max())
-            wanted = -(-total // (self.tokens_per_batch * self.planned))
-            return max(1, min(wanted, total // most))
-        wanted = -(-len(self.lengths) // (self.batch_size * self.planned))
-        return max(1, min(wanted, len(self.lengths) // self.planned))
-
-    def __iter__(self) -> Iterator[list[int]]:
-        start, self.skipped = self.skipped, 0
-        parts = self.plan_for(self.planned)
-        order, bounds, steps = self._plan_epoch()
-        for step in steps[start // parts :]:
-            # More processes than rows: some may have no row, which is a batch of none.
-            batch = order[bounds[step] : bounds[step + 1]][self.rank :: self.world_size]
-            for part in np.array_split(batch, parts):
-                yield part.tolist()
-
-    def _plan_epoch(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All ranks' rows: their order, where each step's begin and end in it, and the steps'."""
-        count = self._steps()
-        if not self.shuffle:
-            order = np.argsort(self.lengths, kind="stable")[::-1]  # out of memory shows at once
-            return order, self._cut(order, count), np.arange(count)
-        rng = np.random.default_rng([self.seed, self.epoch])
-        order = rng.permutation(len(self.lengths))
-        # Sorted within windows only: the same rows must not meet in a batch every epoch. Every
-        # other window falls, so that a batch across two of them has like lengths as well.
-        rows = -(-len(order) // count) if self.tokens_per_batch else self.batch_size * self.planned
-        window = min(rows * 32, -(-len(order) // 4))
-        for number, first in enumerate(range(0, len(order), window)):
-            part = order[first : first + window]
-            part[:] = part[np.argsort(self.lengths[part])][:: (-1) ** number]
-        return order, self._cut(order, count), rng.permutation(count)
-
-    def _cut(self, order: np.ndarray, count: int) -> np.ndarray:
-        """Bounds of near-equal parts, by rows or by tokens: no last batch of a few rows."""
-        if not self.tokens_per_batch:
-            size, larger = divmod(len(order), count)
-            return np.arange(count + 1) * size + np.minimum(np.arange(count + 1), larger)
-        tokens = np.cumsum(self.lengths[order])
-        shares = tokens[-1] * np.arange(1, count) / count
-        return np.concatenate([[0], np.searchsorted(tokens, shares, side="right"), [len(order)]])
 
 
 def collate(rows: list[list[Row]], pad_id: int) -> dict:

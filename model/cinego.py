@@ -90,35 +90,26 @@ class Cinego(nn.Module):
         visual_features (N, P, D) or pixel_values (N, 3, S, S): the frames, visual after visual;
         frames_per_visual: how many belong to each. visual_mask (B, L): the placeholders' places;
         without it the runs equal to `config.image_ids`. packed: dataset/packing.py's PackedBatch,
-        which knows the places already. Raises ValueError, with the row and both numbers, where
+        which knows the places already. Raises ValueError, with the row or both numbers, where
         placeholders and visuals don't fit.
         """
         embeds_BLC = self.language_model.embed(input_ids)
         frames_V = None if packed is None else packed.frames_V
         rows_RC = self._visual_rows(visual_features, pixel_values, frames_per_visual, frames_V)
         if packed is not None:
-            if rows_RC is None:
-                return embeds_BLC
-            if len(rows_RC) != len(packed.placeholders_R):
-                raise ValueError(
-                    f"the batch has {len(packed.placeholders_R)} placeholders, but its visuals "
-                    f"have {len(rows_RC)} tokens: it was made for another tower or --summary"
-                )
-            flat = embeds_BLC.flatten(0, 1)
-            rows_RC = rows_RC.to(flat.dtype)
-            return flat.index_copy(0, packed.placeholders_R, rows_RC).view_as(embeds_BLC)
-        if visual_mask is None and self.config.image_ids:
-            visual_mask = find_placeholders(input_ids, self.config.image_ids)
-        if rows_RC is not None:
-            self._check_counts(visual_mask, frames_per_visual)
-            return embeds_BLC.masked_scatter(visual_mask[..., None], rows_RC.to(embeds_BLC.dtype))
-        if visual_mask is not None and visual_mask.any():
-            row = int(visual_mask.any(1).nonzero()[0])
+            places_R = packed.placeholders_R
+        else:
+            frames = [] if rows_RC is None else frames_per_visual
+            places_R = self._find_places(input_ids, visual_mask, frames)
+        if rows_RC is None:
+            return embeds_BLC
+        if len(rows_RC) != len(places_R):
             raise ValueError(
-                f"row {row} of the batch has {int(visual_mask[row].sum())} placeholders but no "
-                "visual_features or pixel_values came with it"
+                f"the batch has {len(places_R)} placeholders, but its visuals have {len(rows_RC)} "
+                "tokens: it was made for another tower or --summary, or a visual is missing"
             )
-        return embeds_BLC
+        flat = embeds_BLC.flatten(0, 1)
+        return flat.index_copy(0, places_R, rows_RC.to(flat.dtype)).view_as(embeds_BLC)
 
     def _visual_rows(
         self, visual_features, pixel_values, frames_per_visual, frames_V: Tensor | None
@@ -141,28 +132,26 @@ class Cinego(nn.Module):
         summary_VPD = self.video_summary(visual_features, frames_per_visual, frames_V)
         return self.vision_proj(summary_VPD.to(self.vision_proj.weight.dtype)).flatten(0, 1)
 
-    def _check_counts(self, visual_mask: Tensor | None, frames_per_visual: list[int]) -> None:
-        """Each row's placeholders must end where a visual's tokens end, the last row's at the last.
+    def _find_places(
+        self, input_ids: Tensor, visual_mask: Tensor | None, frames_per_visual: list[int]
+    ) -> Tensor:
+        """(R,) places of the placeholders in the flattened (B·L) rows.
 
-        A misfit that passes in silence would show a row the end of its neighbour's video.
+        Each row's must end where a visual's tokens end: a misfit that passes in silence would show
+        a row the end of its neighbour's video.
         """
         if visual_mask is None:
-            raise ValueError("visuals came without visual_mask, and the config has no image_ids")
-        tokens = [self.config.tokens_per_visual(frames) for frames in frames_per_visual]
-        ends = [0, *accumulate(tokens)]
-        seen = 0
-        for row, placeholders in enumerate(visual_mask.sum(1).tolist()):
-            seen += placeholders
+            if not self.config.image_ids and frames_per_visual:
+                raise ValueError("visuals need visual_mask, as the config has no image_ids")
+            visual_mask = find_placeholders(input_ids, self.config.image_ids or [])
+        ends = [0, *accumulate(map(self.config.tokens_per_visual, frames_per_visual))]
+        for row, seen in enumerate(visual_mask.sum(1).cumsum(0).tolist()):
             if seen not in ends:
                 raise ValueError(
-                    f"row {row} of the batch has {placeholders} placeholders, which no number of "
-                    f"the batch's visuals of {sorted(set(tokens))} tokens fills"
+                    f"row {row} of the batch ends after {seen} placeholders, but the batch's "
+                    f"visuals end after {ends[1:]} tokens: each row needs whole visuals"
                 )
-        if seen != ends[-1]:
-            raise ValueError(
-                f"the batch up to row {len(visual_mask) - 1} has {seen} placeholders, but its "
-                f"{len(tokens)} visuals have {ends[-1]} tokens"
-            )
+        return visual_mask.flatten().nonzero()[:, 0]
 
     def set_trainable(self, freeze_llm: int) -> None:
         """Summary and projector always learn; of the language model, by MiniMind-V's numbers:
@@ -193,7 +182,7 @@ def find_placeholders(input_ids_BL: Tensor, image_ids: list[int]) -> Tensor:
     """(B, L) mask of the runs equal to `image_ids`, for token streams that come without a mask."""
     mask_BL = torch.zeros_like(input_ids_BL, dtype=torch.bool)
     width = len(image_ids)
-    if input_ids_BL.shape[1] < width:
+    if not width or input_ids_BL.shape[1] < width:
         return mask_BL
     pattern = torch.tensor(image_ids, device=input_ids_BL.device)
     matches = (input_ids_BL.unfold(1, width, 1) == pattern).all(-1).nonzero().tolist()

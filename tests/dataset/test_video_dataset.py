@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from dataset.conversation import IGNORED, encode
+from dataset.sampler import LengthGroupedBatchSampler
 from dataset.samples import read_samples
-from dataset.video_dataset import LengthGroupedBatchSampler, VideoDataset, collate
+from dataset.video_dataset import VideoDataset, collate
 
 P, D = 6, 4  # tokens a visual and width
 

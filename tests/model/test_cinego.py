@@ -110,13 +110,13 @@ SHORT = (places > 1) & (places < torch.tensor([[8], [7]]))  # placeholders of 6 
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"visual_mask": SHORT}, r"row 1 .* has 5 placeholders.*\[6\] tokens"),
-        ({"frames_per_visual": [2, 1, 1]}, r"row 1 has 12 placeholders.*3 visuals have 18 tokens"),
+        ({"visual_mask": SHORT}, r"row 1 .* ends after 11 placeholders.*\[6, 12\] tokens"),
+        ({"frames_per_visual": [2, 1, 1]}, "has 12 placeholders, but its visuals have 18 tokens"),
         ({"frames_per_visual": [3, 2]}, r"frames_per_visual \[3, 2\].*4 frames"),
         ({"frames_per_visual": [4, 0]}, r"frames_per_visual \[4, 0\].*4 frames"),
-        ({"visual_features": None}, "row 0 of the batch has 6 placeholders but no visual"),
+        ({"visual_features": None}, r"row 0 .* ends after 6 placeholders.* visuals end after \[\]"),
         ({"visual_features": torch.ones(4, P, 8)}, r"\(6, 8\) a frame, .* model takes \(6, 16\)"),
-        ({"visual_mask": None}, "without visual_mask, and the config has no image_ids"),
+        ({"visual_mask": None}, "need visual_mask, as the config has no image_ids"),
         ({"pixel_values": torch.ones(4, 3, 8, 8)}, "need a vision tower"),
     ],
 )

@@ -13,8 +13,9 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
+from dataset.sampler import LengthGroupedBatchSampler
 from dataset.samples import read_samples
-from dataset.video_dataset import LengthGroupedBatchSampler, VideoDataset, collate
+from dataset.video_dataset import VideoDataset, collate
 from model.cinego import Cinego
 from model.config import CinegoConfig, LanguageModelConfig
 from model.lora import add_adapters

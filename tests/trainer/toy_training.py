@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from cli import launch, parse_flags
-from dataset.video_dataset import LengthGroupedBatchSampler
+from dataset.sampler import LengthGroupedBatchSampler
 from trainer.config import TrainConfig
 from trainer.distributed import is_restarted, setup
 from trainer.engine import fit
