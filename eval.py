@@ -7,7 +7,7 @@
     python eval.py --data_path test.jsonl --images_path DIR --controls --output out/eval.json
 
 A test set is a jsonl like that of training; `scoring` may give each answer a type (see
-dataset/scoring.py), and says how a published benchmark is scored (docs/benchmarks.md): options by
+inference/scoring.py), and says how a published benchmark is scored (docs/benchmarks.md): options by
 their likelihood, with the floors beside them. The controls ask the same questions with the order of
 the frames changed or the picture taken away: a score that stays up there never came from the video.
 """

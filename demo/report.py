@@ -17,8 +17,8 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 from cli import Flags, flag, launch, parse_flags
-from dataset.scoring import format_table
 from dataset.video import read_frames
+from inference.scoring import format_table
 from inference.summary import read_results
 from trainer.logger import draw_curves, read_rows
 

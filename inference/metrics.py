@@ -14,7 +14,7 @@ from difflib import SequenceMatcher
 
 import numpy as np
 
-from dataset.scoring import normalise
+from inference.scoring import normalise
 
 LETTERS = "ABCDEFGHIJ"
 CJK = r"\u3400-\u9fff\uf900-\ufaff"

@@ -14,8 +14,7 @@ from sys import intern
 
 import numpy as np
 
-from dataset import scoring
-from inference import metrics
+from inference import metrics, scoring
 from inference.test_set import CONTROLS, read_answers
 
 # The measure that stands for a benchmark where one figure is wanted: the first that it has.
@@ -98,7 +97,7 @@ class Results:
     # Two videos and two captions as one question, by benchmark.
     pairs: dict[str, list[Question]] = field(default_factory=lambda: defaultdict(list))
     judged: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # not scored here
-    # Of questions that belong to no benchmark: records for `dataset.scoring.summarise`, by control.
+    # Of questions that belong to no benchmark: records for `scoring.summarise`, by control.
     others: dict[str, list[dict]] = field(default_factory=lambda: defaultdict(list))
     asked: int = 0
     unasked: int = 0
@@ -190,7 +189,7 @@ def _merged(content, record, answer):
 
 def summarise_answers(results: Results) -> dict:
     """All figures of an answers' file as fractions: `benchmarks` by name; of questions that belong
-    to none `controls` (what `dataset.scoring.summarise` says) and the `interval` of their score."""
+    to none `controls` (what `scoring.summarise` says) and the `interval` of their score."""
     names = dict.fromkeys([*results.benchmarks, *results.judged])
     result = {
         **{"samples": results.asked, "unasked": results.unasked, "clips": len(results.clips)},

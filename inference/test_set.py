@@ -26,11 +26,11 @@ from tqdm import tqdm
 from cli import Flags, flag
 from dataset.conversation import VISUAL_TAG, ConversationError
 from dataset.samples import Sample, Samples
-from dataset.scoring import prompt_messages, true_answers
 from inference.chat_model import ChatModel
 from inference.likelihood import answer_ids, log_likelihoods
 from inference.metrics import LETTERS
 from inference.request import Request, Visual
+from inference.scoring import prompt_messages, true_answers
 from model.generate import Sampling
 
 BATCHES = 4  # of questions, whose videos are in memory together

@@ -11,8 +11,8 @@ from PIL import Image
 import eval as evaluation
 from cli import launch
 from dataset.samples import read_samples
-from dataset.scoring import prompt_messages
 from inference import ROOT, ChatModel
+from inference.scoring import prompt_messages
 from inference.test_set import CONTROLS, shuffled_order
 from model.generate import Sampling
 

@@ -1,7 +1,7 @@
 """What cinego_questions.yaml calls: the first turn of each line, scored as eval.py scores it."""
 
 from dataset.conversation import VISUAL_TAG
-from dataset.scoring import fact_vocabulary, score_turn, summarise
+from inference.scoring import fact_vocabulary, score_turn, summarise
 
 
 def visuals(doc: dict, lmms_eval_specific_kwargs: dict) -> list[str]:

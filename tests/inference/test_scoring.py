@@ -1,6 +1,6 @@
 import pytest
 
-from dataset.scoring import (
+from inference.scoring import (
     caption_facts,
     exact_match,
     find_facts,
