@@ -20,7 +20,7 @@ from cli import TOKENIZER_PATH, VISION_PATH, Flags, FrameFlags, flag
 from dataset.conversation import placeholder_ids
 from dataset.feature_store import FeatureStore
 from dataset.sampler import LengthGroupedBatchSampler
-from dataset.samples import read_samples
+from dataset.samples import Samples, read_samples
 from dataset.video import FrameTransform
 from dataset.video_dataset import (
     FeatureSource,
@@ -41,6 +41,12 @@ from trainer.distributed import World
 from trainer.interrupt import ignore_signals_in_worker
 
 local_flag = partial(flag, scope="process")  # each machine may have its own folders
+SHAPE_FLAGS = {  # and their names in LanguageModelConfig
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+}
 
 
 @dataclass
@@ -174,11 +180,14 @@ def open_visuals(config: StageConfig) -> Visuals:
     return Visuals(source, source, *size, tower, tower.fingerprint())
 
 
-def start_path(config: StageConfig, name: str) -> Path:
+def start_path(config: StageConfig, name: str, fix: str) -> Path:
     """The weights to start from: --load_from, or OUT_DIR/NAME with its `{dim}` filled in, as
-    MiniMind names them: 512, or 512_moe with experts."""
+    MiniMind names them: 512, or 512_moe with experts. ValueError, with `fix`, if it isn't there."""
     size = f"{config.dim or 512}" + "_moe" * config.use_moe
-    return Path(config.load_from or Path(config.out_dir, name.format(dim=size)))
+    start = Path(config.load_from or Path(config.out_dir, name.format(dim=size)))
+    if not config.from_scratch and not start.exists():
+        raise ValueError(f"{start}: no such checkpoint; {fix}")
+    return start
 
 
 def build_model(
@@ -248,16 +257,11 @@ def check_start(
 def _shape_of(model: Cinego) -> dict[str, int | bool]:
     """The language model's, by the names of the flags."""
     config = model.config.language_model
-    return {
-        "dim": config.hidden_size,
-        "n_layers": config.num_hidden_layers,
-        "n_heads": config.num_attention_heads,
-        "n_kv_heads": config.num_key_value_heads,
-        "use_moe": config.num_experts > 0,
-    }
+    shape = {flag: getattr(config, name) for flag, name in SHAPE_FLAGS.items()}
+    return shape | {"use_moe": config.num_experts > 0}
 
 
-def set_up_training(model: Cinego, config: StageConfig) -> None:
+def set_up_training(model: Cinego, config: StageConfig, world: World) -> None:
     """What is trained of the model and how, in place; `config` takes the model's shape and name."""
     for name, value in _shape_of(model).items():
         setattr(config, name, value)
@@ -274,6 +278,8 @@ def set_up_training(model: Cinego, config: StageConfig) -> None:
         model.vision_tower.cast_matrices(getattr(torch, dtype))
     if config.compile:
         language_model.compile_layers()  # in place: the weights keep their names
+    counts = ", ".join(f"{name} {n:,}" for name, n in model.parameter_counts().items())
+    world.print_rank0(f"parameters: {counts}")
 
 
 def build_loader(
@@ -308,12 +314,16 @@ def build_loader(
 
 
 def describe_lineage(
-    config: StageConfig, start: Path, tokenizer: PreTrainedTokenizerBase, visuals: Visuals
+    config: StageConfig,
+    start: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    visuals: Visuals,
+    samples: Samples,
 ) -> dict[str, str]:
     """Fingerprints of all that a run is made of; a resumed run must share them."""
     return {
-        "data": fingerprint(config.data_path),
-        "start": "random" if config.from_scratch else fingerprint([start]),
+        "data": samples.fingerprint,
+        "start": "random" if config.from_scratch else fingerprint(start),
         "vision_tower": visuals.tower_fingerprint,
         "tokenizer": tokenizer_fingerprint(tokenizer),
     }
@@ -327,18 +337,12 @@ def save_checkpoint(
     return prepare_save(path, model, {**meta, "training": asdict(config), "commit": commit()})
 
 
-def fingerprint(paths: list[str | Path]) -> str:
-    """16 hex digits of the files' contents: a moved file is the same, a changed one another.
-
-    Raises ValueError for a path that isn't there.
-    """
+def fingerprint(path: Path) -> str:
+    """16 hex digits of a file or folder: a moved one is the same, a changed one another."""
     digest = hashlib.sha256()
-    for path in map(Path, paths):
-        if not path.exists():
-            raise ValueError(f"{path}: no such file")
-        for part in sorted(p for p in (path, *path.rglob("*")) if p.is_file()):
-            with open(part, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+    for part in sorted(p for p in (path, *path.rglob("*")) if p.is_file()):
+        with open(part, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
 
 

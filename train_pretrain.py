@@ -47,36 +47,31 @@ def main(argv: list[str] | None = None) -> dict:
         freeze_llm=2,
         learning_rate=1e-3,  # few parameters, and random ones: they bear a high rate
     )
-    start = start_path(config, "lm_{dim}.pth")
     with setup(config.device, config.timeout) as world:
         tokenizer = open_tokenizer(config.tokenizer_path)
         visuals = open_visuals(config)
 
         # A language model that has seen no picture, under a random summary and projector
+        fix = "put MiniMind's weights there, or give --from_scratch --freeze_llm 0"
+        start = start_path(config, "lm_{dim}.pth", fix)
         if config.from_scratch:
             model = build_model(config, tokenizer, visuals)
-        elif not start.exists():
-            raise ValueError(
-                f"{start}: no such language model; put MiniMind's weights there, name another with "
-                "--load_from, or start from random weights with --from_scratch --freeze_llm 0"
-            )
         else:
             language_model = load_language_model(start)
             world.print_rank0(str(language_model.load_report))  # its generation, what was assumed
             model = build_model(config, tokenizer, visuals, language_model)
             check_start(model, start, config, tokenizer, visuals)
-        set_up_training(model, config)  # --freeze_llm 2: summary and projector alone
-        counts = ", ".join(f"{name} {n:,}" for name, n in model.parameter_counts().items())
-        world.print_rank0(f"parameters: {counts}")
+        set_up_training(model, config, world)  # --freeze_llm 2: summary and projector alone
 
         loader = partial(build_loader, config=config, tokenizer=tokenizer, model=model, world=world)
         val_loader = loader(config.val_path, visuals.val) if config.val_path else None
+        train_loader = loader(config.data_path, visuals.train, shuffle=not config.dry_run)
         if config.dry_run:
-            return dry_run(model, loader(config.data_path, visuals.train), config, world)
-        train_loader = loader(config.data_path, visuals.train, shuffle=True)
+            return dry_run(model, train_loader, config, world)
 
         save = partial(save_checkpoint, model, config)
-        lineage = describe_lineage(config, start, tokenizer, visuals)
+        samples = train_loader.dataset.samples
+        lineage = describe_lineage(config, start, tokenizer, visuals, samples)
         return fit(model, train_loader, val_loader, config, world, save, lineage)
 
 

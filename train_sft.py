@@ -46,35 +46,29 @@ def main(argv: list[str] | None = None) -> dict:
         freeze_llm=0,
         learning_rate=2e-4,
     )
-    start = start_path(config, "pretrain_videolm_{dim}.pth")
     with setup(config.device, config.timeout) as world:
         tokenizer = open_tokenizer(config.tokenizer_path)
         visuals = open_visuals(config)
 
         # The whole model of the stage before
+        start = start_path(config, "pretrain_videolm_{dim}.pth", "run train_pretrain.py first")
         if config.from_scratch:
             model = build_model(config, tokenizer, visuals)
-        elif not start.is_file():
-            raise ValueError(
-                f"{start}: no such checkpoint; run train_pretrain.py first, or name one with "
-                "--load_from"
-            )
         else:
             model = load_video_language_model(start)
             model.vision_tower = visuals.tower
             check_start(model, start, config, tokenizer, visuals)
-        set_up_training(model, config)  # --freeze_llm 0: all but the vision tower
-        counts = ", ".join(f"{name} {n:,}" for name, n in model.parameter_counts().items())
-        world.print_rank0(f"parameters: {counts}")
+        set_up_training(model, config, world)  # --freeze_llm 0: all but the vision tower
 
         loader = partial(build_loader, config=config, tokenizer=tokenizer, model=model, world=world)
         val_loader = loader(config.val_path, visuals.val) if config.val_path else None
+        train_loader = loader(config.data_path, visuals.train, shuffle=not config.dry_run)
         if config.dry_run:
-            return dry_run(model, loader(config.data_path, visuals.train), config, world)
-        train_loader = loader(config.data_path, visuals.train, shuffle=True)
+            return dry_run(model, train_loader, config, world)
 
         save = partial(save_checkpoint, model, config)
-        lineage = describe_lineage(config, start, tokenizer, visuals)
+        samples = train_loader.dataset.samples
+        lineage = describe_lineage(config, start, tokenizer, visuals, samples)
         return fit(model, train_loader, val_loader, config, world, save, lineage)
 
 
