@@ -22,11 +22,12 @@ def main() -> None:
     import uvicorn
 
     from inference.server.app import build_app
-    from inference.server.connections import MAX_UNFINISHED, LimitedH11Protocol
+    from inference.server.connections import LimitedH11Protocol
 
     if not flags.is_local and flags.api_key is None:
         print("open to the network without --api_key: anyone may ask", file=sys.stderr)
     LimitedH11Protocol.header_timeout = flags.header_timeout
+    LimitedH11Protocol.most = 4 * flags.max_queue
     uvicorn.run(
         build_app(flags),
         host=flags.host,
@@ -38,7 +39,6 @@ def main() -> None:
         forwarded_allow_ips=flags.trusted_proxies,
         timeout_keep_alive=15,
         timeout_graceful_shutdown=flags.stop_timeout,
-        limit_concurrency=4 * flags.max_queue + MAX_UNFINISHED + 64,
     )
 
 

@@ -4,31 +4,34 @@ A request passes key and type (here), its body and admission control (limits.py)
 (service.py); whatever is wrong with it is an APIError.
 """
 
+import asyncio
 import gc
 import secrets
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Annotated
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
 from inference.flags import ServerFlags
-from inference.server.limits import Deadline, drain
+from inference.server.limits import Deadline
 from inference.server.metrics import Metrics
 from inference.server.schema import APIError
 from inference.server.service import Service
 
+DRAIN_SECONDS = 2  # for the rest of a body that is refused
+
 
 def build_app(flags: ServerFlags) -> FastAPI:
     """Loads the model. Raises ValueError, with the fix, where it can't be loaded."""
-    metrics = Metrics()
+    metrics, bearer = Metrics(), HTTPBearer(auto_error=False)
     service = Service(flags.load_model(), flags, metrics)
 
     @asynccontextmanager
@@ -47,11 +50,8 @@ def build_app(flags: ServerFlags) -> FastAPI:
     hosts = ["127.0.0.1", "localhost", "[::1]"] if flags.is_local else ["*"]
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
 
-    async def check_key(
-        given: Annotated[
-            HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))
-        ],
-    ) -> None:
+    async def check_key(request: Request) -> None:
+        given = await bearer(request)
         token = given.credentials if given else ""
         if flags.api_key and not secrets.compare_digest(token.encode(), flags.api_key.encode()):
             challenge = {"WWW-Authenticate": "Bearer"}
@@ -65,7 +65,13 @@ def build_app(flags: ServerFlags) -> FastAPI:
 
     @app.exception_handler(APIError)
     async def api_error(request: Request, error: APIError) -> JSONResponse:
-        await drain(request, 4 * flags.max_body)
+        # Most clients send all of a body before they look at the answer, and closing the connection
+        # in the midst of that would take the answer from them. RuntimeError: it was read.
+        if "content-length" in request.headers and "expect" not in request.headers:
+            with suppress(TimeoutError, ClientDisconnect, RuntimeError):
+                async with asyncio.timeout(DRAIN_SECONDS):
+                    async for _ in request.stream():
+                        pass
         return JSONResponse(error.body(), error.status, error.headers)
 
     @app.exception_handler(HTTPException)

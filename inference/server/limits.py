@@ -3,19 +3,17 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from inference.flags import ServerFlags
 from inference.server.metrics import Metrics
 from inference.server.schema import APIError
 
-DRAIN_SECONDS = 2  # for the rest of a body that is refused
 # A request of many values takes seconds to parse, and no other thread runs meanwhile; one of the
 # same size that is a video takes milliseconds. So what begins or divides values is counted, and
 # escapes at a twentieth: PHP writes each / as \/, also in base64.
@@ -35,80 +33,44 @@ class Share:
         if number > left:
             raise APIError(503, self.refusal, "server_busy", headers={"Retry-After": "1"})
 
-    def take(self, client: str, number: int = 1) -> None:
+    @contextmanager
+    def held(self, client: str, number: int = 1) -> Iterator[None]:
+        """Raises APIError as `check`."""
         self.check(client, number)
         self.taken[client] += number
+        try:
+            yield
+        finally:
+            self.taken[client] -= number
+            if not self.taken[client]:
+                del self.taken[client]
 
-    def give_back(self, client: str, number: int = 1) -> None:
-        self.taken[client] -= number
-        if not self.taken[client]:
-            del self.taken[client]
 
-
-@asynccontextmanager
-async def read_body(request: Request, flags: ServerFlags, memory: Share) -> AsyncIterator[bytes]:
-    """It counts as memory for as long as it, or what is in it, is held. Raises APIError."""
+def body_size(request: Request, flags: ServerFlags) -> int:
+    """Bytes that are announced. Raises APIError."""
     if not (announced := request.headers.get("content-length", "")).isdecimal():
         # A body in chunks may have chunks of one byte each, which cost seconds to put together.
         close = {"Connection": "close"}
         raise APIError(411, "send the request with its Content-Length", headers=close)
     if int(announced) > flags.max_body:
         raise APIError(413, f"the request is above {flags.max_body_mb:g} MiB", "body_too_large")
-    client, chunks, size, values = request.client.host, [], 0, 0.0
+    return int(announced)
+
+
+async def read_body(request: Request, flags: ServerFlags) -> bytearray:
+    """Raises APIError where it takes too long to arrive, or to parse."""
+    body, values = bytearray(), 0.0
     try:
         async with asyncio.timeout(flags.upload_timeout):
             async for chunk in request.stream():
-                memory.take(client, len(chunk))
-                size += len(chunk)
-                chunks.append(chunk)
+                body += chunk
                 values += sum(map(chunk.count, (b'"', b",", b"[", b"{"))) + chunk.count(b"\\") / 20
                 if values > MAX_VALUES:
                     raise APIError(413, "the request has too many values", "body_too_large")
-        body = b"".join(chunks)
-        del chunks
-        yield body
     except TimeoutError:
         found = f"the request didn't arrive within {flags.upload_timeout:g} s"
         raise APIError(408, found) from None
-    finally:
-        memory.give_back(client, size)
-
-
-async def drain(request: Request, most: int) -> None:
-    """Reads what is left of a refused body. Most clients send all of it before they look at the
-    answer, and closing the connection in the midst of that would take the answer from them."""
-    if "expect" in request.headers or "content-length" not in request.headers:
-        return
-    # RuntimeError: it has been read.
-    with suppress(TimeoutError, ClientDisconnect, RuntimeError):
-        async with asyncio.timeout(DRAIN_SECONDS):
-            async for chunk in request.stream():
-                most -= len(chunk)
-                if most < 0:
-                    return
-
-
-@asynccontextmanager
-async def unless_gone(request: Request) -> AsyncIterator[None]:
-    """Ends what is inside, by ClientDisconnect, as soon as the client has hung up."""
-    inside, gone = asyncio.current_task(), False
-
-    async def watch() -> None:
-        nonlocal gone
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        gone = True
-        inside.cancel()
-
-    watcher = asyncio.create_task(watch())
-    try:
-        yield
-    except asyncio.CancelledError:
-        if gone and inside.uncancel() == 0:
-            raise ClientDisconnect from None
-        raise
-    finally:
-        watcher.cancel()
+    return body
 
 
 class Deadline:
@@ -124,8 +86,7 @@ class Deadline:
 
         async def watched(message):
             nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
+            status = message.get("status", status)
             await send(message)
 
         try:

@@ -9,10 +9,9 @@ import asyncio
 import binascii
 import os
 import stat
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
 from pathlib import Path
+from tempfile import NamedTemporaryFile, TemporaryFile
 from typing import BinaryIO
 from urllib.parse import unquote_to_bytes, urlsplit
 
@@ -25,24 +24,14 @@ MAX_URL = 4096  # characters of one that isn't data: longer ones aren't even par
 PIECE = 1 << 20  # characters of base64 that are decoded at a time: no other thread runs meanwhile
 
 
-@contextmanager
-def _new_file() -> Iterator[BinaryIO]:
-    """A file for an upload; it stays open if all goes well. On Linux it lies in memory and has no
-    name: it is gone even if this process is killed."""
-    if hasattr(os, "memfd_create"):
-        file = os.fdopen(os.memfd_create("visual", os.MFD_CLOEXEC), "w+b")
-    else:
-        file = tempfile.NamedTemporaryFile()  # noqa: SIM115
-    try:
-        yield file
-        file.flush()
-    except BaseException:
-        file.close()
-        raise
+def _new_file() -> BinaryIO:
+    """For an upload. On Linux it has no name: it is gone even if this process is killed."""
+    return TemporaryFile() if sys.platform == "linux" else NamedTemporaryFile()
 
 
 def path_of(file: BinaryIO) -> str:
     """Where another process of this user finds the very file that is open here."""
+    file.flush()
     path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
     return path if os.path.exists(path) else file.name
 
@@ -81,11 +70,11 @@ class MediaSource:
         comma = url.find(",", 0, 200)
         if comma < 0 or not url[:comma].lower().endswith(";base64"):
             raise _refused("a data: URL must read data:<type>;base64,<content>")
+        file = _new_file()
         try:
-            with _new_file() as file:
-                for start in range(comma + 1, len(url), PIECE):
-                    piece = url[start : start + PIECE]
-                    file.write(binascii.a2b_base64(piece, strict_mode=True))
+            for start in range(comma + 1, len(url), PIECE):
+                piece = url[start : start + PIECE]
+                file.write(binascii.a2b_base64(piece, strict_mode=True))
         except ValueError:  # binascii.Error is one
             raise _refused("the data: URL isn't valid base64") from None
         return file
@@ -128,15 +117,15 @@ class MediaSource:
         # httpx connects to the host that was compared: no second parser can see another one in it.
         if not self.allowed_domains & named or target.userinfo:
             raise _refused("that host isn't allowed on this server (--allowed_media_domains)")
+        file = _new_file()
         try:
-            with _new_file() as file:
-                async with asyncio.timeout(self.timeout), self.http.stream("GET", target) as reply:
-                    if reply.status_code != 200:
-                        raise _refused(f"the host answered with status {reply.status_code}")
-                    async for chunk in reply.aiter_raw():
-                        if file.tell() + len(chunk) > self.max_bytes:
-                            raise self._too_large()
-                        file.write(chunk)
+            async with asyncio.timeout(self.timeout), self.http.stream("GET", target) as reply:
+                if reply.status_code != 200:
+                    raise _refused(f"the host answered with status {reply.status_code}")
+                async for chunk in reply.aiter_raw():
+                    if file.tell() + len(chunk) > self.max_bytes:
+                        raise self._too_large()
+                    file.write(chunk)
             return file
         except (TimeoutError, httpx2.TimeoutException):
             found = f"the download took longer than {self.timeout:g} s"

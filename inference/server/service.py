@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect
 
 from dataset.conversation import ConversationError
 from dataset.video import Frames, VideoError
@@ -22,7 +23,7 @@ from inference.chat_model import ChatModel
 from inference.flags import ServerFlags
 from inference.request import Sequence, Visual
 from inference.scheduler import Scheduler
-from inference.server.limits import Share, read_body, unless_gone
+from inference.server.limits import Share, body_size, read_body
 from inference.server.media import MediaSource, path_of
 from inference.server.metrics import Metrics
 from inference.server.schema import APIError, ChatRequest, Reply, TextPart, as_conversation
@@ -65,29 +66,30 @@ class Service:
             raise APIError(404, f"the model {name[:100]!r} isn't here", "model_not_found", "model")
 
     async def answer(self, request: Request, held: AsyncExitStack) -> Response:
-        """held: what is given back once the answer has been sent."""
+        """held: what is given back once the answer has been sent. Raises ClientDisconnect."""
         client = request.client.host
         self.slots.check(client)  # before its body
-        async with read_body(request, self.flags, self.memory) as body:
+        with self.memory.held(client, body_size(request, self.flags)):
+            body = await read_body(request, self.flags)
             # Whoever sends slowly has no slot: admission control begins here.
-            self.slots.take(client)
-            held.callback(self.slots.give_back, client)
-            async with unless_gone(request):
-                chat, messages, urls = await self._in_parser(self._parse, body)
-                del body
-                visuals = await self._visuals(urls, client)
-                sequence = await self._in_parser(self._sequence, chat, messages, visuals)
+            held.enter_context(self.slots.held(client))
+            chat, messages, urls = await self._in_parser(self._parse, body)
+            del body
+            visuals = await self._visuals(urls, request)
+            sequence = await self._in_parser(self._sequence, chat, messages, visuals)
         warnings = [text for each in visuals for text in each.warnings]
         reply, texts = Reply(self.flags.model_name, sequence, warnings), self._texts(sequence)
-        async with unless_gone(request):
-            first = await anext(texts)  # a failure before it still has a status of its own
-            if not chat.stream:
-                return JSONResponse(reply.whole(first + "".join([text async for text in texts])))
-        with_usage = chat.stream_options is not None and chat.stream_options.include_usage
-        events = _events(first, texts, reply, with_usage)
-        await held.enter_async_context(aclosing(events))  # closed, whatever ends the response
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(events, headers=headers, media_type="text/event-stream")
+        await held.enter_async_context(aclosing(texts))  # whatever ends the response
+        text = await anext(texts)  # a failure before it still has a status of its own
+        if chat.stream:
+            with_usage = chat.stream_options is not None and chat.stream_options.include_usage
+            events = _events(text, texts, reply, with_usage)
+            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            return StreamingResponse(events, headers=headers, media_type="text/event-stream")
+        async for more in texts:
+            text += more
+            await _check_connected(request)
+        return JSONResponse(reply.whole(text))
 
     # ---- from a body to a sequence. Raise APIError for whatever is wrong: the model's thread sees
     # no request that it can't answer.
@@ -95,7 +97,7 @@ class Service:
     async def _in_parser(self, function, *arguments):
         return await asyncio.get_running_loop().run_in_executor(self.parser, function, *arguments)
 
-    def _parse(self, body: bytes) -> tuple[ChatRequest, list[dict], list[str]]:
+    def _parse(self, body: bytearray) -> tuple[ChatRequest, list[dict], list[str]]:
         """The request without its messages, the messages, and the URLs of their visuals."""
         chat = ChatRequest.parse(body)
         self.check_model(chat.model)
@@ -134,23 +136,18 @@ class Service:
         limit = f"{found} the {self.flags.max_prompt_tokens} tokens that a prompt may have"
         return APIError(400, limit, "context_length_exceeded", "messages")
 
-    async def _visuals(self, urls: list[str], client: str) -> list[Visual]:
+    async def _visuals(self, urls: list[str], request: Request) -> list[Visual]:
         """One after the other, decoded in `media_timeout` seconds in all."""
         visuals, seconds, loop = [], self.flags.media_timeout, asyncio.get_running_loop()
+        most = asyncio.Semaphore(max(1, self.flags.decoders - 1))
+        turn = self.turns.setdefault(request.client.host, most)
         for number, url in enumerate(urls, 1):
             try:
                 file = await self.source.open(url)
-                most = asyncio.Semaphore(max(1, self.flags.decoders - 1))
-                turn = self.turns.setdefault(client, most)
-                try:
-                    await turn.acquire()
-                except BaseException:
-                    file.close()
-                    raise
-                decoding = loop.run_in_executor(self.decoders, self._decode, file, seconds)
-                # A client that hangs up keeps its turn until its file is done with.
-                decoding.add_done_callback(lambda _, turn=turn: turn.release())
-                clip, taken = await asyncio.shield(decoding)
+                async with turn:
+                    await _check_connected(request)
+                    decoding = loop.run_in_executor(self.decoders, self._decode, file, seconds)
+                    clip, taken = await decoding
             except APIError as error:
                 error.message = f"visual {number} of {len(urls)}: {error.message}"
                 error.param = "messages"
@@ -201,22 +198,26 @@ class Service:
             raise APIError(500, "the model failed", "internal_error")
 
 
+async def _check_connected(request: Request) -> None:
+    if await request.is_disconnected():
+        raise ClientDisconnect
+
+
 async def _events(
-    first: str, texts: AsyncGenerator[str, None], reply: Reply, with_usage: bool
+    first: str, texts: AsyncIterator[str], reply: Reply, with_usage: bool
 ) -> AsyncIterator[str]:
     usage = {"usage": None} if with_usage else {}  # in every chunk, as OpenAI has it
-    async with aclosing(texts):
-        yield _sse(reply.chunk({"role": "assistant", "content": ""}, **usage))
-        try:
-            yield _sse(reply.chunk({"content": first}, **usage))
-            async for text in texts:
-                yield _sse(reply.chunk({"content": text}, **usage))
-            yield _sse(reply.chunk({}, reply.sequence.finish_reason, **usage))
-            if with_usage:
-                yield _sse(reply.chunk(None, usage=reply.usage()))
-        except APIError as error:
-            yield _sse(error.body())
-        yield "data: [DONE]\n\n"
+    yield _sse(reply.chunk({"role": "assistant", "content": ""}, **usage))
+    try:
+        yield _sse(reply.chunk({"content": first}, **usage))
+        async for text in texts:
+            yield _sse(reply.chunk({"content": text}, **usage))
+        yield _sse(reply.chunk({}, reply.sequence.finish_reason, **usage))
+        if with_usage:
+            yield _sse(reply.chunk(None, usage=reply.usage()))
+    except APIError as error:
+        yield _sse(error.body())
+    yield "data: [DONE]\n\n"
 
 
 def _sse(chunk: dict) -> str:
