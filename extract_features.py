@@ -95,7 +95,6 @@ def main(argv: list[str] | None = None) -> None:
     uses_cuda = flags.device in ("auto", "cuda") and torch.cuda.is_available()
     device = choose_device(f"cuda:{local_rank}" if uses_cuda else flags.device)
     dtype = choose_dtype(flags.dtype, device)
-    batch_size = flags.batch_size or (128 if device.type == "cuda" else 16)
     num_workers = max(1, num_cores() // local_size)
     if flags.num_workers is not None:
         num_workers = flags.num_workers
@@ -104,27 +103,11 @@ def main(argv: list[str] | None = None) -> None:
     rel_paths = list_visuals(flags.data_path, flags.videos, root)
     transform = FrameTransform.from_pretrained(flags.vision_path, flags.resize)
     tower = VisionTower.from_pretrained(flags.vision_path)
-    store.begin(
-        {
-            "tower": tower.fingerprint(),
-            "tower_name": Path(flags.vision_path).resolve().name,
-            "tokens_per_frame": tower.tokens_per_frame,
-            "hidden_size": tower.hidden_size,
-            "dtype": flags.features_dtype,
-            "compute_dtype": dtype,
-            "transform": transform.describe(),
-            "num_frames": flags.num_frames,
-            "sampling": flags.sampling,
-            "fps": flags.fps,
-            "video_backend": flags.video_backend,
-        },
-        shard=(shard, num_shards),
-        visuals=len(rel_paths),
-        # What makes all that is missing, for whoever finds the store unfinished.
-        command=shlex.join(["python", "extract_features.py", *arguments, "--shard", "0/1"]),
-    )
-    records = ((rel, store.find(rel) or {}) for rel in rel_paths[shard::num_shards])
-    todo = {rel: record for rel, record in records if not is_current(root / rel, record)}
+    # What makes all that is missing, for whoever finds the store unfinished.
+    command = shlex.join(["python", "extract_features.py", *arguments, "--shard", "0/1"])
+    header = {"visuals": len(rel_paths), "command": command}
+    store.begin(describe_features(flags, tower, transform, dtype), (shard, num_shards), **header)
+    todo = find_outdated(store, root, rel_paths[shard::num_shards])
     in_shard = f" in shard {shard}/{num_shards}" if num_shards > 1 else ""
     print(
         f"{len(rel_paths)} visuals, {len(todo)} to do{in_shard}; tower {flags.vision_path}, "
@@ -134,14 +117,43 @@ def main(argv: list[str] | None = None) -> None:
 
     decode = partial(decode_visual, flags=flags, transform=transform, known=todo)
     decoding = reading_in_threads(decode, todo, min(num_workers, len(todo)))
+    batches = TowerBatches(tower, transform, dtype, device, flags.batch_size)
+    with closing(store), batches, decoding as decoded:
+        about = {"total": len(todo), "desc": in_shard, "position": local_rank, "disable": not todo}
+        write_features(store, batches.run(decoded), **about)
+        finish(store, rel_paths, num_shards)
+
+
+def describe_features(flags: ExtractFlags, tower, transform: FrameTransform, dtype: str) -> dict:
+    """A store's settings: all that decides what the features are."""
+    return {
+        "tower": tower.fingerprint(),
+        "tower_name": Path(flags.vision_path).resolve().name,
+        "tokens_per_frame": tower.tokens_per_frame,
+        "hidden_size": tower.hidden_size,
+        "dtype": flags.features_dtype,
+        "compute_dtype": dtype,
+        "transform": transform.describe(),
+        "num_frames": flags.num_frames,
+        "sampling": flags.sampling,
+        "fps": flags.fps,
+        "video_backend": flags.video_backend,
+    }
+
+
+def find_outdated(store: FeatureStore, root: Path, rel_paths: list[str]) -> dict[str, dict]:
+    """The visuals that lack features of the file as it is now, with their records so far."""
+    records = ((rel, store.find(rel) or {}) for rel in rel_paths)
+    return {rel: record for rel, record in records if not is_current(root / rel, record)}
+
+
+def write_features(store: FeatureStore, results: Iterable[tuple], **bar) -> None:
+    """`results` of TowerBatches.run into the store; prints what became of them. bar: for tqdm."""
     started, cpu_before = time.perf_counter(), cpu_seconds()
-    num_frames, failed = 0, {}
+    num_clips, num_frames, failed = 0, 0, {}
     interval = 0.2 if sys.stderr.isatty() else 20  # a job's log keeps every line
-    about = {"desc": in_shard, "position": local_rank, "disable": not todo}
-    bar = tqdm(total=len(todo), unit=" clips", smoothing=0.1, mininterval=interval, **about)
-    batches = TowerBatches(tower, transform, dtype, device, batch_size)
-    with bar, closing(store), batches, decoding as decoded:
-        for rel, record, features in batches.run(decoded):
+    with tqdm(unit=" clips", smoothing=0.1, mininterval=interval, **bar) as bar:
+        for rel, record, features in results:
             if features is not None and not features.isfinite().all():
                 record = {"reason": "not_finite", "detail": "the tower gave NaN or infinity"}
             if "reason" in record:
@@ -149,27 +161,27 @@ def main(argv: list[str] | None = None) -> None:
             if features is not None and "reason" not in record:
                 store.write(rel, features, **record)
                 num_frames += len(features)
-            elif not record.items() <= todo[rel].items():
+            elif not record.items() <= (store.find(rel) or {}).items():
                 store.record(rel, record)
+            num_clips += 1
             bar.update()
             rate = num_frames / (time.perf_counter() - started)
             bar.set_postfix_str(f"{rate:.1f} frames/s, {len(failed)} failed", refresh=False)
 
-        if todo:
-            seconds, num_clips = time.perf_counter() - started, len(todo) - len(failed)
-            print(
-                f"{num_clips} visuals, {num_frames} frames in {seconds:.1f} s "
-                f"({num_clips / seconds:.2f} clips/s, {num_frames / seconds:.1f} frames/s; "
-                f"{cpu_seconds() - cpu_before:.1f} CPU-seconds), {len(failed)} failed"
-            )
-        if failed:
-            reasons = Counter(record["reason"] for record in failed.values())
-            print("failed: " + ", ".join(f"{number} {name}" for name, number in reasons.items()))
-        for rel, record in sorted(failed.items())[:LISTED_FAILURES]:
-            print(f"  {rel}: {record['reason']}: {record['detail']}")
-        if len(failed) > LISTED_FAILURES:
-            print(f"  all {len(failed)}: lines with a 'reason' in {store.directory}/*.jsonl")
-        finish(store, rel_paths, num_shards)
+    if num_clips:
+        seconds, num_good = time.perf_counter() - started, num_clips - len(failed)
+        print(
+            f"{num_good} visuals, {num_frames} frames in {seconds:.1f} s "
+            f"({num_good / seconds:.2f} clips/s, {num_frames / seconds:.1f} frames/s; "
+            f"{cpu_seconds() - cpu_before:.1f} CPU-seconds), {len(failed)} failed"
+        )
+    if failed:
+        reasons = Counter(record["reason"] for record in failed.values())
+        print("failed: " + ", ".join(f"{number} {name}" for name, number in reasons.items()))
+    for rel, record in sorted(failed.items())[:LISTED_FAILURES]:
+        print(f"  {rel}: {record['reason']}: {record['detail']}")
+    if len(failed) > LISTED_FAILURES:
+        print(f"  all {len(failed)}: lines with a 'reason' in {store.directory}/*.jsonl")
 
 
 def finish(store: FeatureStore, rel_paths: list[str], num_shards: int) -> None:
@@ -266,8 +278,9 @@ class TowerBatches:
     is filled up with black), on what else is extracted.
     """
 
-    def __init__(self, tower, transform, dtype: str, device: torch.device, batch_size: int):
-        self.tower, self.transform, self.batch_size = tower.to(device), transform, batch_size
+    def __init__(self, tower, transform, dtype: str, device: torch.device, batch_size: int | None):
+        self.tower, self.transform = tower.to(device), transform
+        self.batch_size = batch_size or (128 if device.type == "cuda" else 16)
         self.device, self.dtype = device, getattr(torch, dtype)
         tower.cast_matrices(self.dtype)
 

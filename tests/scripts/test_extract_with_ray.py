@@ -1,0 +1,68 @@
+"""Two towers share the decoded clips, with Ray and without it: the bytes of extract_features.py."""
+
+import importlib.util
+
+import pytest
+
+import extract_features
+from dataset.feature_store import FeatureStore
+from dataset.transforms import FrameTransform
+from model.vision_tower import VisionTower
+from scripts import extract_with_ray
+from tests.clips import make_numbered_clip
+
+
+@pytest.fixture
+def command(tmp_path, tiny_tower):
+    (tmp_path / "clips").mkdir()
+    for number in range(5):
+        make_numbered_clip(tmp_path / f"clips/{number}.mp4", 4 + 3 * number, noise=150)
+    (tmp_path / "clips/broken.mp4").write_bytes(b"not a video")
+    line = f"--videos {tmp_path}/clips --images_path {tmp_path} --vision_path {tiny_tower} "
+    return (line + "--dtype float32 --batch_size 7 --num_workers 1 --features_path").split()
+
+
+def share_by_hand(argv):
+    flags = extract_features.parse_flags(extract_with_ray.RayFlags, argv=argv)
+    transform = FrameTransform.from_pretrained(flags.vision_path)
+    tower = VisionTower.from_pretrained(flags.vision_path)
+    settings = extract_features.describe_features(flags, tower, transform, flags.dtype)
+    paths = [f"clips/{name}.mp4" for name in (0, 1, 2, 3, 4, "broken")]
+    rows = [
+        extract_with_ray.decode_row({"path": path, "known": "{}"}, flags, transform)
+        for path in paths
+    ]
+    for i in range(2):
+        part = rows[i::2].__iter__
+        extract_with_ray.run_tower(part, (i, 2), flags, {"settings": settings})
+    store = FeatureStore(flags.features_path)
+    store.begin(settings)
+    extract_features.finish(store, paths, 2)
+
+
+def share_by_ray(argv):
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=3, include_dashboard=False)
+    extract_with_ray.main([*argv, "--towers", "2"])
+    ray.shutdown()
+
+
+@pytest.mark.parametrize("share", [share_by_hand, share_by_ray])
+def test_two_towers_make_the_features_of_one_process(tmp_path, command, share):
+    share([*command, str(tmp_path / "shared")])
+    extract_features.main([*command, str(tmp_path / "alone")])
+    shared, alone = (FeatureStore(tmp_path / name) for name in ("shared", "alone"))
+    assert sorted(shared.paths()) == sorted(alone.paths())
+    for path in alone.paths():
+        theirs, ours = alone.find(path), shared.find(path)
+        assert ours.get("sha256") == theirs.get("sha256")
+        assert ours.get("reason") == theirs.get("reason")
+        if "reason" not in ours:
+            assert shared.rows(path).tobytes() == alone.rows(path).tobytes()
+    assert shared.find("clips/broken.mp4")["reason"] == "unreadable"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
+def test_without_ray_the_script_says_how_to_get_it(command):
+    with pytest.raises(ValueError, match=r'pip install "ray\[data\]"'):
+        extract_with_ray.main([*command, "features"])
