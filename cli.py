@@ -149,18 +149,16 @@ def parse_flags(
     """The command line as a validated `cls`; `defaults` replace those of its fields.
 
     Flags given in `argv` (default: the process's) win over those of its `--config FILE.yaml`.
-    Raises ValueError that names a wrong value, or an unknown flag and the nearest known one; one
-    message holds all that is wrong with the file, or with values that don't go together.
+    Raises ValueError that names a wrong value, all unknown flags with the nearest known ones, or
+    all values that don't go together.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         parser = _build_parser(cls, description)
         parser.set_defaults(**defaults)
-        values, unknown = parser.parse_known_args(argv)
-        if unknown:
-            raise ValueError("\n".join(_unknown_flag(word, cls) for word in unknown))
+        values = _parse(parser, argv, cls)
         if values.config:
-            values = parser.parse_args(_read_config(values.config, parser, cls) + argv)
+            values = _parse(parser, _read_config(values.config, parser, cls) + argv, cls)
         del values.config
         flags = cls(**vars(values))
         if found := flags.problems():
@@ -243,50 +241,45 @@ def _build_parser(cls: type[Flags], description: str | None) -> argparse.Argumen
     return parser
 
 
+def _parse(parser: argparse.ArgumentParser, words: list[str], cls: type[Flags]):
+    """argparse's namespace. Raises ValueError that names a wrong value, or all unknown flags."""
+    values, unknown = parser.parse_known_args(words)
+    if unknown:
+        raise ValueError("\n".join(_unknown_flag(word, cls) for word in unknown))
+    return values
+
+
 def _read_config(path: str, parser: argparse.ArgumentParser, cls: type[Flags]) -> list[str]:
     """A YAML file's keys and values as the words of a command line, in the file's order.
 
     They go through the same parser as the command line, so both know the same names, types and
-    choices. Raises ValueError that names the file and every key that is wrong.
+    choices. Raises ValueError that names the file as well.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("write one `flag: value` a line")
+        words = []
+        for key, value in values.items():
+            if isinstance(value, list):
+                words += [f"--{key}", *map(str, value)]
+            elif value is not None:  # an empty value leaves the default
+                words.append(f"--{key}={value}")
+        _parse(parser, words, cls)
+        return words
     except OSError as error:
         raise ValueError(f"--config {path}: can't be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise ValueError(f"--config {path}: not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"--config {path}: write one `flag: value` a line")
-    words, found = [], []
-    for key, value in values.items():
-        if key not in (known := _names(cls)):
-            found.append(f"--config {path}: unknown key {key!r}{_nearest(str(key), known)}")
-            continue
-        if value is None:  # an empty value leaves the default
-            continue
-        given = [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
-        try:
-            parser.parse_args(given)
-        except ValueError as error:
-            found.append(f"--config {path}: {error}")
-        words += given
-    if found:
-        raise ValueError("\n".join(found))
-    return words
-
-
-def _names(cls: type[Flags]) -> list[str]:
-    fields = dataclasses.fields(cls)
-    aliases = [alias.lstrip("-") for field in fields for alias in field.metadata["aliases"]]
-    return [field.name for field in fields] + aliases
+    except ValueError as error:
+        raise ValueError(f"--config {path}: {error}") from None
 
 
 def _unknown_flag(word: str, cls: type[Flags]) -> str:
     if not word.startswith("-"):
         return f"{word!r} belongs to no flag"
-    return f"unknown flag {word}{_nearest(word.split('=')[0], [f'--{n}' for n in _names(cls)])}"
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    found = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {found[0]}?" if found else ""
+    name, fields = word.split("=")[0], dataclasses.fields(cls)
+    known = [f"--{field.name}" for field in fields]
+    known += [alias for field in fields for alias in field.metadata["aliases"]]
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"unknown flag {name}" + (f"; did you mean {nearest[0]}?" if nearest else "")
