@@ -11,11 +11,11 @@ from transformers import AutoTokenizer
 
 import extract_features
 from dataset.feature_store import FeatureStore
+from dataset.sampler import LengthGroupedBatchSampler
 from dataset.samples import read_samples
 from dataset.video import FrameTransform
 from dataset.video_dataset import (
     FeatureSource,
-    LengthGroupedBatchSampler,
     VideoDataset,
     VideoSource,
     collate,
