@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from demo.language import LANGUAGES, facts, make_captions, make_questions
+from demo.language import facts, make_captions, make_questions
 from demo.objects import OBJECTS, Object, sprite_of
 from demo.scene import SPLITS, Actor, Scene, sample_scene, split_of
 from demo.world import (
@@ -59,16 +59,6 @@ def test_a_number_held_out_for_a_class_is_not_the_total_with_this_class_in_front
                 if number == max(counts.values()):
                     assert split_of(("count", item, counts.total())) == "train"
     assert mixed > 50
-
-
-def test_scenes_of_the_test_split():
-    made = scenes("test")
-    assert len({actor.object for scene in made for actor in scene.actors}) >= 40
-    for scene in made:
-        assert scene.backwards().combinations()[0] == scene.combinations()[0]
-        assert scene.backwards().backwards() == scene
-        for actor in scene.actors:
-            assert "spin" not in actor.steps or actor.object.rotation_order  # a turn has to show
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -133,16 +123,6 @@ def test_facts_are_the_words_that_could_be_wrong():
     assert " ".join(chinese) == "红色 星星 向上移动 汽车 向左移动"
 
 
-def test_questions_and_answers_fit_their_scoring():
-    rng = np.random.default_rng(0)
-    for scene in scenes("test", 100):
-        for language, turns, scoring in make_questions(rng, scene, False, "clip"):
-            assert language in LANGUAGES and len(turns) == len(scoring)
-            for (question, answer), entry in zip(turns, scoring, strict=True):
-                assert question and answer and "{" not in question
-                assert entry["type"] != "caption" or entry["facts"] == facts(answer, language)
-
-
 @pytest.mark.parametrize(
     "split, seed, sha256", [("train", 0, "9b11caa34e386b3f"), ("test", 777, "5efeb6160267462e")]
 )
@@ -153,12 +133,11 @@ def test_a_seed_means_the_same_clips_and_words_for_ever(split, seed, sha256, tmp
     assert hashlib.sha256(json.dumps(lines).encode()).hexdigest()[:16] == sha256
 
 
-def test_files_of_a_test_split(tmp_path):
-    make_split("test", seed=5, clips=12, out=tmp_path, workers=1)
-    lines = read_lines(tmp_path / "questions.jsonl")
+def test_a_test_clip_has_a_twin_that_plays_backwards_and_training_plays_clips_both_ways(tmp_path):
+    for split in ("train", "test"):
+        make_split(split, seed=5, clips=12, out=tmp_path / split, workers=1)
     pairs: dict[str, list[dict]] = {}
-    for line in lines:
-        assert (tmp_path / line["video"]).is_file()
+    for line in read_lines(tmp_path / "test/questions.jsonl"):
         for entry in line["scoring"]:
             if "pair" in entry:
                 pairs.setdefault(entry["pair"], []).append(line)
@@ -167,20 +146,13 @@ def test_files_of_a_test_split(tmp_path):
         assert forward["conversations"][0] == backward["conversations"][0]
         assert forward["conversations"][1] != backward["conversations"][1]
     forward, backward = (
-        [frame.to_ndarray(format="rgb24") for frame in av.open(tmp_path / line["video"]).decode()]
-        for line in next(iter(pairs.values()))
+        [frame.to_ndarray(format="rgb24") for frame in av.open(tmp_path / "test" / file).decode()]
+        for file in (forward["video"], backward["video"])
     )
     assert len(forward) == NUM_FRAMES
     for a, b in zip(forward, backward[::-1], strict=True):
         assert np.abs(a.astype(int) - b).mean() < 3  # two encodings of the same picture
-
-
-def test_the_same_seed_writes_the_same_files_and_training_plays_clips_both_ways(tmp_path):
-    for name in ("a", "b"):
-        make_split("train", seed=0, clips=6, out=tmp_path / name, workers=1)
-    for file in ("captions.jsonl", "questions.jsonl", "clips/train-0-00003.mp4"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    lines = read_lines(tmp_path / "a/questions.jsonl")
+    lines = read_lines(tmp_path / "train/questions.jsonl")
     assert {bool(line.get("reverse")) for line in lines} == {False, True}
     assert not any("reversed.mp4" in line["video"] for line in lines)
 

@@ -262,7 +262,11 @@ def test_a_missing_key_is_named_with_its_record(name, convert, tmp_path):
         ("longvideobench", {"correct_choice": 2}, "its answer is number 2, its options are 0 to 1"),
         ("vitatecs", {"caption": " "}, "one of its options is empty"),
         ("vinoground", {"neg_cap": ""}, "one of its options is empty"),
-        ("tempcompass", {"action": [{"question": "?", "answer": "z"}]}, "action 1: its list of options is empty"),
+        (
+            "tempcompass",
+            {"action": [{"question": "?", "answer": "z"}]},
+            "action 1: its list of options is empty",
+        ),
         ("tempcompass", {"action": [{"question": "Is it?"}]}, "the key 'answer' is missing"),
         ("tempcompass", {"action": [{"answer": "yes"}]}, "the key 'question' is missing"),
         ("nextqa", {"answer": 5}, "its answer is number 5, its options are 0 to 4"),
