@@ -14,12 +14,8 @@ The first argument is anything that model/checkpoint.py loads; other generations
 out in our names. docs/checkpoints.md has the table of what becomes what.
 """
 
-import os
 import re
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -78,23 +74,22 @@ def export_video_language_model(
     about: dict,
     directory: Path,
     tokenizer: PreTrainedTokenizerBase,
-    vision_path: str,
-    num_frames: int | None,
+    flags: ExportFlags,
 ) -> None:
     """Writes everything that answering about a video takes into `directory`.
 
-    model: with the tower of `vision_path`. about: what training wrote beside it, if it is ours.
-    Raises ValueError for a tower that isn't the model's, for frames that transformers' image
-    processor can't make, and where `directory` has something in it.
+    model: with the tower of --vision_path. about: what training wrote beside it, if it is ours.
+    Raises ValueError for a tower that isn't the model's, and for frames that transformers' image
+    processor can't make.
     """
     trained_with = about.get("lineage", {}).get("vision_tower")
     if trained_with not in (None, model.vision_tower.fingerprint()):
         raise ValueError(
-            f"{vision_path} isn't the vision tower that the model was trained with: its weights "
-            "differ; name that tower (--vision_path)"
+            f"{flags.vision_path} isn't the vision tower that the model was trained with: its "
+            "weights differ; name that tower (--vision_path)"
         )
     training = about.get("training", {})
-    transform = FrameTransform.from_pretrained(vision_path, training.get("resize", "tower"))
+    transform = FrameTransform.from_pretrained(flags.vision_path, training.get("resize", "tower"))
     if transform.resize == "pad":
         raise ValueError(
             "the model was trained with --resize pad, which transformers' CLIP image processor "
@@ -111,13 +106,11 @@ def export_video_language_model(
     exported.cinego.load_state_dict(model.state_dict(), strict=True, assign=True)
     config.dtype = torch.float32
 
-    exported.generation_config = GenerationConfig(
-        max_new_tokens=MAX_NEW_TOKENS, **special_ids(tokenizer)
-    )
+    exported.generation_config = generation_config(tokenizer)
     processor = CinegoProcessor(
         image_processor(transform),
         tokenizer,
-        num_frames=num_frames or training.get("num_frames", 8),
+        num_frames=flags.num_frames or training.get("num_frames", 8),
         tokens_per_frame=model.config.tokens_per_frame,
         summary=model.config.summary,
     )
@@ -125,10 +118,9 @@ def export_video_language_model(
     CinegoForCausalLM.register_for_auto_class("AutoModelForCausalLM")
     CinegoProcessor.register_for_auto_class("AutoProcessor")
 
-    with whole_directory(directory) as folder:
-        exported.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        write_code(folder)
+    exported.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    write_code(directory)
 
 
 def export_language_model(
@@ -136,8 +128,7 @@ def export_language_model(
 ) -> None:
     """Writes `model` as the family in transformers that computes the same: Llama or Qwen3.
 
-    Raises ValueError for experts, and where `directory` has something in it.
-    """
+    Raises ValueError for experts."""
     ours = model.config
     if ours.num_experts:
         raise ValueError(
@@ -163,13 +154,11 @@ def export_language_model(
     config.cinego = {**about, "model": "MiniMind", "model_config": ours.to_dict()}
     config.dtype = torch.float32
 
-    with whole_directory(directory) as folder:
-        config.save_pretrained(folder)
-        ids = special_ids(tokenizer)
-        GenerationConfig(max_new_tokens=MAX_NEW_TOKENS, **ids).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        # Our names are these families' own, and the head is tied: there is nothing to rename.
-        save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(directory)
+    generation_config(tokenizer).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    # Our names are these families' own, and the head is tied: there is nothing to rename.
+    save_file(model.state_dict(), directory / "model.safetensors", metadata={"format": "pt"})
 
 
 # ---- parts
@@ -179,6 +168,10 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
     """The tokens that a config and generate()'s settings name."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {name: getattr(tokenizer, name) for name in names}
+
+
+def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    return GenerationConfig(max_new_tokens=MAX_NEW_TOKENS, **special_ids(tokenizer))
 
 
 def image_processor(transform: FrameTransform) -> CLIPImageProcessorPil:
@@ -215,23 +208,6 @@ def write_code(folder: Path) -> None:
         written.add(path)
 
 
-@contextmanager
-def whole_directory(directory: Path) -> Iterator[Path]:
-    """A folder beside `directory` that takes its place at the end: never half of a model, nor two
-    mixed. ValueError where `directory` has something in it."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ValueError(f"{directory} is there already: remove it, or name another")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}")
-    try:
-        yield temporary
-        for weights in temporary.glob("*.safetensors"):  # 0600, which a web server can't read
-            shutil.copymode(temporary / "config.json", weights)
-        os.replace(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     plain = takewhile(lambda word: not word.startswith("-"), argv)
@@ -240,6 +216,8 @@ def main(argv: list[str] | None = None) -> None:
     flags = parse_flags(ExportFlags, __doc__, named + argv[len(named) :])
     target = Path(flags.target)
     to_pth = target.suffix == ".pth"
+    if not to_pth and target.exists() and (target.is_file() or any(target.iterdir())):
+        raise ValueError(f"{target} is there already: remove it, or name another")
     model = load_model(flags.source, None if to_pth or flags.llm_only else flags.vision_path)
     print(model.load_report)
     about = read_about(flags.source)
@@ -250,9 +228,7 @@ def main(argv: list[str] | None = None) -> None:
         check_tokenizer(model, tokenizer, about, flags.accept_tokenizer)
         about.setdefault("lineage", {})["tokenizer"] = tokenizer_fingerprint(tokenizer)
         if isinstance(model, Cinego) and not flags.llm_only:
-            export_video_language_model(
-                model, about, target, tokenizer, flags.vision_path, flags.num_frames
-            )
+            export_video_language_model(model, about, target, tokenizer, flags)
         else:
             language_model = getattr(model, "language_model", model)
             export_language_model(language_model, about, target, tokenizer)

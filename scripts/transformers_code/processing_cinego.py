@@ -5,6 +5,8 @@ frames (F, H, W, 3). Rows of a batch are padded on the left, ready for generate(
 """
 
 import os
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -45,20 +47,19 @@ class CinegoProcessor(ProcessorMixin):
         """
         _check_usual(kwargs)
         waiting = {"<image>": _as_list(images), "<video>": _as_list(videos)}
-        rows, visuals = [], []
-        for prompt in [text] if isinstance(text, str) else text or []:
-            row = []
+        rows = []
+        for prompt in _as_list(text):
+            visuals = []
             for tag in VISUAL_TAG.findall(prompt):
                 # `<image>` may mark a video (LLaVA-Video writes so) and a run either.
                 named = waiting.get(tag) or waiting["<video>"] or waiting["<image>"]
                 if not named:
                     raise ValueError(f"more tags than visuals, from {prompt!r} on")
-                row.append(self._pixels(named.pop(0), num_frames))
-            rows.append(encode_rendered(self.tokenizer, prompt, self._lengths(row)))
-            visuals += row
+                visuals.append(named.pop(0))
+            rows.append((visuals, partial(encode_rendered, self.tokenizer, prompt)))
         if left := sum(map(len, waiting.values())):
             raise ValueError(f"{left} visuals more than tags: write <video> where each belongs")
-        return self._batch(rows, visuals)
+        return self._batch(rows, num_frames)
 
     def apply_chat_template(
         self,
@@ -85,17 +86,25 @@ class CinegoProcessor(ProcessorMixin):
             how = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
             texts = [self.tokenizer.apply_chat_template(turns, **how) for turns, _ in parsed]
             return texts if is_batch else texts[0]
-        rows, visuals = [], []
-        for messages, named in parsed:
-            row = [self._pixels(visual, num_frames) for visual in named]
-            rows.append(encode(self.tokenizer, messages, self._lengths(row), add_generation_prompt))
-            visuals += row
-        batch = self._batch(rows, visuals)
+        how = {"add_generation_prompt": add_generation_prompt}
+        rows = [(named, partial(encode, self.tokenizer, turns, **how)) for turns, named in parsed]
+        batch = self._batch(rows, num_frames)
         return batch if return_dict else batch["input_ids"]
 
-    def _lengths(self, visuals: list[torch.Tensor]) -> list[int]:
+    def _batch(self, rows: list[tuple[list, Callable]], num_frames: int | None) -> BatchFeature:
+        """rows: the visuals, and what encodes the text once their lengths are known."""
         config = CinegoConfig(tokens_per_frame=self.tokens_per_frame, summary=self.summary)
-        return [config.tokens_per_visual(len(visual)) for visual in visuals]
+        encoded, pixels = [], []
+        for visuals, encode_text in rows:
+            own = [self._pixels(visual, num_frames) for visual in visuals]
+            lengths = [config.tokens_per_visual(len(visual)) for visual in own]
+            encoded.append(encode_text(visual_lengths=lengths))
+            pixels += own
+        batch = left_pad(encoded, self.tokenizer.pad_token_id or 0)
+        if pixels:
+            batch["pixel_values"] = torch.cat(pixels)
+            batch["frames_per_visual"] = torch.tensor([len(visual) for visual in pixels])
+        return BatchFeature(batch)
 
     def _pixels(self, visual, num_frames: int | None) -> torch.Tensor:
         """(F, 3, S, S) of one visual."""
@@ -118,13 +127,6 @@ class CinegoProcessor(ProcessorMixin):
         settings = self.image_processor.to_dict()
         return FrameTransform.from_config(settings, "the image processor")(frames)
 
-    def _batch(self, rows: list, visuals: list[torch.Tensor]) -> BatchFeature:
-        batch = left_pad(rows, self.tokenizer.pad_token_id or 0)
-        if visuals:
-            batch["pixel_values"] = torch.cat(visuals)
-            batch["frames_per_visual"] = torch.tensor([len(visual) for visual in visuals])
-        return BatchFeature(batch)
-
 
 def _messages(turns: list[dict]) -> tuple[list[dict], list]:
     """Turns whose contents are texts with tags, and the visuals in order."""
@@ -137,13 +139,11 @@ def _messages(turns: list[dict]) -> tuple[list[dict], list]:
             media = part.get("type")
             if media == "text":
                 texts.append(part["text"])
-                continue
-            if media not in ("video", "image"):
-                raise ValueError(f"type {media!r} isn't one of text, image, video")
-            if not (media in part or "path" in part):
-                raise ValueError(f"no {media!r} or 'path' in {part}: name a file")
-            visuals.append(part.get(media, part.get("path")))
-            texts.append(f"<{media}>\n")
+            elif media in ("video", "image") and (media in part or "path" in part):
+                visuals.append(part.get(media, part.get("path")))
+                texts.append(f"<{media}>\n")
+            else:
+                raise ValueError(f"{part} is no text, and no image or video with its 'path'")
         messages.append({"role": turn["role"], "content": "".join(texts)})
     return messages, visuals
 

@@ -20,7 +20,7 @@ from model.generate import generate
 from model.minimind import MiniMind
 from model.tokenizer import OURS
 from model.vision_tower import VisionTower
-from scripts.export_hf import image_processor, main
+from scripts.export_hf import main
 from tests.clips import make_clip
 from tests.model.ancestors import add_projector, cinego_2025, old_state
 
@@ -241,13 +241,6 @@ def test_ancestors_and_other_towers_leave_as_whole_models(tmp_path):
         back = tmp_path / f"{name}_back.pth"  # under our names from here on
         main([str(tmp_path / name), str(back)])
         assert our_answer(back, towers[name], clip, QUESTIONS[0])[1] == ours
-
-
-@pytest.mark.parametrize("resize, resample", [("crop", 3), ("squash", 2)])  # CLIP's, SigLIP's
-def test_a_towers_settings_pass_through_transformers(resize, resample):
-    transform = FrameTransform(96, (0.5, 0.4, 0.3), (0.2, 0.3, 0.2), resize, 1 / 127.5, resample)
-    settings = json.loads(image_processor(transform).to_json_string())
-    assert FrameTransform.from_config(settings, "it") == transform
 
 
 def test_what_cannot_be_written_says_why(world, tiny_tower, tmp_path):

@@ -11,7 +11,6 @@ import random
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -75,15 +74,12 @@ def mutate(data: bytes, other: bytes, rng: random.Random) -> bytes:
     return bytes(data)
 
 
-@dataclass
-class Report:
-    outcomes: Counter = field(default_factory=Counter)  # "frames", a reason, or an exception's name
-    harmful: list[str] = field(default_factory=list)
-
-
-def fuzz(files: range, seed: int, folder: Path, on_damage: str = "error") -> Report:
-    """Decodes the mutated files of these numbers."""
-    seeds, report = make_seeds(folder), Report()
+def fuzz(
+    files: range, seed: int, folder: Path, on_damage: str = "error"
+) -> tuple[Counter, list[str]]:
+    """Decodes the mutated files of these numbers: how often there were frames and each reason of a
+    VideoError, and the files that gave anything else."""
+    seeds, outcomes, harmful = make_seeds(folder), Counter(), []
     contents = [path.read_bytes() for path in seeds]
     for number in files:
         rng = random.Random(f"{seed}/{number}")
@@ -93,13 +89,12 @@ def fuzz(files: range, seed: int, folder: Path, on_damage: str = "error") -> Rep
         try:
             clip = read_frames(target, 4, timeout=20, on_damage=on_damage)
             assert clip.frames.dtype == np.uint8 and 1 <= len(clip.frames) <= 4
-            report.outcomes["frames, damaged" if clip.damaged else "frames"] += 1
+            outcomes["frames, damaged" if clip.damaged else "frames"] += 1
         except VideoError as error:
-            report.outcomes[error.reason] += 1
+            outcomes[error.reason] += 1
         except Exception as error:
-            report.outcomes[type(error).__name__] += 1
-            report.harmful.append(f"file {number} ({path.name}): {error!r}")
-    return report
+            harmful.append(f"file {number} ({path.name}): {error!r}")
+    return outcomes, harmful
 
 
 def main() -> int:
@@ -111,11 +106,10 @@ def main() -> int:
     args = parser.parse_args()
     files = range(args.files) if args.only is None else range(args.only, args.only + 1)
     with tempfile.TemporaryDirectory() as folder:
-        report = fuzz(files, args.seed, Path(folder), args.on_damage)
-    counts = ", ".join(f"{name} {count}" for name, count in report.outcomes.most_common())
-    print(f"{len(files)} files of seed {args.seed}: {counts}")
-    print("\n".join(report.harmful) or "nothing but frames and VideoErrors")
-    return 1 if report.harmful else 0
+        outcomes, harmful = fuzz(files, args.seed, Path(folder), args.on_damage)
+    print(f"{len(files)} files of seed {args.seed}: {dict(outcomes.most_common())}")
+    print("\n".join(harmful) or "nothing but frames and VideoErrors")
+    return 1 if harmful else 0
 
 
 if __name__ == "__main__":
