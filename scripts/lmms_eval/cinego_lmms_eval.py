@@ -9,13 +9,16 @@ Lives in lmms-eval's environment, where Cinego's own modules are found by PYTHON
 that environment, and the same through the server, stands in docs/lmms_eval.md.
 """
 
+from collections.abc import Iterator
+from functools import lru_cache
+
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
-from inference import ChatModel, Request, Visual
+from inference import ChatModel, Request
 from inference.likelihood import log_likelihoods
 from model.generate import MAX_NEW_TOKENS, Sampling
 
@@ -31,47 +34,35 @@ class CinegoModel(lmms):
 
     is_simple = False  # takes whole conversations, with media where they stand
 
-    def __init__(
-        self,
-        load_from: str,
-        vision_path: str | None = None,
-        tokenizer_path: str | None = None,
-        num_frames: int | None = None,
-        dtype: str = "auto",
-        quantize: str = "none",
-        batch_size: int = 16,
-        device: str | None = None,
-    ):
-        """The names of eval.py's flags, as `--model_args name=value,name=value`."""
+    def __init__(self, load_from: str, batch_size: int = 16, device: str | None = None, **flags):
+        """flags: vision_path, tokenizer_path, num_frames, dtype and quantize, as eval.py's, from
+        `--model_args name=value,name=value`."""
         super().__init__()
-        self.chat_model = ChatModel.load(
-            *(load_from, vision_path, tokenizer_path, num_frames),
-            device=device or "auto",
-            dtype=dtype,
-            quantize=quantize,
-        )
+        self.chat_model = ChatModel.load(load_from, device=device or "auto", **flags)
         self.batch_size = int(batch_size)
+        # Questions about one clip mostly stand side by side.
+        self.encode_video = lru_cache(maxsize=16)(self.chat_model.encode_video)
+
+    def batches(self, requests: list[Instance]) -> Iterator[list[Instance]]:
+        for start in tqdm(range(0, len(requests), self.batch_size)):
+            yield requests[start : start + self.batch_size]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        answers = []
-        for start in tqdm(range(0, len(requests), self.batch_size), desc="answering"):
-            visuals: dict[str, Visual] = {}  # questions about one clip mostly stand side by side
-            some = requests[start : start + self.batch_size]
-            answers += self.chat_model.generate([self._request(each, visuals) for each in some])
-        return answers
+        return [
+            answer
+            for batch in self.batches(requests)
+            for answer in self.chat_model.generate(list(map(self._request, batch)))
+        ]
 
-    def _request(self, instance: Instance, encoded: dict[str, Visual]) -> Request:
+    def _request(self, instance: Instance) -> Request:
         _, doc_to_messages, how, doc_id, task, split = instance.args
         conversation = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
         messages, visuals = [], []
         for message in conversation.messages:
             media = [part.url for part in message.content if part.type in ("video", "image")]
-            for path in media:
-                if path not in encoded:
-                    encoded[path] = self.chat_model.encode_video(path)
-            visuals += [encoded[path] for path in media]
+            visuals += (seen := list(map(self.encode_video, media)))
             text = "\n".join(part.text for part in message.content if part.type == "text")
-            tags = "".join(f"{encoded[path].tag}\n" for path in media)
+            tags = "".join(f"{visual.tag}\n" for visual in seen)
             messages.append({"role": message.role, "content": tags + text})
         sampling = Sampling(
             how.get("max_new_tokens", MAX_NEW_TOKENS),
@@ -107,20 +98,16 @@ class CinegoRanker(CinegoModel):
         tasks of output_type `multiple_choice`, whatever the name of this method says.
         """
         results = []
-        for start in tqdm(range(0, len(requests), self.batch_size), desc="ranking"):
-            encoded: dict[str, Visual] = {}
+        for batch in self.batches(requests):
             asked, texts, is_single = [], [], []
-            for instance in requests[start : start + self.batch_size]:
+            for instance in batch:
                 context, target, *about = instance.args  # without a video: unconditional likelihood
                 visuals, is_function = [], callable(target)
                 if about:
                     doc_to_visual, doc_id, task, split = about
                     doc = self.task_dict[task][split][doc_id]
                     target = target(doc) if is_function else target
-                    for path in doc_to_visual(doc):
-                        if path not in encoded:
-                            encoded[path] = self.chat_model.encode_video(path)
-                        visuals.append(encoded[path])
+                    visuals = list(map(self.encode_video, doc_to_visual(doc)))
                 tags = "".join(f"{visual.tag}\n" for visual in visuals)
                 messages = [{"role": "user", "content": tags + (context or "?")}]
                 asked.append(self.chat_model.make_request(messages, visuals))
