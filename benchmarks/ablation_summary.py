@@ -28,20 +28,18 @@ NUM_FRAMES = 8
 CALIBRATION_STEPS, WARM_UP_STEPS = 40, 20  # the first steps pay for set-up
 
 
-def run_script(*command: str | Path) -> None:
-    subprocess.run([sys.executable, *map(str, command)], check=True)
+def run_script(command: str) -> None:
+    subprocess.run([sys.executable, *command.split()], check=True)
 
 
 def make_world(out: Path, clips: int) -> None:
     for split, number in (("train", clips), ("test", 150)):
         folder = out / split
         if not (folder / "questions.jsonl").exists():
-            world = ("--split", split, "--clips", str(number), "--out", folder)
-            run_script("-m", "demo.world", *world)
+            run_script(f"-m demo.world --split {split} --clips {number} --out {folder}")
     run_script(
-        *("extract_features.py", "--data_path", out / "train/questions.jsonl"),
-        *("--images_path", out / "train", "--features_path", out / "features"),
-        *("--vision_path", TOWER, "--num_frames", str(NUM_FRAMES)),
+        f"extract_features.py --data_path {out}/train/questions.jsonl --images_path {out}/train "
+        f"--features_path {out}/features --vision_path {TOWER} --num_frames {NUM_FRAMES}"
     )
 
 
@@ -49,15 +47,13 @@ def train(out: Path, summary: str, seed: int, steps: int, name: str) -> list[dic
     """Fine-tune from random weights for `steps` optimizer steps; its lines of metrics."""
     if not (out / f"{name}.pth").exists():
         run_script(
-            *("train_sft.py", "--from_scratch", "--summary", summary, "--seed", str(seed)),
-            *("--out_dir", out, "--run_name", name, "--data_path", out / "train/questions.jsonl"),
-            *("--use_feature", "--features_path", out / "features"),
-            *("--num_frames", str(NUM_FRAMES), "--embedding_std", "0.1"),
-            *("--dim", "128", "--n_layers", "2", "--n_heads", "4", "--n_kv_heads", "2"),
-            *("--optimizer", "muon", "--muon_learning_rate", "0.015", "--learning_rate", "2e-3"),
-            *("--schedule", "linear", "--warmup_iters", "20", "--batch_size", "16"),
-            *("--epochs", "1000", "--max_steps", str(steps), "--num_workers", "0"),
-            *("--log_interval", "10", "--eval_interval", "0", "--save_interval", "0"),
+            f"train_sft.py --from_scratch --summary {summary} --seed {seed} --out_dir {out} "
+            f"--run_name {name} --data_path {out}/train/questions.jsonl --use_feature "
+            f"--features_path {out}/features --num_frames {NUM_FRAMES} --embedding_std 0.1 "
+            "--dim 128 --n_layers 2 --n_heads 4 --n_kv_heads 2 --optimizer muon "
+            "--muon_learning_rate 0.015 --learning_rate 2e-3 --schedule linear --warmup_iters 20 "
+            f"--batch_size 16 --epochs 1000 --max_steps {steps} --num_workers 0 --log_interval 10 "
+            "--eval_interval 0 --save_interval 0"
         )
     return [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
 
@@ -67,9 +63,8 @@ def score(out: Path, name: str) -> dict:
     scores = out / f"{name}.eval.json"
     if not scores.exists():
         run_script(
-            *("eval.py", "--load_from", out / f"{name}.pth", "--vision_path", TOWER),
-            *("--data_path", out / "test/questions.jsonl"),
-            *("--images_path", out / "test", "--output", scores),
+            f"eval.py --load_from {out}/{name}.pth --vision_path {TOWER} --output {scores} "
+            f"--data_path {out}/test/questions.jsonl --images_path {out}/test"
         )
     return json.loads(scores.read_text())["accuracy"]
 

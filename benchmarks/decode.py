@@ -13,6 +13,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
@@ -70,8 +71,8 @@ def by_everything(path: str, num_frames: int) -> np.ndarray:
 
 
 READERS = {
-    "read_frames": lambda path, num_frames: read_frames(path, num_frames).frames,
-    "in_process": lambda path, num_frames: read_frames(path, num_frames, timeout=None).frames,
+    "read_frames": read_frames,
+    "in_process": partial(read_frames, timeout=None),
     "decord": by_decord,
     "everything": by_everything,
 }
@@ -83,14 +84,14 @@ def cpu_seconds() -> float:
     return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
-def measure(reader: Callable, path: str, num_frames: int) -> float:
-    """CPU-seconds of one read."""
-    reader(path, num_frames)  # starts the process, fills caches
-    reads, start = 0, cpu_seconds()
-    while not reads or cpu_seconds() - start < LEAST_CPU:
-        reader(path, num_frames)
-        reads += 1
-    return (cpu_seconds() - start) / reads
+def measure(run: Callable[[], object]) -> float:
+    """CPU-seconds of one call."""
+    run()  # starts the process, fills caches
+    calls, start = 0, cpu_seconds()
+    while not calls or cpu_seconds() - start < LEAST_CPU:
+        run()
+        calls += 1
+    return (cpu_seconds() - start) / calls
 
 
 def main() -> None:
@@ -103,18 +104,17 @@ def main() -> None:
         with tempfile.NamedTemporaryFile(suffix=".mp4") as clip:
             make_clip(clip.name, seconds)
             for num_frames in (8, 32):
-                rounds = [
-                    {name: measure(read, clip.name, num_frames) for name, read in READERS.items()}
-                    for _ in range(args.rounds)
-                ]
-                for name in READERS:
+                readers = {n: partial(read, clip.name, num_frames) for n, read in READERS.items()}
+                rounds = [{n: measure(readers[n]) for n in readers} for _ in range(args.rounds)]
+                for name in readers:
                     # Round by round: the two sides of a ratio saw the same machine.
                     ratios = [costs[name] / costs["decord"] for costs in rounds]
                     cpu = statistics.median(costs[name] for costs in rounds)
+                    ratio = (
+                        f"{statistics.median(ratios):>8.2f} {min(ratios):>5.2f}-{max(ratios):.2f}"
+                    )
                     print(
-                        f"{seconds:>4} s {num_frames:>6} {name:>12} {cpu:>7.3f} "
-                        f"{statistics.median(ratios):>8.2f} {min(ratios):>5.2f}-{max(ratios):.2f}",
-                        flush=True,
+                        f"{seconds:>4} s {num_frames:>6} {name:>12} {cpu:>7.3f} {ratio}", flush=True
                     )
 
 

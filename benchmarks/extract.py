@@ -14,8 +14,8 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -23,7 +23,7 @@ import psutil
 import torch
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
-from benchmarks.decode import make_clip
+from benchmarks.decode import make_clip, measure
 from dataset.video import FrameTransform, read_frames
 from extract_features import TowerBatches
 from model.vision_tower import VisionTower
@@ -40,16 +40,9 @@ def unit_costs(out: Path, dtype: str) -> tuple[float, float]:
     torch.set_num_threads(1)
     frames = torch.zeros(BATCH_SIZE, transform.image_size, transform.image_size, 3).byte().numpy()
 
-    def cost(function, repeats: int) -> float:
-        function()  # warms up
-        started = time.process_time()
-        for _ in range(repeats):
-            function()
-        return (time.process_time() - started) / repeats
-
-    clip = out / "clips/000.mp4"
-    decoding = cost(lambda: read_frames(clip, NUM_FRAMES, timeout=None, transform=transform), 8)
-    return decoding, cost(lambda: batches._features(frames), 4) / BATCH_SIZE * NUM_FRAMES
+    read = partial(read_frames, out / "clips/000.mp4", NUM_FRAMES, timeout=None)
+    decoding = measure(partial(read, transform=transform))
+    return decoding, measure(partial(batches._features, frames)) / BATCH_SIZE * NUM_FRAMES
 
 
 def extract(out: Path, dtype: str) -> tuple[float, float, float]:
