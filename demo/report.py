@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 from cli import Flags, flag, launch, parse_flags
@@ -22,34 +21,16 @@ from inference.scoring import format_table
 from inference.summary import read_results
 from trainer.logger import draw_curves, read_rows
 
-CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Zen Hei", "PingFang SC", "SimHei")
-
-
 ROWS = 8  # of frames in test_frames.png
 
 
-def pick_answers(answers: list[dict]) -> list[dict]:
-    """Up to ROWS answers, of all types in turn, about as many clips as there are."""
-    first_turns, picked = [answer for answer in answers if answer["turn"] == 0], []
-
-    def shown(answer: dict) -> tuple[bool, int]:
-        clips, types = [a["visuals"] for a in picked], [a["type"] for a in picked]
-        return answer["visuals"] in clips, types.count(answer["type"])
-
-    while first_turns and len(picked) < ROWS:
-        picked.append(min(first_turns, key=shown))
-        first_turns.remove(picked[-1])
-    return picked
-
-
 def draw_answers(answers: list[dict], root: Path, num_frames: int, path: Path) -> None:
-    """A row of frames for each answer; above it question, answer and, if that is wrong, truth."""
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    fonts = [font for font in CJK_FONTS if font in installed]
-    if not fonts:  # without such a font each Chinese character is an empty box
-        answers = [a for a in answers if (a["question"] + a["answer"] + a["prediction"]).isascii()]
-    answers = pick_answers(answers)
-    rows, width = max(1, len(answers)), 1.4 * num_frames
+    """A row of frames for some of the English answers, each about another clip (few machines have a
+    Chinese font): above it question, answer and, if that is wrong, truth."""
+    english = [a for a in answers if (a["question"] + a["answer"] + a["prediction"]).isascii()]
+    by_clip = [*{a["visuals"][0]: a for a in english if a["turn"] == 0}.items()]
+    picked = by_clip[:: max(1, len(by_clip) // ROWS)][:ROWS]
+    rows, width = max(1, len(picked)), 1.4 * num_frames
     figure = Figure(figsize=(width, 1.9 * rows))
     axes = figure.subplots(rows, num_frames, squeeze=False)
     edge = 0.1 / width
@@ -57,15 +38,13 @@ def draw_answers(answers: list[dict], root: Path, num_frames: int, path: Path) -
     for axis in axes.flat:
         axis.axis("off")
     # Not strict: an empty row stands where nothing was answered, and short clips have fewer frames.
-    for row, answer in zip(axes, answers, strict=False):
-        frames = read_frames(root / answer["visuals"][0], num_frames=num_frames).frames
-        for axis, frame in zip(row, frames, strict=False):
+    for row, (file, answer) in zip(axes, picked, strict=False):
+        for axis, frame in zip(row, read_frames(root / file, num_frames).frames, strict=False):
             axis.imshow(frame)
         text, colour = f"{answer['question']}\n→ {answer['prediction']}", "black"
         if answer["score"] != 1:
             text, colour = f"{text}   (true: {answer['answer']})", "firebrick"
-        style = {"family": [*fonts[:1], "DejaVu Sans"], "fontsize": 9, "color": colour}
-        row[0].set_title(text, loc="left", **style)
+        row[0].set_title(text, loc="left", fontsize=9, color=colour)
     figure.savefig(path, dpi=100)
 
 
@@ -80,30 +59,36 @@ def as_markdown(evaluation: dict, stages: dict[str, dict]) -> str:
     cost["**all**"] = tuple(map(sum, zip(*cost.values(), strict=True))) or (0, 0)
     packages = ("torch", "transformers", "tokenizers", "av", "numpy")
     versions = [f"{package} {version(package)}" for package in packages]
-    lines = [
-        "# What came out",
-        "",
-        f"{evaluation['clips']} test clips, {accuracy['counts']['questions']} questions and "
-        f"{accuracy['counts']['captions']} captions, answered by greedy generation.",
-        "",
-        f"- all questions: **{percent(accuracy['all'])}**",
-        f"- reversed pairs (the clip and its reverse both right): "
-        f"**{percent(accuracy['reversed'])}** of {accuracy['counts']['pairs']}",
-        f"- facts of captions: **{percent(accuracy['captions'])}**",
-        "",
-        "In percent; `majority` is what the most common answer of each type would score:",
-        "",
-        f"```\n{format_table(evaluation['controls'])}\n```",
-        "",
-        "![test frames](test_frames.png)\n\n![loss](loss_curves.png)",
-        "",
-        "| stage | seconds | CPU-seconds |\n|---|--:|--:|",
-        *(f"| {name} | {wall:.0f} | {cpu:.0f} |" for name, (wall, cpu) in cost.items()),
-        "",
-        f"Parameters: {', '.join(f'{k} {n:,}' for k, n in evaluation['parameters'].items())}.",
-        f"Versions: Python {platform.python_version()}, {', '.join(versions)}.",
-    ]
-    return "\n".join(lines) + "\n"
+    parameters = ", ".join(f"{name} {n:,}" for name, n in evaluation["parameters"].items())
+    costs = "\n".join(f"| {name} | {wall:.0f} | {cpu:.0f} |" for name, (wall, cpu) in cost.items())
+    counts = accuracy["counts"]
+    return f"""# What came out
+
+{evaluation["clips"]} test clips, {counts["questions"]} questions and {counts["captions"]} \
+captions, answered by greedy generation.
+
+- all questions: **{percent(accuracy["all"])}**
+- reversed pairs (the clip and its reverse both right): **{percent(accuracy["reversed"])}** \
+of {counts["pairs"]}
+- facts of captions: **{percent(accuracy["captions"])}**
+
+In percent; `majority` is what the most common answer of each type would score:
+
+```
+{format_table(evaluation["controls"])}
+```
+
+![test frames](test_frames.png)
+
+![loss](loss_curves.png)
+
+| stage | seconds | CPU-seconds |
+|---|--:|--:|
+{costs}
+
+Parameters: {parameters}.
+Versions: Python {platform.python_version()}, {", ".join(versions)}.
+"""
 
 
 @dataclass
