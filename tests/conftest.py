@@ -1,6 +1,5 @@
 """What several tests need and no user does."""
 
-import json
 import multiprocessing.util
 import os
 import shutil
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from model.checkpoint import save_model
 from model.cinego import Cinego
@@ -32,22 +31,11 @@ def tiny_tower(tmp_path_factory) -> Path:
     little, but the same clip always looks the same."""
     directory = tmp_path_factory.mktemp("tower")
     torch.manual_seed(0)
-    config = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=112,
-        patch_size=16,
-    )
-    CLIPVisionModel(config).save_pretrained(directory)
-    preprocessor = {
-        "size": {"shortest_edge": 112},
-        "crop_size": {"height": 112, "width": 112},
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-    }
-    (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 2, "image_size": 112, "patch_size": 16}
+    CLIPVisionModel(CLIPVisionConfig(**shape)).save_pretrained(directory)
+    size, half = {"size": {"shortest_edge": 112}, "crop_size": 112}, [0.5] * 3
+    CLIPImageProcessorPil(**size, image_mean=half, image_std=half).save_pretrained(directory)
     return directory
 
 
@@ -56,15 +44,9 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
     """An untrained model for the tiny tower: it answers nonsense, but always the same nonsense to
     the same input."""
     torch.manual_seed(1)
-    language_model = LanguageModelConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        # Large weights, or every input would get the same answer.
-        initializer_range=0.3,
-        embedding_std=0.4,
-    )
+    # Large weights, or every input would get the same answer.
+    large = {"initializer_range": 0.3, "embedding_std": 0.4}
+    language_model = LanguageModelConfig(6400, 32, 2, 2, 1, **large)
     path = tmp_path_factory.mktemp("model") / "sft.pth"
     model = Cinego(CinegoConfig(language_model, vision_hidden_size=32))
     save_model(path, model, {"training": {"num_frames": 4}, "lineage": {"tokenizer": OURS}})

@@ -12,6 +12,7 @@ import pytest
 from dataset.samples import read_samples
 from demo.export_benchmarks import export
 from scripts.convert.benchmarks import BENCHMARKS, main
+from scripts.convert.common import one_turn
 
 MVBENCH = {
     "video": "166583.webm",
@@ -326,9 +327,7 @@ def test_the_demo_world_in_published_forms(tmp_path):
             ("Describe the video.", f"A moves {answer}.", {"type": "caption", "facts": [answer]}),
         ):
             about = {"video": f"clips/{name}.mp4", "language": "en", "scoring": [scoring]}
-            turns = (("human", f"<video>\n{question}"), ("gpt", text))
-            turns = [{"from": who, "value": value} for who, value in turns]
-            lines.append(about | {"conversations": turns})
+            lines.append(about | {"conversations": one_turn(question, text)})
     publish(test, {"questions.jsonl": lines, "captions.jsonl": []})
     assert export(test, out) == {"tvbench": 2, "vitatecs": 2, "vinoground": 1}
     for name in ("tvbench", "vitatecs", "vinoground"):

@@ -14,7 +14,7 @@ TOKENIZER = str(Path(__file__).resolve().parents[2] / "model/text_tokenizer")
 
 
 def sample(question, answer="That.", **fields) -> str:
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return json.dumps({"conversations": turns, **fields})
 
 

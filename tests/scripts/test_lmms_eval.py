@@ -6,6 +6,8 @@ import re
 import tomllib
 from pathlib import Path
 
+from scripts.convert.common import one_turn
+
 FOLDER = Path(__file__).parents[2] / "scripts/lmms_eval"
 
 
@@ -20,16 +22,8 @@ def lines() -> list[dict]:
     """A caption; one question about a clip and its reversed twin."""
 
     def line(question, answer, **scoring):
-        turns = [
-            {"from": "human", "value": f"<video>\n{question}"},
-            {"from": "gpt", "value": answer},
-        ]
-        return {
-            "video": "clips/a.mp4",
-            "language": "en",
-            "conversations": turns,
-            "scoring": [scoring],
-        }
+        about = {"video": "clips/a.mp4", "language": "en", "scoring": [scoring]}
+        return about | {"conversations": one_turn(question, answer)}
 
     return [
         line("Describe it.", "a red car moves up", type="caption", facts=["red", "car", "up"]),
@@ -43,14 +37,8 @@ def test_a_figure_of_each_kind():
 
     def figures(answers: list[str]) -> list[float]:
         scored = [utils.score(doc, [text]) for doc, text in zip(lines(), answers, strict=True)]
-        return [
-            mean([each[name] for each in scored])
-            for name, mean in (
-                ("all", utils.mean_all),
-                ("reversed", utils.mean_reversed),
-                ("captions", utils.mean_captions),
-            )
-        ]
+        names = ("all", "reversed", "captions")
+        return [getattr(utils, f"mean_{name}")([each[name] for each in scored]) for name in names]
 
     assert figures(["A red car moves up.", "Left", "right."]) == [1, 1, 1]
     assert figures(["a red car", "left", "left"]) == [0.5, 0, 2 / 3]
