@@ -38,19 +38,9 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 from cli import Flags, flag, launch, parse_flags
 from dataset.transforms import FrameTransform
-from demo.objects import (
-    COLOURS,
-    DRAWINGS,
-    ICONS,
-    OBJECTS,
-    SHAPES,
-    Ellipse,
-    Object,
-    draw_sprite,
-    sprite_of,
-)
+from demo.objects import COLOURS, DRAWINGS, ICONS, OBJECTS, SHAPES, Object, draw_sprite, sprite_of
 from demo.scene import split_of
-from demo.world import FRAME_SIZE, background, paste
+from demo.world import FRAME_SIZE, background, stamp_of
 from device import choose_dtype
 from model.vision_tower import VisionTower
 from trainer.config import TrainConfig
@@ -130,18 +120,18 @@ def make_still(rng: np.random.Generator, split: str) -> dict[str, np.ndarray]:
     distractor = make_distractor(rng)  # all distractors of a picture are of one class
     for item, (x, y, d) in zip(objects, places, strict=True):
         angle = rng.uniform(0, 360) if rng.random() < 0.5 else rng.uniform(-16, 16)
-        silhouette = Image.new("L", (FRAME_SIZE, FRAME_SIZE))
+        label, order = IGNORED, 0
         if item is None:
-            size, corner = (round(d), round(d)), (round(x - d / 2), round(y - d / 2))
+            size = round(d), round(d)
             stamp = distractor.rotate(angle, Image.BILINEAR).resize(size, Image.BOX)
-            picture.paste(stamp, corner, stamp)
-            silhouette.paste(255, corner, stamp)
-            label, order = IGNORED, 0
         else:
-            paste(picture, item, x, y, d, angle)
-            paste(silhouette, item, x, y, d, angle, ink=255)
+            stamp = stamp_of(item, round(d), round(angle) % 360)
             label, order = OBJECTS.index(item), item.rotation_order
             present[label] = 1
+        silhouette = Image.new("L", (FRAME_SIZE, FRAME_SIZE))
+        corner = round(x - stamp.width / 2), round(y - stamp.height / 2)
+        picture.paste(stamp, corner, stamp)
+        silhouette.paste(255, corner, stamp)
         coverage = np.asarray(silhouette.reduce(PATCH_SIZE), dtype=np.float32).ravel() / 255
         patch[coverage > covered] = label
         covered = np.maximum(covered, coverage)
@@ -168,27 +158,18 @@ def make_still(rng: np.random.Generator, split: str) -> dict[str, np.ndarray]:
 
 def make_distractor(rng: np.random.Generator) -> Image.Image:
     """A sprite of something that is none of the objects (see the module's docstring)."""
-    form = rng.integers(3)
-    if form == 0:
+    if rng.random() < 1 / 3:
         red, green, blue, alpha = sprite_of(Object(rng.choice(list(ICONS)))).split()
         bands = (green, blue, red) if rng.random() < 0.5 else (blue, red, green)
         return Image.merge("RGBA", (*bands, alpha)).reduce(2)
     colour = rng.integers(20, 256, 3)
     while min(np.linalg.norm(colour - known) for _, known in COLOURS.values()) < 80:
         colour = rng.integers(20, 256, 3)
-    fill = tuple(colour.tolist())
-    if form == 1:
-        return draw_sprite(DRAWINGS[rng.choice(list(SHAPES))], fill).reduce(2)
-    corners = rng.integers(4, 10)
-    angles = 2 * math.pi * (np.arange(corners) + rng.uniform(-0.3, 0.3, corners)) / corners
+    angles = 2 * math.pi * np.arange(corners := rng.integers(4, 10)) / corners
     radii = rng.uniform(0.45, 1, corners)
     blob = list(zip(radii * np.cos(angles), radii * np.sin(angles), strict=True))
-    parts = [(blob, fill)]
-    if rng.random() < 0.5:
-        x, y, wide, high = *rng.uniform(-0.25, 0.25, 2), *rng.uniform(0.1, 0.3, 2)
-        spot = tuple(rng.integers(20, 256, 3).tolist())
-        parts.append((Ellipse(x - wide, y - high, x + wide, y + high), spot))
-    return draw_sprite(parts).reduce(2)
+    forms = [[(blob, None)], DRAWINGS[rng.choice(list(SHAPES))]]
+    return draw_sprite(forms[rng.integers(2)], tuple(colour.tolist())).reduce(2)
 
 
 # ---- the tower and its training

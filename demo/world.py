@@ -133,20 +133,9 @@ def background(rng: np.random.Generator) -> Image.Image:
     return picture.filter(ImageFilter.BoxBlur(1))
 
 
-def paste(
-    picture: Image.Image, item: Object, x: float, y: float, diameter: float, angle: float, ink=None
-) -> None:
-    """Draws an object, centred at (x, y) pixels; with `ink`, its silhouette in that colour."""
-    stamp = _stamp(item, round(diameter), round(angle) % 360)
-    left, top = round(x - stamp.width / 2), round(y - stamp.height / 2)
-    if ink is None:
-        picture.paste(stamp, (left, top), stamp)
-    else:
-        picture.paste(ink, (left, top, left + stamp.width, top + stamp.height), stamp)
-
-
 @lru_cache(4096)
-def _stamp(item: Object, diameter: int, angle: int) -> Image.Image:
+def stamp_of(item: Object, diameter: int, angle: int) -> Image.Image:
+    """The object's picture, `diameter` pixels wide, turned by `angle` degrees."""
     # Half size first: turning 64 pixels is four times cheaper and looks the same at 30.
     small = sprite_of(item).reduce(2)
     turned = small.rotate(angle, Image.BILINEAR) if angle else small
@@ -161,8 +150,11 @@ def render(rng: np.random.Generator, scene: Scene) -> list[Image.Image]:
         frame = ground.copy()
         for actor, track in zip(scene.actors, tracks, strict=True):
             if track.visible[i]:
-                where = track.x[i], track.y[i], track.diameter[i], track.angle[i]
-                paste(frame, actor.object, *where)
+                stamp = stamp_of(
+                    actor.object, round(track.diameter[i]), round(track.angle[i]) % 360
+                )
+                corner = round(track.x[i] - stamp.width / 2), round(track.y[i] - stamp.height / 2)
+                frame.paste(stamp, corner, stamp)
         frames.append(frame)
     return frames
 
