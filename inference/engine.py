@@ -118,7 +118,7 @@ class Engine:
         cache, mask = KVCache(), inputs["attention_mask"]
         with torch.inference_mode():
             self.model(**inputs, past_key_values=cache, logits_to_keep=1)
-        cache.keep_rows(torch.tensor(head_of, device=mask.device))
+        cache = cache.keep_rows(torch.tensor(head_of, device=mask.device))
         tails = [
             _slice(prompt, slice(cut, None)) for prompt, cut in zip(prompts, cuts, strict=True)
         ]

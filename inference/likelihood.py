@@ -14,7 +14,6 @@ from dataset.conversation import IGNORED, encode
 from inference.chat_model import ChatModel
 from inference.request import Request, Sequence
 from model.generate import DecodingBatch
-from model.kv_cache import KVCache
 
 # Logits in memory at a time, in numbers: 64 MB in float32.
 MAX_LOGITS = 1 << 24
@@ -71,12 +70,10 @@ def _continue(
         mask = batch.mask
         if mask is None:
             mask = torch.ones(len(first_BV), len(batch.cache), dtype=torch.bool, device=device)
-        cache = KVCache(batch.cache.layers, len(batch.cache))  # `keep_rows` copies
-        cache.keep_rows(of_R)
         logits_RLV = batch.model(
             input_ids=ids_RL[:, :-1],
             attention_mask=torch.cat([mask[of_R], is_token_RL[:, :-1]], dim=1),
-            past_key_values=cache,
+            past_key_values=batch.cache.keep_rows(of_R),
         ).logits.float()
         chosen_RL = logits_RLV.gather(2, ids_RL[:, 1:, None])[..., 0] - logits_RLV.logsumexp(-1)
         total_R = total_R + (chosen_RL * is_token_RL[:, 1:]).sum(1)

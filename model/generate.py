@@ -9,6 +9,7 @@ Shapes: B rows, L tokens of a prompt, T columns of the cache, V vocabulary.
 """
 
 import random
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -17,10 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.cinego import Cinego
+from model.cuda_graph import StaticStep
 from model.kv_cache import KVCache
 from model.minimind import MiniMind
 
 MAX_NEW_TOKENS = 128  # of an answer, wherever the caller doesn't say
+# A CUDA graph takes as long to make as some tens of steps: a few tokens don't wait for one. It then
+# serves as many rows or fewer, but for a few of many, until they have read what its columns hold.
+EAGER_STEPS, CAPACITY_STEP = 8, 256
 
 
 @dataclass(frozen=True)
@@ -129,10 +134,16 @@ class DecodingBatch:
     False. To be used by one thread at a time.
     """
 
-    def __init__(self, model: Cinego | MiniMind):
+    may_capture = True  # until CUDA refuses once in this process
+
+    def __init__(self, model: Cinego | MiniMind, static: bool | None = None):
+        """static: steps by `StaticStep`; None: on CUDA, where experts don't ask the device."""
         assert not model.training, "dropout would fall on answers: call model.eval()"
-        self.model = model
+        self.model, self.config = model, getattr(model, "language_model", model).config
         self.num_rows, self.cache, self.mask = 0, KVCache(), None
+        can_capture = self._device().type == "cuda" and not self.config.num_experts
+        self.is_static = can_capture if static is None else static
+        self.static_step, self.eager_steps = None, 0
 
     def prefill(self, inputs: dict, cache: KVCache | None = None) -> Tensor:
         """Reads the prompts of new rows, which join below; returns (B, V), their next logits.
@@ -160,9 +171,11 @@ class DecodingBatch:
 
     def decode(self, token_ids: list[int]) -> Tensor:
         """Reads one more token of each row; returns (B, V), the next logits."""
-        tokens_B1 = torch.tensor(token_ids, device=self._device())[:, None]
+        tokens_B1 = _to_device(token_ids, self._device())[:, None]
         if self.mask is not None:
             self.mask = F.pad(self.mask, (0, 1), value=True)
+        if step := self._loaded_step():
+            return step(tokens_B1)
         return self._forward({"input_ids": tokens_B1}, self.cache, self.mask)
 
     def keep_rows(self, rows: list[int]) -> None:
@@ -173,7 +186,7 @@ class DecodingBatch:
         if not rows:
             self.cache, self.mask = KVCache(), None
             return
-        self.cache.keep_rows(torch.tensor(rows, device=self._device()))
+        self.cache = self.cache.keep_rows(torch.tensor(rows, device=self._device()))
         if self.mask is not None:
             self.mask = self.mask[rows]
             # Columns that only longer rows needed go, too: a server's batch never ends.
@@ -185,13 +198,38 @@ class DecodingBatch:
 
     def cache_of(self, row: int) -> KVCache:
         """What was read of one row, without padding, for a batch that continues it later."""
-        if self.num_rows == 1 and self.mask is None:
+        if self.num_rows == 1 and self.mask is None and self.static_step is None:
             return self.cache
-        cache = self.cache.row(row)
+        cache = self.cache.keep_rows(torch.tensor([row], device=self._device()))
         return cache if self.mask is None else cache.select(self.mask[row])
 
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def _loaded_step(self) -> StaticStep | None:
+        """The static step with these rows in it; None while they decode one kernel at a time."""
+        step, length = self.static_step, len(self.cache)
+        if not (self.is_static and DecodingBatch.may_capture):
+            return None
+        fits = step is not None and step.rows // 16 < self.num_rows <= step.rows
+        if not fits or length >= step.capacity:
+            self.eager_steps += 1
+            if self.eager_steps <= EAGER_STEPS or length >= self.config.max_position_embeddings:
+                return None
+            rows = 1 << (self.num_rows - 1).bit_length()
+            capacity = -(-(length + CAPACITY_STEP // 2) // CAPACITY_STEP) * CAPACITY_STEP
+            capacity = min(capacity, self.config.max_position_embeddings)
+            self.static_step = None  # its memory goes first
+            try:
+                step = StaticStep(self.model, self.cache, rows, capacity)
+            except RuntimeError as problem:
+                DecodingBatch.may_capture = False
+                warnings.warn(f"decoding goes on without CUDA graphs: {problem}", stacklevel=2)
+                return None
+            self.static_step, self.eager_steps = step, 0
+        if step.cache is not self.cache:
+            self.cache = step.load(self.cache, self.mask)
+        return step
 
     def _forward(self, inputs: dict, cache: KVCache, mask: Tensor | None) -> Tensor:
         # Entered at each step: the caller's own code between two steps must not run inside of it.

@@ -41,16 +41,9 @@ class KVCache:
         """Forgets all tokens after the first `length`."""
         self.length = min(self.length, length)
 
-    def keep_rows(self, rows: Tensor) -> None:
-        """Forgets every row of the batch but these (ids, which may repeat)."""
-        self.layers = [(keys[rows], values[rows]) for keys, values in self.layers]
-
-    def row(self, i: int) -> "KVCache":
-        """A batch of one, with memory of its own."""
-        layers = [
-            (keys[i : i + 1].clone(), values[i : i + 1].clone()) for keys, values in self.layers
-        ]
-        return KVCache(layers, self.length)
+    def keep_rows(self, rows: Tensor) -> "KVCache":
+        """A copy with these rows of the batch only (ids, which may repeat)."""
+        return KVCache([(keys[rows], values[rows]) for keys, values in self.layers], self.length)
 
     def select(self, columns_T: Tensor) -> "KVCache":
         """Only the tokens where `columns_T` is True."""

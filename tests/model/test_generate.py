@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import tree_map_only
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from model.cinego import Cinego
@@ -171,6 +172,88 @@ def test_rows_join_and_leave_between_steps_and_decode_as_alone(model):
         decode()
     assert [answers[row][:12] for row in rows] == [alone[row] for row in rows]
     assert answers[2] == alone[2][: len(answers[2])] and len(answers[2]) < 12
+
+
+def test_a_static_step_decodes_as_a_growing_cache_while_rows_come_and_go(model, monkeypatch):
+    """What a CUDA graph replays, one operator after the other: left padding, rows that leave and
+    join, a buffer that is used up, one that rows leave behind, and the last position."""
+    monkeypatch.setattr("model.generate.CAPACITY_STEP", 16)
+    model.language_model.config.max_position_embeddings = 60
+    growing, static = DecodingBatch(model, static=False), DecodingBatch(model, static=True)
+    prompts, steps = [prompt(*sizes) for sizes in PROMPTS], set()
+
+    def both(action):
+        logits, found = action(growing), action(static)
+        if logits is not None:
+            torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-5)
+            return logits.argmax(-1).tolist()
+
+    def decode(tokens, times):
+        for _ in range(times):
+            tokens = both(lambda batch, tokens=tokens: batch.decode(tokens))
+            steps.add(static.static_step)
+        return tokens
+
+    tokens = both(lambda batch: batch.prefill(left_padded(*prompts[:3])))
+    tokens = decode(tokens, 15)  # no step until the ninth
+    both(lambda batch: batch.keep_rows([2, 0]))
+    tokens = decode([tokens[2], tokens[0]], 3)
+    tokens += both(lambda batch: batch.prefill(left_padded(prompts[3])))
+    tokens = decode(tokens, 4)
+    tokens += both(lambda batch: batch.prefill(left_padded(*prompts[3:])))
+    tokens = decode(tokens, 14)
+    caches = [batch.cache_of(1) for batch in (growing, static)]
+    both(lambda batch: batch.keep_rows([1]))
+    decode(tokens[1:2], 60 - len(static.cache))
+    assert {(step.rows, step.capacity) for step in steps if step} == {(4, 32), (8, 48), (1, 60)}
+    for batch in (growing, static):
+        with pytest.raises(ValueError, match="61 tokens are more than max_position_embeddings 60"):
+            batch.decode([7])
+    more = {"input_ids": torch.randint(5, 50, (1, 4))}  # what a row left isn't written to
+    logits = [DecodingBatch(model).prefill(more, cache) for cache in caches]
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)
+
+
+def test_where_no_graph_can_be_captured_decoding_goes_on_without_and_says_why_once(
+    model, monkeypatch
+):
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError("no room for buffers")
+
+    monkeypatch.setattr(DecodingBatch, "may_capture", True)
+    monkeypatch.setattr("model.generate.StaticStep", out_of_memory)
+    batch, one, answer = DecodingBatch(model, static=True), prompt(2, 8, 5), []
+    logits = batch.prefill(left_padded(one))
+    with pytest.warns(UserWarning, match="without CUDA graphs.*no room for buffers") as warned:
+        for _ in range(20):
+            answer += logits.argmax(-1).tolist()
+            logits = batch.decode(answer[-1:])
+    assert answer == plain_greedy(model, one, 20) and len(warned) == 1
+
+
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+def test_a_static_step_repeats_its_operators_to_the_last_number_without_a_wait(model, place):
+    """So a graph may replay them. The meta device, which takes a GPU's ways, has no numbers."""
+
+    class Record(CountOperators):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = super().__torch_dispatch__(function, types, args, kwargs)
+            parts = (function, args, kwargs, found)
+            calls.append(tree_map_only(torch.Tensor, lambda tensor: tensor.shape, parts))
+            return found
+
+    model = model.language_model.to(place, torch.bfloat16)
+    batch, steps = DecodingBatch(model, static=True), []
+    batch.prefill({"input_ids": torch.ones(2, 9, dtype=torch.long, device=place)})
+    for _ in range(10):
+        batch.decode([7, 8])
+    tokens = torch.tensor([[7], [8]], device=place)
+    for _ in range(3):
+        steps.append(calls := [])
+        with Record() as operators:
+            batch.static_step(tokens)
+        assert not operators.waiting
+    assert steps[0] == steps[1] == steps[2] and len(calls) > 50
 
 
 def test_what_a_row_read_continues_in_another_batch(model):
