@@ -70,23 +70,6 @@ class Flags:
 
 
 @dataclass
-class ModelFlags(Flags):
-    """Model"""
-
-    load_from: str | None = flag(None, "checkpoint, or a directory of transformers")
-    vision_path: str | None = flag(
-        None, f"vision tower (default: the checkpoint's own, or {VISION_PATH})"
-    )
-    tokenizer_path: str | None = flag(
-        None, f"folder of the tokenizer (default: the checkpoint's own, or {TOKENIZER_PATH})"
-    )
-    accept_tokenizer: bool = flag(
-        False, "use the tokenizer even if the weights seem to be trained with another"
-    )
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps", scope="process")
-
-
-@dataclass
 class FrameFlags(Flags):
     """Frames"""
 
@@ -106,38 +89,6 @@ class FrameFlags(Flags):
         if is_fps != (fps is not None) or (is_fps and not fps > 0):
             found.append("--sampling fps and --fps above 0 go together")
         return found
-
-
-@dataclass
-class TrainedFrameFlags(Flags):
-    """Frames (default: as in the model's training)"""
-
-    num_frames: int | None = flag(None, "frames taken from a video, at most", at_least=1)
-    sampling: Literal["uniform", "fps"] | None = flag(
-        None, "uniform: num_frames over the whole video; fps: so many a second, up to that"
-    )
-    fps: float | None = flag(None, "frames a second with --sampling fps")
-
-
-@dataclass
-class PrecisionFlags(Flags):
-    """Precision of the language model"""
-
-    dtype: Literal["auto", "float32", "bfloat16"] = flag(
-        "auto", "of its weights; auto: bfloat16 where the device computes in it, else float32"
-    )
-    quantize: Literal["none", "int8"] = flag(
-        "none", "int8: the fastest on a CPU, less exact; an answer depends a little on its batch"
-    )
-    weights: Literal["auto", "float32", "bfloat16", "int8"] | None = flag(
-        None, "old name of --dtype, and of --quantize int8"
-    )
-
-    def __post_init__(self):
-        if self.weights == "int8":
-            self.quantize = "int8"
-        elif self.weights is not None:
-            self.dtype = self.weights
 
 
 def parse_flags(

@@ -21,10 +21,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from cli import ModelFlags, PrecisionFlags, TrainedFrameFlags, flag, launch, parse_flags
+from cli import flag, launch, parse_flags
 from dataset.samples import read_samples
 from dataset.video import MEDIA_SUFFIXES, VideoError
 from inference import DEMO_MODEL, ROOT, ChatModel, find_models
+from inference.flags import ModelFlags, PrecisionFlags, TrainedFrameFlags
 from inference.summary import (
     compare_answers,
     format_comparison,

@@ -1,17 +1,66 @@
-"""Flags of whatever lets people ask a model: `python serve.py`, `streamlit run web_demo.py`."""
+"""Flags of whatever lets people ask a model: terminal, page and API."""
 
 import math
 import os
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from cli import Flags, ModelFlags, PrecisionFlags, TrainedFrameFlags, flag
+from cli import TOKENIZER_PATH, VISION_PATH, Flags, flag
 from model.generate import MAX_NEW_TOKENS
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_PAGE_FRAMES = 64  # of a visual: the page shows each one
+
+
+@dataclass
+class ModelFlags(Flags):
+    """Model"""
+
+    load_from: str | None = flag(None, "checkpoint, or a directory of transformers")
+    vision_path: str | None = flag(
+        None, f"vision tower (default: the checkpoint's own, or {VISION_PATH})"
+    )
+    tokenizer_path: str | None = flag(
+        None, f"folder of the tokenizer (default: the checkpoint's own, or {TOKENIZER_PATH})"
+    )
+    accept_tokenizer: bool = flag(
+        False, "use the tokenizer even if the weights seem to be trained with another"
+    )
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps", scope="process")
+
+
+@dataclass
+class TrainedFrameFlags(Flags):
+    """Frames (default: as in the model's training)"""
+
+    num_frames: int | None = flag(None, "frames taken from a video, at most", at_least=1)
+    sampling: Literal["uniform", "fps"] | None = flag(
+        None, "uniform: num_frames over the whole video; fps: so many a second, up to that"
+    )
+    fps: float | None = flag(None, "frames a second with --sampling fps")
+
+
+@dataclass
+class PrecisionFlags(Flags):
+    """Precision of the language model"""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = flag(
+        "auto", "of its weights; auto: bfloat16 where the device computes in it, else float32"
+    )
+    quantize: Literal["none", "int8"] = flag(
+        "none", "int8: the fastest on a CPU, less exact; an answer depends a little on its batch"
+    )
+    weights: Literal["auto", "float32", "bfloat16", "int8"] | None = flag(
+        None, "old name of --dtype, and of --quantize int8"
+    )
+
+    def __post_init__(self):
+        if self.weights == "int8":
+            self.quantize = "int8"
+        elif self.weights is not None:
+            self.dtype = self.weights
 
 
 @dataclass

@@ -5,7 +5,6 @@ and, once in a while, evaluates, logs and saves.
 """
 
 import math
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from device import choose_dtype, to_device
 from trainer.checkpoint import Checkpoints, Progress, TrainingStopped, remove_leftovers
 from trainer.config import TrainConfig
 from trainer.distributed import World
-from trainer.interrupt import StoppedBySignal, StopRequest
+from trainer.interrupt import StopRequest
 from trainer.logger import MetricsLogger
 from trainer.optim import Optimizers, learning_rate_factor
 
@@ -204,15 +203,10 @@ def fit(
             check_finite(previous, scaler, world)
             checkpoints.check_writing()
             if stats.stopping:  # this process, or another one
-                signum = stop.signum or signal.SIGTERM
                 if progress.step:  # else there is nothing to save
                     checkpoints.save(progress, learning, False, logger.draw_curves)
                     checkpoints.check_writing(wait=True)
-                    world.print_rank0(
-                        f"{signal.Signals(signum).name}: saved step {progress.step} of "
-                        f"{total_steps}; the same command resumes from there"
-                    )
-                raise StoppedBySignal(128 + signum)
+                stop.exit(progress.step, total_steps)
             progress.step += 1
             progress.samples_seen += int(stats.samples)
             progress.samples_bad += int(stats.bad)

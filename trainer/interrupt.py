@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from typing import NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -55,6 +56,16 @@ class StopRequest:
     def __exit__(self, *error) -> None:
         for signum, handler in self.previous.items():
             signal.signal(signum, handler)
+
+    def exit(self, step: int, total_steps: int) -> NoReturn:
+        """Raises StoppedBySignal, for this process's signal or another one's, with the step that is
+        saved; 0: none."""
+        signum = self.signum or signal.SIGTERM
+        if step and self.verbose:
+            name = signal.Signals(signum).name
+            saved = f"saved step {step} of {total_steps}"
+            print(f"{name}: {saved}; the same command resumes from there", flush=True)
+        raise StoppedBySignal(128 + signum)
 
     def _handle(self, signum: int, frame) -> None:
         if os.getpid() != self.pid:

@@ -22,7 +22,8 @@ from tests.stress import kills
 from tests.trainer import processes, toy_training
 from trainer.checkpoint import list_states
 from trainer.distributed import setup
-from trainer.engine import StoppedBySignal, TrainingStopped
+from trainer.engine import TrainingStopped
+from trainer.interrupt import StoppedBySignal
 
 TOY, HOST = Path(toy_training.__file__), socket.gethostname()
 
