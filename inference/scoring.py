@@ -7,7 +7,7 @@ is right only when both answers are: a model that doesn't see time gets none.
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from dataset.samples import Sample
 
@@ -71,20 +71,13 @@ def score_turn(
     entry: dict, language: str, prediction: str, answer: str, vocabulary: dict[str, set[str]]
 ) -> dict:
     """One record for `summarise`. `entry` is the turn's `scoring` object of the jsonl."""
-    answer_type = entry.get("type", "answer")
-    if answer_type == "caption":
+    record = {"type": entry.get("type", "answer"), "language": language, "pair": entry.get("pair")}
+    if record["type"] == "caption":
         facts = entry.get("facts") or []
         score = caption_facts(prediction, facts, vocabulary.get(language, set()))
     else:
         score = float(exact_match(prediction, answer))
-    return {
-        "type": answer_type,
-        "language": language,
-        "pair": entry.get("pair"),
-        "answer": answer,
-        "prediction": prediction,
-        "score": score,
-    }
+    return record | {"answer": answer, "prediction": prediction, "score": score}
 
 
 def true_answers(sample: Sample) -> list[str]:
@@ -104,16 +97,17 @@ def prompt_messages(sample: Sample, answers: list[str]) -> list[dict]:
     return messages
 
 
-def _mean_score(records: Iterable[dict]) -> float | None:
-    scores = [record["score"] for record in records]
+def _mean(scores: Iterable[float]) -> float | None:
+    scores = list(scores)
     return sum(scores) / len(scores) if scores else None
 
 
-def _grouped(records: Iterable[dict], key: Callable[[dict], str]) -> dict[str, list[dict]]:
+def _means(scores: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """The mean of each name's scores."""
     groups = defaultdict(list)
-    for record in records:
-        groups[key(record)].append(record)
-    return dict(sorted(groups.items()))
+    for name, score in scores:
+        groups[name].append(score)
+    return {name: _mean(group) for name, group in sorted(groups.items())}
 
 
 def _asked_alike(record: dict) -> tuple[str, str]:
@@ -121,54 +115,36 @@ def _asked_alike(record: dict) -> tuple[str, str]:
     return re.sub(r"_\d+$", "", record["type"]), record["language"]
 
 
-def _guesses(records: Iterable[dict]) -> list[dict]:
-    """Scores of always giving the most common answer to each type of question in each language: the
-    bar that a model has to clear before it has seen anything."""
-    answers = defaultdict(Counter)
-    for record in records:
-        answers[_asked_alike(record)][normalise(record["answer"])] += 1
-    guess = {name: counts.most_common(1)[0][0] for name, counts in answers.items()}
-    return [
-        {
-            "type": record["type"],
-            "score": normalise(record["answer"]) == guess[_asked_alike(record)],
-        }
-        for record in records
-    ]
-
-
 def summarise(records: Sequence[dict]) -> dict:
     """All figures of one run over a test set, as fractions; None where there was nothing to score.
 
     Captions are scored by their facts and stand apart: `all` and the groups hold exact match only.
     A pair counts when at least two of its lines were answered, and is right when all of them are.
+    `majority` is the score of always giving the most common answer to each type of question in each
+    language: the bar that a model has to clear before it has seen anything.
     """
     questions = [record for record in records if record["type"] != "caption"]
-    captions = [record for record in records if record["type"] == "caption"]
-    by_type = _grouped(questions, lambda record: record["type"])
-    by_language = _grouped(questions, lambda record: record["language"])
-    paired = _grouped((r for r in questions if r["pair"]), lambda record: record["pair"])
-    pairs = [{"score": min(r["score"] for r in same)} for same in paired.values() if len(same) > 1]
-    guesses = _guesses(questions)
-
-    def means(groups: dict[str, list[dict]]) -> dict[str, float | None]:
-        return {name: _mean_score(group) for name, group in groups.items()}
-
+    captions = [record["score"] for record in records if record["type"] == "caption"]
+    paired, answers = defaultdict(list), defaultdict(Counter)
+    for record in questions:
+        paired[record["pair"]].append(record["score"])
+        answers[_asked_alike(record)][normalise(record["answer"])] += 1
+    paired.pop(None, None)
+    pairs = [min(scores) for scores in paired.values() if len(scores) > 1]
+    guess = {name: counts.most_common(1)[0][0] for name, counts in answers.items()}
+    guessed = [(r["type"], normalise(r["answer"]) == guess[_asked_alike(r)]) for r in questions]
     return {
-        "all": _mean_score(questions),
-        "reversed": _mean_score(pairs),
-        "captions": _mean_score(captions),
-        "by_type": means(by_type),
-        "by_language": means(by_language),
-        "majority": {
-            "all": _mean_score(guesses),
-            "by_type": means(_grouped(guesses, lambda guess: guess["type"])),
-        },
+        "all": _mean(record["score"] for record in questions),
+        "reversed": _mean(pairs),
+        "captions": _mean(captions),
+        "by_type": _means((record["type"], record["score"]) for record in questions),
+        "by_language": _means((record["language"], record["score"]) for record in questions),
+        "majority": {"all": _mean(score for _, score in guessed), "by_type": _means(guessed)},
         "counts": {
             "questions": len(questions),
             "pairs": len(pairs),
             "captions": len(captions),
-            "by_type": {name: len(group) for name, group in by_type.items()},
+            "by_type": dict(sorted(Counter(record["type"] for record in questions).items())),
         },
     }
 
