@@ -25,7 +25,8 @@ from cli import flag, launch, parse_flags
 from dataset.samples import read_samples
 from dataset.video import MEDIA_SUFFIXES, VideoError
 from inference import DEMO_MODEL, ROOT, ChatModel, find_models
-from inference.flags import ModelFlags, PrecisionFlags, TrainedFrameFlags
+from inference.flags import AnswerFlags
+from inference.parts import EXAMPLES, default_clips
 from inference.summary import (
     compare_answers,
     format_comparison,
@@ -42,11 +43,10 @@ from model.generate import MAX_NEW_TOKENS, Sampling
 STAGES = {0: "pretrain", 1: "sft"}
 DEFAULT_QUESTION = "What happens in this video?"
 MAX_REPORTED = 10  # files that can't be read, by name
-EVAL_VIDEOS, EXAMPLES = Path("dataset/eval_videos"), ROOT / "demo/examples"
 
 
 @dataclass
-class EvalFlags(TestSetFlags, PrecisionFlags, TrainedFrameFlags, ModelFlags):
+class EvalFlags(TestSetFlags, AnswerFlags):
     """Answers"""
 
     load_from: str | None = flag(
@@ -65,7 +65,8 @@ class EvalFlags(TestSetFlags, PrecisionFlags, TrainedFrameFlags, ModelFlags):
     video: list[str] | None = flag(None, "videos to talk about")
     image: list[str] | None = flag(None, "images to talk about")
     eval_dir: Path | None = flag(
-        None, f"folder asked about where no file is named (default: {EVAL_VIDEOS}, else examples)"
+        None,
+        "folder asked about where no file is named (default: dataset/eval_videos, else examples)",
     )
     question: str | None = flag(None, "asked once a file; without it, a chat in a terminal")
     joint: bool = flag(False, "ask the question once about all files", "--together")
@@ -120,10 +121,7 @@ def find_checkpoint(flags: EvalFlags) -> Path:
 
 def load_chat_model(flags: EvalFlags) -> ChatModel:
     checkpoint = find_checkpoint(flags)
-    chat_model = ChatModel.load(
-        *(checkpoint, flags.vision_path, flags.tokenizer_path, flags.num_frames, flags.device),
-        *(flags.sampling, flags.fps, flags.dtype, flags.quantize, flags.accept_tokenizer),
-    )
+    chat_model = flags.load_model(checkpoint)
     if note := read_about(checkpoint).get("known_frames", {}).get("note"):
         print(f"{checkpoint.relative_to(ROOT) if checkpoint == DEMO_MODEL else checkpoint}: {note}")
     shape = chat_model.model.config.language_model
@@ -146,7 +144,7 @@ def talk(flags: EvalFlags) -> None:
     is_chat = flags.chat or (sys.stdin.isatty() and not flags.question)
     files = [Path(file) for file in chain(flags.video or [], flags.image or [])]
     if not files and not is_chat:
-        files = media_in(flags.eval_dir or (EVAL_VIDEOS if EVAL_VIDEOS.is_dir() else EXAMPLES))
+        files = media_in(flags.eval_dir or default_clips())
     terminal = Terminal(load_chat_model(flags), sampling, tuple(flags.stop or ()))
     attached = 0
     for file in files:

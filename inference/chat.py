@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from dataset.conversation import VISUAL_TAG, Encoded
 from inference.chat_model import ChatModel
@@ -10,6 +11,20 @@ from model.generate import GREEDY, Sampling
 
 # Longer rows than training had are answered badly, and cost more at each turn.
 CONTEXT_TOKENS = 1024
+
+
+@dataclass
+class Turn:
+    """A question and its answer, as far as it is made."""
+
+    question: str  # as it was typed
+    content: str  # as the model gets it: with a tag for each visual
+    visuals: list[Visual]  # that came with it
+    sequence: Sequence
+
+    @property
+    def answer(self) -> str:
+        return self.sequence.text.strip() or "-"  # templates want some text in every turn
 
 
 class Chat:
@@ -24,19 +39,32 @@ class Chat:
         own, in the thread that asks. context_tokens: of the turns that the model still gets."""
         self.chat_model, self.context_tokens = chat_model, context_tokens
         self.stream = stream or chat_model.engine().stream
-        # All turns; a question's "visuals" are the names of those that came with it.
-        self.transcript: list[dict] = []
-        self.last: Sequence | None = None  # the newest answer, with its times
+        self.turns: list[Turn] = []
+        self.attached: list[Visual] = []  # they wait for the next question
         self._system = [{"role": "system", "content": system}] if system else []
         # What the model still gets: the newest turns that fit, and the visuals of their tags.
         self._turns: list[dict] = []
         self._visuals: list[Visual] = []
-        self._attached: list[Visual] = []
         self._prefix_cache = PrefixCache()
+
+    @property
+    def last(self) -> Sequence:
+        """The newest answer, with its times."""
+        return self.turns[-1].sequence
+
+    @property
+    def transcript(self) -> list[dict]:
+        """All turns, also those that the model no longer gets, with the names of the visuals."""
+        found = []
+        for turn in self.turns:
+            names = {"visuals": [visual.name for visual in turn.visuals]} if turn.visuals else {}
+            found.append({"role": "user", "content": turn.content, **names})
+            found.append({"role": "assistant", "content": turn.answer})
+        return found
 
     def attach(self, visual: Visual) -> None:
         """Puts a visual before the next question, after those that wait for it already."""
-        self._attached.append(visual)
+        self.attached.append(visual)
 
     def ask(
         self, question: str, sampling: Sampling = GREEDY, stop: tuple[str, ...] = ()
@@ -46,10 +74,10 @@ class Chat:
         question that can't be asked; the chat is then as before."""
         content = question
         if not VISUAL_TAG.search(question):  # else the question says where the visuals stand
-            content = "".join(f"{visual.tag}\n" for visual in self._attached) + question
+            content = "".join(f"{visual.tag}\n" for visual in self.attached) + question
         turns, visuals, prompt = self._fit(
             [*self._turns, {"role": "user", "content": content}],
-            [*self._visuals, *self._attached],
+            [*self._visuals, *self.attached],
         )
         messages = [*self._system, *turns]
         sequence = Sequence(
@@ -57,17 +85,13 @@ class Chat:
                 messages, visuals, sampling, stop, self._prefix_cache, prompt
             )
         )
-        self.last, attached, self._attached = sequence, self._attached, []
+        turn, self.attached = Turn(question, content, self.attached, sequence), []
+        self.turns.append(turn)
         try:
             yield from self.stream(sequence)
         finally:
-            # Templates want some text in every turn.
-            answer = {"role": "assistant", "content": sequence.text.strip() or "-"}
-            self._turns, self._visuals = [*turns, answer], visuals
-            asked = {"role": "user", "content": content}
-            if attached:
-                asked["visuals"] = [visual.name for visual in attached]
-            self.transcript += [asked, answer]
+            self._turns = [*turns, {"role": "assistant", "content": turn.answer}]
+            self._visuals = visuals
 
     def format_transcript(self, suffix: str) -> str:
         """For a file of that suffix: .json for programs, .md as Markdown, else plain lines."""

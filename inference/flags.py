@@ -96,7 +96,9 @@ class LimitFlags(Flags):
 
 
 @dataclass
-class SharedFlags(LimitFlags, PrecisionFlags, TrainedFrameFlags, ModelFlags):
+class AnswerFlags(PrecisionFlags, TrainedFrameFlags, ModelFlags):
+    """Model, frames and precision of whatever answers"""
+
     def load_model(self, checkpoint: str | None = None):
         """The ChatModel that the flags describe. Raises ValueError with the fix."""
         from inference.chat_model import ChatModel  # takes seconds: flags are checked first
@@ -110,7 +112,7 @@ class SharedFlags(LimitFlags, PrecisionFlags, TrainedFrameFlags, ModelFlags):
 
 
 @dataclass
-class ServerFlags(SharedFlags):
+class ServerFlags(LimitFlags, AnswerFlags):
     """Server"""
 
     load_from: str | None = flag(
@@ -178,7 +180,7 @@ class ServerFlags(SharedFlags):
 
 
 @dataclass
-class PageFlags(SharedFlags):
+class PageFlags(LimitFlags, AnswerFlags):
     """Page"""
 
     load_from: str | None = flag(None, "checkpoint or directory chosen first; none: in --out_dir")
@@ -194,9 +196,3 @@ class PageFlags(SharedFlags):
         if (self.num_frames or 0) > MAX_PAGE_FRAMES:
             found.append(f"--num_frames is {self.num_frames}: give {MAX_PAGE_FRAMES} or fewer")
         return found
-
-    def example_folders(self) -> list[Path]:
-        if self.examples:
-            return [Path(folder) for folder in self.examples]
-        own = Path("dataset/eval_videos")
-        return [own if own.is_dir() else Path(__file__).parents[1] / "demo/examples"]

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]  # what ships is found from any folde
 VISION_PATH = ROOT / "model/vision_model/clip-vit-base-patch32"
 DEMO_MODEL = ROOT / "demo/model/sft_videolm_128.pth"  # knows the demo world only
 DEMO_TOWER = ROOT / "demo/tower"
+EXAMPLES = ROOT / "demo/examples"
 TOKENIZER_PATH = ROOT / "model/text_tokenizer"
 
 
@@ -18,6 +19,12 @@ def default_model() -> Path:
     """The model of `train_sft.py` without flags, or else the small one that ships."""
     trained = Path("out/sft_videolm_512.pth")
     return trained if trained.is_file() else DEMO_MODEL
+
+
+def default_clips() -> Path:
+    """The user's own clips to ask about, or else those that ship."""
+    own = Path("dataset/eval_videos")
+    return own if own.is_dir() else EXAMPLES
 
 
 def find_models(folder: str | Path) -> list[Path]:

@@ -13,11 +13,10 @@ import numpy as np
 from PIL import Image
 
 from dataset.clip import ContainerInfo
-from dataset.conversation import ConversationError
 from inference.chat import Chat
 from inference.chat_model import ChatModel
 from inference.flags import PageFlags
-from inference.request import Sequence, Visual
+from inference.request import Visual
 from inference.scheduler import Scheduler
 from model.generate import Sampling
 
@@ -57,14 +56,6 @@ class Attachment:
     num_frames_total: int
 
 
-@dataclass
-class Turn:
-    attachments: list[Attachment]
-    question: str
-    answer: str = ""
-    sequence: Sequence | None = None  # its times; None until the first word
-
-
 class TooManyVisuals(ValueError):
     """The conversation holds as many as it may."""
 
@@ -73,8 +64,7 @@ class TooManyVisuals(ValueError):
 class Conversation:
     model: SharedModel
     flags: PageFlags
-    turns: list[Turn] = field(default_factory=list)
-    waiting: list[Attachment] = field(default_factory=list)  # they belong to the next question
+    attachments: dict[Visual, Attachment] = field(default_factory=dict)
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __post_init__(self):
@@ -82,11 +72,7 @@ class Conversation:
         # Streamlit may start a run of the page while the one before is still ending.
         self.lock = threading.Lock()
 
-    @property
-    def attachments(self) -> list[Attachment]:
-        return [*(each for turn in self.turns for each in turn.attachments), *self.waiting]
-
-    def attach(self, path: Path, name: str, num_frames: int) -> Attachment:
+    def attach(self, path: Path, name: str, num_frames: int) -> None:
         """Puts a file before the next question. Raises TooManyVisuals, and VideoError for a file
         that can't be read or is above the limits; the conversation is then as before."""
         with self.lock:
@@ -95,24 +81,12 @@ class Conversation:
             limits = self.flags.media_limits(num_frames)
             attachment = self.model.encode(path, name, num_frames, **limits)
             self.chat.attach(attachment.visual)
-            self.waiting.append(attachment)
-        return attachment
+            self.attachments[attachment.visual] = attachment
 
     def ask(self, question: str, sampling: Sampling) -> Iterator[str]:
-        """The answer in pieces of whole characters. Closing the iterator ends the answer there.
-        Raises ConversationError for what can't be asked; the conversation is then as before."""
+        """As `Chat.ask`."""
         with self.lock:
-            turn, self.waiting = Turn(self.waiting, question), []
-            self.turns.append(turn)
-            try:
-                for text in self.chat.ask(question, sampling):
-                    turn.answer, turn.sequence = turn.answer + text, self.chat.last
-                    yield text
-                turn.sequence = self.chat.last  # an answer may be empty
-            except ConversationError:
-                self.turns.remove(turn)
-                self.waiting = turn.attachments
-                raise
+            yield from self.chat.ask(question, sampling)
 
 
 def _scaled(frame: np.ndarray, longer_side: int) -> Image.Image:

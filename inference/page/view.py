@@ -5,7 +5,6 @@ Names, questions and answers are shown as plain text or escaped: a file's name m
 link or a picture of another host.
 """
 
-import json
 import os
 import shutil
 import tempfile
@@ -23,17 +22,23 @@ from dataset.clip import uniform_indices
 from dataset.conversation import ConversationError
 from dataset.video import MEDIA_SUFFIXES, VideoError, read_frames
 from inference.flags import MAX_PAGE_FRAMES, PageFlags
-from inference.page.conversation import Attachment, Conversation, SharedModel, TooManyVisuals, Turn
+from inference.page.conversation import Conversation, SharedModel, TooManyVisuals
 from inference.page.visual import draw, escaped
-from inference.parts import DEMO_MODEL, ROOT, find_models
+from inference.parts import DEMO_MODEL, ROOT, default_clips, find_models
+from inference.request import Sequence, Visual
 from model.generate import MAX_NEW_TOKENS, Sampling
 
 ICON, USER, ASSISTANT = ":material/movie:", ":material/person:", ":material/movie:"
 EXAMPLES = 4
+SLIDERS = {  # lowest, highest, default, step
+    "temperature": (0.0, 2.0, 0.0, 0.1),
+    "top_p": (0.05, 1.0, 0.9, 0.05),
+    "top_k": (0, 200, 0, 5),
+    "repetition_penalty": (1.0, 2.0, 1.0, 0.05),
+}
 LANGUAGES = {"en": "English", "zh": "中文"}
 HERE = Path(__file__).parent
 TEXTS = tomllib.loads(HERE.joinpath("texts.toml").read_text(encoding="utf-8"))
-STYLE = HERE.joinpath("style.css").read_text(encoding="utf-8")
 
 
 # ---- what users share, and what ends with a session
@@ -100,9 +105,7 @@ class View:
         self.state = st.session_state
         with st.sidebar:
             self.texts = TEXTS[self._language()]
-            refused = self._format("refused")
-            style = STYLE.replace("REFUSED", json.dumps(refused, ensure_ascii=False))
-            st.html(f"<style>{style}</style>")
+            st.html(HERE / "style.css")
             chosen = st.selectbox(
                 self.texts["model"],
                 self._models(),
@@ -189,18 +192,13 @@ class View:
             args=(self.state.conversation,),
         )
 
-        def slider(name: str, low, high, default, step):
-            return st.slider(
-                *(texts[name], low, high, default, step), key=name, help=texts[f"{name}_help"]
-            )
-
         with st.expander(texts["answers"], icon=":material/tune:"):
             longest = self.flags.max_new_tokens
+            sliders = {
+                name: st.slider(texts[name], *values, key=name, help=texts[f"{name}_help"])
+                for name, values in SLIDERS.items()
+            }
             sampling = Sampling(
-                temperature=slider("temperature", 0.0, 2.0, 0.0, 0.1),
-                top_p=slider("top_p", 0.05, 1.0, 0.9, 0.05),
-                top_k=slider("top_k", 0, 200, 0, 5),
-                repetition_penalty=slider("repetition_penalty", 1.0, 2.0, 1.0, 0.05),
                 max_new_tokens=st.number_input(
                     *(texts["max_new_tokens"], 1, longest, min(MAX_NEW_TOKENS, longest)),
                     key="max_new_tokens",
@@ -208,6 +206,7 @@ class View:
                 seed=st.number_input(
                     texts["seed"], 0, 2**31, 0, key="seed", help=texts["seed_help"]
                 ),
+                **sliders,
             )
         with st.expander(texts["videos"], icon=":material/theaters:"):
             num_frames = st.slider(
@@ -228,7 +227,7 @@ class View:
 
     def _saving(self, conversation: Conversation) -> None:
         """Stands behind the answer, of which it writes the end, too."""
-        if not conversation.turns:
+        if not conversation.chat.turns:
             return
         st.caption(self.texts["save"])
         kinds = {".md": ("Markdown", "text/markdown"), ".json": ("JSON", "application/json")}
@@ -256,16 +255,16 @@ class View:
         if typed:
             question = typed.text.strip()
             self._take(conversation, typed.files, num_frames, question)
-        is_new = not conversation.turns and not conversation.waiting
-        if is_new and not question:
+        chat = conversation.chat
+        if not (chat.turns or chat.attached or question):
             self._introduce(conversation, num_frames)
-        for turn in conversation.turns:
-            self._user(turn.attachments, turn.question)
+        for turn in chat.turns:
+            self._user(conversation, turn.visuals, turn.question)
             with st.chat_message("assistant", avatar=ASSISTANT):
                 st.text(turn.answer)
-                self._times(turn)
-        if conversation.waiting and not question:
-            self._user(conversation.waiting)
+                self._times(turn.sequence)
+        if chat.attached and not question:
+            self._user(conversation, chat.attached)
             self._suggest()
         for notice in self.state.get("notices", ()):
             st.error(notice, icon=":material/error:")
@@ -277,8 +276,7 @@ class View:
         st.markdown(f"#### {self.texts['lead']}")
         st.markdown(self.texts["intro"])
         st.caption(self._format("limits"))
-        folders = [str(folder) for folder in self.flags.example_folders() if folder.is_dir()]
-        examples = examples_in(folders)
+        examples = examples_in(self.flags.examples or [str(default_clips())])
         if not examples:
             return
         st.markdown(self.texts["examples"])
@@ -333,7 +331,7 @@ class View:
         return False
 
     def _answer(self, conversation: Conversation, question: str, sampling: Sampling) -> None:
-        self._user(conversation.waiting, question)
+        self._user(conversation, conversation.chat.attached, question)
         with st.chat_message("assistant", avatar=ASSISTANT):
             place, text = st.empty(), ""
             place.caption(self.texts["thinking"])
@@ -348,18 +346,16 @@ class View:
                 self.state.notices = [self.texts[notice].format(reason=escaped(str(error)))]
                 self.state.draft = question
                 st.rerun()
-            self._times(conversation.turns[-1])
+            self._times(conversation.chat.last)
 
-    def _user(self, attachments: list[Attachment], question: str = "") -> None:
+    def _user(self, conversation: Conversation, visuals: list[Visual], question: str = "") -> None:
         with st.chat_message("user", avatar=USER):
-            for attachment in attachments:
-                draw(attachment, self.texts)
+            for visual in visuals:
+                draw(conversation.attachments[visual], self.texts)
             if question:
                 st.text(question)
 
-    def _times(self, turn: Turn) -> None:
-        if (sequence := turn.sequence) is None:
-            return
+    def _times(self, sequence: Sequence) -> None:
         line = self.texts["times"].format(
             tokens=sequence.completion_tokens,
             first=sequence.time_to_first_token,
