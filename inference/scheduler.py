@@ -62,11 +62,12 @@ class Scheduler:
     def cancel(self, sequence: Sequence) -> None:
         """Its reader has left: ends at the next token, and still calls `receive` then."""
         with self._changed:
-            if sequence in self._new:
+            if is_waiting := sequence in self._new:
                 self._new.remove(sequence)
-                self._cancel(sequence)
             else:
                 self.run(self._cancel, sequence)
+        if is_waiting:  # not under the lock: `receive` may wait for another who needs it
+            self._cancel(sequence)
 
     def run(self, function: Callable, *arguments: Any) -> Future:
         """Calls a function in the model's thread, between two steps. Raises RuntimeError once the

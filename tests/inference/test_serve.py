@@ -224,8 +224,15 @@ def test_a_client_that_leaves_before_the_model_starts_costs_nothing(chat_model):
     scheduler = Scheduler(chat_model, max_batch=2)
     scheduler.run(submitted.wait)
     scheduler.run(len, texts).cancel()  # one whose video was still to be encoded
+
+    def receive(text):  # whoever waits for another thread, which asks too
+        other = threading.Thread(target=scheduler.run, args=(ends.append, text), daemon=True)
+        other.start()
+        other.join(timeout=10)
+        assert not other.is_alive()
+
     for sequence in sequences[:3]:
-        scheduler.submit(sequence, ends.append)
+        scheduler.submit(sequence, receive)
         scheduler.cancel(sequence)
     scheduler.submit(sequences[3], texts.append)
     submitted.set()
