@@ -28,6 +28,7 @@ from inference import DEMO_MODEL, ROOT, ChatModel, find_models
 from inference.flags import AnswerFlags
 from inference.parts import EXAMPLES, default_clips
 from inference.summary import (
+    check_comparable,
     compare_answers,
     format_comparison,
     format_summary,
@@ -36,7 +37,7 @@ from inference.summary import (
     write_submissions,
 )
 from inference.terminal import Terminal
-from inference.test_set import TestSetFlags, answers_path, ask_test_set
+from inference.test_set import TestSetFlags, answers_path, ask_test_set, unanswered
 from model.checkpoint import read_about
 from model.generate import MAX_NEW_TOKENS, Sampling
 
@@ -187,7 +188,11 @@ def score_test_set(flags: EvalFlags) -> dict:
     """Asks the test set, prints its tables, returns what --output writes. The answers are kept
     beside that as they come: the same command continues a run that was killed."""
     start, cpu_start = time.perf_counter(), time.process_time()
-    samples, chat_model = read_samples(*flags.data_path), load_chat_model(flags)
+    samples = read_samples(*flags.data_path)
+    if flags.against:
+        theirs = read_results(answers_path(flags.against))
+        check_comparable(map(unanswered, samples), theirs)
+    chat_model = load_chat_model(flags)
     with tempfile.TemporaryDirectory() as folder:
         answers = answers_path(flags.output or Path(folder, "eval.json"))
         ask_test_set(chat_model, samples, flags, answers)
@@ -199,7 +204,6 @@ def score_test_set(flags: EvalFlags) -> dict:
             raise ValueError(f"{', '.join(flags.data_path)}: no sample is left to ask")
         print(f"\n{format_summary(summary)}")
         if flags.against:
-            theirs = read_results(answers_path(flags.against))
             summary["against"] = compare_answers(results, theirs)
             print(format_comparison(summary["against"]))
         if flags.output:

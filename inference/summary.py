@@ -6,7 +6,7 @@ questions that could be asked. Of a benchmark's questions memory holds numbers, 
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,10 @@ from inference.test_set import CONTROLS, read_answers
 
 # The measure that stands for a benchmark where one figure is wanted: the first that it has.
 HEADLINES = ("group", "likelihood", "CIDEr", "mean IoU", "exact match")
+OTHER_QUESTIONS = (
+    "--against: those are answers to other questions (compared by id, video, question and true "
+    "answer); ask both models the same test set"
+)
 PAIR_CHANCES = {"text": 1 / 4, "video": 1 / 4, "group": 1 / 6}  # arXiv 2204.03162
 
 
@@ -282,11 +286,15 @@ def compare_answers(ours: Results, theirs: Results) -> dict[str, dict]:
         found["difference"] = found.pop("score")
         result[name] = {"ours": float(np.mean(a)), "theirs": float(np.mean(b)), **found}
     if not result:
-        raise ValueError(
-            "--against: those are answers to other questions (compared by id, video, question and "
-            "true answer); ask both models the same test set"
-        )
+        raise ValueError(OTHER_QUESTIONS)
     return result
+
+
+def check_comparable(lines: Iterable[dict], theirs: Results) -> None:
+    """Raises ValueError where none of the lines' questions is one of `theirs`."""
+    keys = set().union(*_headline_scores(theirs).values())
+    if not any(question_key(line, n) in keys for line in lines for n in range(len(line["turns"]))):
+        raise ValueError(OTHER_QUESTIONS)
 
 
 def _headline_scores(results: Results) -> dict[str, dict[tuple, tuple[float, str]]]:

@@ -193,7 +193,7 @@ class _Asker:
         ]
         visuals, failures = self.chat_model.encode_videos(dict.fromkeys(chain(*files)))
         lines = [
-            _line(sample, "; ".join(failures[file] for file in own if file in failures))
+            unanswered(sample, "; ".join(failures[file] for file in own if file in failures))
             for sample, own in zip(samples, files, strict=True)
         ]
         for control, change in CONTROLS.items():
@@ -292,7 +292,7 @@ class _Asker:
             raise ValueError(f"{sample.where}: {error}") from None
 
 
-def _line(sample: Sample, missing: str) -> dict:
+def unanswered(sample: Sample, missing: str = "") -> dict:
     """A sample's line of the answers' file, before anything is answered."""
     answers, turns = true_answers(sample), []
     scoring = sample.scoring or [{} for _ in answers]

@@ -226,3 +226,4 @@ def test_two_runs_are_compared_over_the_questions_that_both_answered(evaluate, f
     ):
         with pytest.raises(SystemExit, match=reason):
             evaluate(lines, "--against", folder / against, name="other")
+        assert not (folder / "other.answers.jsonl").exists()  # nothing was asked
