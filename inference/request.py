@@ -27,9 +27,14 @@ class Visual:
         return "<video>" if len(self.features) > 1 else "<image>"
 
     @property
+    def damaged_near(self) -> str:
+        """Some of the seconds, to read; "" where nothing is damaged."""
+        return ", ".join(list(dict.fromkeys(f"{seconds:.1f}" for seconds in self.damaged))[:8])
+
+    @property
     def warnings(self) -> list[str]:
         """What the user should know of it, a sentence each."""
-        times = ", ".join(f"{seconds:.1f}" for seconds in self.damaged[:8])
+        times = self.damaged_near
         found = f"{self.name} is damaged near {times} s; frames there are as a player shows them"
         return [found] * bool(times) + ([self.unlike_training] if self.unlike_training else [])
 

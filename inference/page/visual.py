@@ -24,8 +24,7 @@ def draw(attachment: Attachment, texts: dict[str, str]) -> None:
         )
         st.markdown(f"**{escaped(attachment.visual.name)}** :gray[:small[{facts}]]")
         _play(attachment, texts)
-        if damaged := attachment.visual.damaged:
-            times = ", ".join(f"{seconds:.1f}" for seconds in damaged[:8])
+        if times := attachment.visual.damaged_near:
             st.warning(texts["damaged"].format(times=times))
         if attachment.visual.unlike_training:
             st.warning(texts["unlike"])
