@@ -396,10 +396,14 @@ def _old_rows(directory: Path, rel_path: str, place: dict | None) -> np.ndarray:
     if place is None or "reason" in place:
         raise _absent(path, rel_path, place)
     try:
-        if "shard" in place:  # the file's name comes from a number, never from the manifest
-            path = directory / f"features-{place['shard']:05d}.npy"
+        if "shard" in place:
+            shard, row, frames = place["shard"], place.get("row"), place.get("frames")
+            if not all(isinstance(number, int) for number in (shard, row, frames)):
+                path = directory / MANIFEST
+                raise ValueError(f"the shard {shard!r}, row or frames of {rel_path} are no numbers")
+            path = directory / f"features-{shard:05d}.npy"  # never a name from the manifest
             rows = np.load(path, "r", allow_pickle=False)
-            rows = np.array(rows[place["row"] : place["row"] + place["frames"]])
+            rows = np.array(rows[row : row + frames])
         else:
             rows = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

@@ -66,7 +66,7 @@ def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     # Not AutoTokenizer alone: an exported model's folder has code beside it, which that would run.
     reader = PreTrainedTokenizerFast if vocabulary.is_file() else AutoTokenizer
     try:
-        return reader.from_pretrained(folder, local_files_only=True)
+        return reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise ValueError(
             f"--tokenizer_path {path}: no tokenizer can be read there "

@@ -1,5 +1,6 @@
 """Files from strangers: none runs code, takes the machine's memory or opens what lies elsewhere."""
 
+import io
 import json
 import os
 import resource
@@ -19,7 +20,7 @@ from model.vision_tower import VisionTower
 from trainer.checkpoint import checksum, find_state
 from trainer.config import TrainConfig
 
-SHAPE = {"model_type": "minimind", "num_hidden_layers": 2, "num_attention_heads": 8}
+SHAPE = {"model_type": "minimind", "num_hidden_layers": 8, "num_attention_heads": 8}
 
 
 class Malicious:
@@ -67,13 +68,22 @@ def load_folder(**config) -> None:
     load_language_model(".")
 
 
-def code_beside_a_config() -> None:
-    Path("evil.py").write_text("import os; os.mkdir('pwned')")
-    load_folder(hidden_size=64, auto_map={"AutoConfig": "evil.Config"})
-
-
 def config_of_terabytes() -> None:
     load_folder(hidden_size=8 * 10**5, intermediate_size=10**8, vocab_size=6400)
+
+
+def code_beside_a_tower() -> None:
+    Path("evil.py").write_text("import os; os.mkdir('pwned')")
+    config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModel": "evil.M"}}
+    Path("config.json").write_text(json.dumps(config))
+    VisionTower.from_pretrained(".")
+
+
+def code_beside_a_tokenizer() -> None:
+    Path("evil.py").write_text("import os; os.mkdir('pwned')")
+    config = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    Path("tokenizer_config.json").write_text(json.dumps(config))
+    open_tokenizer(Path().absolute())
 
 
 def header_of_exabytes() -> None:
@@ -110,20 +120,31 @@ def shard_of_another_folder() -> None:
     read_features("a.mp4", shard="../../secret", row=0)
 
 
-@pytest.mark.parametrize(
-    "load",
-    [
-        *(checkpoint_with_code, video_checkpoint_with_code, state_with_code, features_with_code),
-        *(settings_with_code, code_beside_a_config, header_of_exabytes, config_of_terabytes),
-        *(tower_of_terabytes, tower_of_nonsense, tokenizer_of_500_megabytes),
-        *(features_of_another_folder, shard_of_another_folder),
-    ],
-)
-def test_a_hostile_file_is_refused_with_a_message(load, tmp_path, monkeypatch):
+REASONS = {
+    checkpoint_with_code: "Weights only load failed",
+    video_checkpoint_with_code: "Weights only load failed",
+    state_with_code: "Weights only load failed",
+    features_with_code: "allow_pickle=False",
+    settings_with_code: "could not determine a constructor for the tag",
+    code_beside_a_tower: "an? 'evil' model, not CLIP or SigLIP",
+    code_beside_a_tokenizer: "contains custom code",
+    header_of_exabytes: "header too large",
+    config_of_terabytes: r"is \(6400, 32\) in the file, \(6400, 800000\) in the model",
+    tower_of_terabytes: "describes 245,394,567,069,696 numbers",
+    tower_of_nonsense: "not a multiple of the number of attention heads",
+    tokenizer_of_500_megabytes: "has 524,288,000 bytes; a tokenizer has at most",
+    features_of_another_folder: r"must be a relative path without '\.\.'",
+    shard_of_another_folder: r"manifest.json.*the shard '\.\./\.\./secret'.* are no numbers",
+}
+
+
+@pytest.mark.parametrize("load", REASONS)
+def test_a_hostile_file_is_refused_with_the_reason(load, tmp_path, monkeypatch):
     (tmp_path / "inner").mkdir()
     monkeypatch.chdir(tmp_path / "inner")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))  # whoever is asked agrees
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=REASONS[load]):
         load()
     assert not Path("pwned").exists()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KB
