@@ -32,7 +32,6 @@ class Chat:
         self,
         chat_model: ChatModel,
         stream: Callable[[Sequence], Iterator[str]] | None = None,
-        system: str | None = None,
         context_tokens: int = CONTEXT_TOKENS,
     ):
         """stream: who answers, `Scheduler.stream` for one of many users; None: an engine of its
@@ -41,7 +40,6 @@ class Chat:
         self.stream = stream or chat_model.engine().stream
         self.turns: list[Turn] = []
         self.attached: list[Visual] = []  # they wait for the next question
-        self._system = [{"role": "system", "content": system}] if system else []
         # What the model still gets: the newest turns that fit, and the visuals of their tags.
         self._turns: list[dict] = []
         self._visuals: list[Visual] = []
@@ -79,11 +77,8 @@ class Chat:
             [*self._turns, {"role": "user", "content": content}],
             [*self._visuals, *self.attached],
         )
-        messages = [*self._system, *turns]
         sequence = Sequence(
-            self.chat_model.make_request(
-                messages, visuals, sampling, stop, self._prefix_cache, prompt
-            )
+            self.chat_model.make_request(turns, visuals, sampling, stop, self._prefix_cache, prompt)
         )
         turn, self.attached = Turn(question, content, self.attached, sequence), []
         self.turns.append(turn)
@@ -99,9 +94,9 @@ class Chat:
             return json.dumps(self.transcript, indent=1, ensure_ascii=False) + "\n"
         marks, between = ("**{}:** ", "\n\n") if suffix == ".md" else ("{}: ", "\n")
         lines = []
-        for turn in self.transcript:
-            lines += [f"[{name}]" for name in turn.get("visuals", ())]
-            lines.append(marks.format("Q" if turn["role"] == "user" else "A") + turn["content"])
+        for turn in self.turns:
+            lines += [f"[{visual.name}]" for visual in turn.visuals]
+            lines += [marks.format("Q") + turn.content, marks.format("A") + turn.answer]
         return between.join(lines) + "\n"
 
     def _fit(
@@ -110,11 +105,8 @@ class Chat:
         """Leaves out the oldest turns once the context is full; their visuals go before the first
         question that stays. Visuals go last, the oldest first, and never the only one. Also returns
         the tokens of what stays."""
-
-        def tokenize() -> Encoded:
-            return self.chat_model.tokenize([*self._system, *turns], visuals)
-
-        prompt = tokenize()
+        tokenize = self.chat_model.tokenize
+        prompt = tokenize(turns, visuals)
         if len(prompt.input_ids) <= self.context_tokens:
             return turns, visuals, prompt
         # A quarter more than needed: what follows a cut is read again, so not in every turn.
@@ -123,9 +115,9 @@ class Chat:
             tags = "".join(f"{tag}\n" for tag in VISUAL_TAG.findall(turns[0]["content"]))
             first = {"role": "user", "content": tags + turns[2]["content"]}
             turns = [first, *turns[3:]]
-            prompt = tokenize()
+            prompt = tokenize(turns, visuals)
         while len(visuals) > 1 and len(prompt.input_ids) > capacity:
             first = {"role": "user", "content": VISUAL_TAG.sub("", turns[0]["content"], 1).lstrip()}
             turns, visuals = [first, *turns[1:]], visuals[1:]
-            prompt = tokenize()
+            prompt = tokenize(turns, visuals)
         return turns, visuals, prompt

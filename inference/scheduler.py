@@ -1,7 +1,7 @@
 """One thread that runs the model for all users of a page or server.
 
 Their sequences join one engine's batch and leave it at any token. Other work on the model (the
-tower, above all) waits its turn in the same thread: one piece of it between two steps.
+tower, above all) waits its turn in the same thread, between two steps.
 """
 
 import logging
@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -35,49 +35,35 @@ class Scheduler:
         self.engine, self.device = chat_model.engine(), chat_model.device
         self.max_batch, self.wait, self.on_step = max_batch, wait, on_step
         self._new: deque[Sequence] = deque()
-        self._work: deque[tuple[Future, Callable, tuple]] = deque()
         self._receivers: dict[Sequence, Callable[[str], None]] = {}
-        self._changed, self._stopping = threading.Condition(), False
+        self._thread, self._lock = ThreadPoolExecutor(1, "model"), threading.Lock()
+        self._ended = self._steps = False
         self._busy_since: float | None = None
-        self.thread = threading.Thread(target=self._run, name="model", daemon=True)
-        self.thread.start()
 
     @property
     def is_healthy(self) -> bool:
         """False once the thread has ended, with the device perhaps, or hangs."""
         busy = self._busy_since
-        hangs = busy is not None and time.monotonic() - busy > HUNG_SECONDS
-        return self.thread.is_alive() and not hangs
+        return not self._ended and (busy is None or time.monotonic() - busy < HUNG_SECONDS)
+
+    def run(self, function: Callable, *arguments: Any) -> Future:
+        """Calls a function in the model's thread, between two steps. Raises RuntimeError once the
+        thread has ended."""
+        with self._lock:
+            if self._ended:
+                raise RuntimeError("the model's thread has ended; the log has the reason")
+            return self._thread.submit(self._timed, function, *arguments)
 
     def submit(self, sequence: Sequence, receive: Callable[[str], None]) -> None:
         """receive is called in the model's thread with each new text, which is "" only at the end;
         `sequence.finish_reason` then tells why, "error" if the model failed. Raises RuntimeError
         once the thread has ended."""
-        with self._changed:
-            self._check_running()
-            self._receivers[sequence] = receive
-            self._new.append(sequence)
-            self._changed.notify()
+        self._receivers[sequence] = receive
+        self.run(self._join, sequence)
 
     def cancel(self, sequence: Sequence) -> None:
         """Its reader has left: ends at the next token, and still calls `receive` then."""
-        with self._changed:
-            if is_waiting := sequence in self._new:
-                self._new.remove(sequence)
-            else:
-                self.run(self._cancel, sequence)
-        if is_waiting:  # not under the lock: `receive` may wait for another who needs it
-            self._cancel(sequence)
-
-    def run(self, function: Callable, *arguments: Any) -> Future:
-        """Calls a function in the model's thread, between two steps. Raises RuntimeError once the
-        thread has ended."""
-        future = Future()
-        with self._changed:
-            self._check_running()
-            self._work.append((future, function, arguments))
-            self._changed.notify()
-        return future
+        self.run(self._cancel, sequence)
 
     def stream(self, sequence: Sequence) -> Iterator[str]:
         """As `Engine.stream`, from any thread. Raises RuntimeError where the model failed."""
@@ -93,92 +79,84 @@ class Scheduler:
         if sequence.finish_reason == "error":
             raise RuntimeError("the model failed on this batch; the log has the reason")
 
-    def _check_running(self) -> None:
-        if self._stopping:
-            raise RuntimeError("the model's thread has ended; the log has the reason")
-
     def stop(self) -> None:
         """What was submitted is still answered."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify()
-        self.thread.join()
+        with self._lock:
+            self._ended = True
+        self._thread.submit(self._answer_all)
+        self._thread.shutdown()
 
     # ---- the model's thread
 
-    def _run(self) -> None:
+    def _timed(self, function: Callable, *arguments: Any) -> Any:
+        self._busy_since = time.monotonic()
         try:
-            while (turn := self._next()) is not None:
-                self._busy_since = time.monotonic()
-                self._do(*turn)
-                self._busy_since = None
-        except Exception:  # whatever it is: every waiting request has to hear of it
-            log.exception("the model's device failed, so its thread ends")
+            return function(*arguments)
         finally:
-            with self._changed:
-                self._stopping = True
-                while self._work:
-                    self._work.popleft()[0].cancel()
-            self._fail(list(self._receivers))
+            self._busy_since = None
 
-    def _do(self, work: tuple | None, new: list[Sequence]) -> None:
+    def _join(self, sequence: Sequence) -> None:
+        self._new.append(sequence)
+        if not self._steps:
+            self._steps = True
+            time.sleep(self.wait)  # who comes meanwhile stands before the step
+            self._thread.submit(self._timed, self._step)
+
+    def _step(self) -> None:
+        """One step for all; the next one waits behind whatever has come meanwhile."""
+        self._step_once()
+        self._steps = bool(self.engine.sequences or self._new)
+        if self._steps and not self._ended:
+            self._thread.submit(self._timed, self._step)
+
+    def _answer_all(self) -> None:
+        while self.engine.sequences or self._new:
+            self._step_once()
+
+    def _step_once(self) -> None:
+        capacity = self.max_batch - len(self.engine.sequences)
+        new = [self._new.popleft() for _ in range(min(capacity, len(self._new)))]
         try:
-            if work is not None:
-                future, function, arguments = work
-                if future.set_running_or_notify_cancel():  # False: its client has left
-                    try:
-                        future.set_result(function(*arguments))
-                    except Exception as error:
-                        future.set_exception(error)
-            self._step(new)
+            moved = self.engine.step() if self.engine.sequences else []
+            if new:
+                self.engine.add(new)
+            moved = [*moved, *new]
+            for sequence in moved:
+                if text := sequence.take_text():
+                    self._receivers[sequence](text)
+                self._end(sequence)
+            self.on_step(moved)
         except Exception:
             # Which sequence it was can't be known: all of this batch end, the next ones are new.
             failed = [*self.engine.sequences, *new]
             log.exception("the model failed on a batch of %d", len(failed))
             self.engine.reset()
             self._fail(failed)
-            torch.zeros(1, device=self.device).sum().item()  # raises where the device has died
+            self._check_device()
+
+    def _check_device(self) -> None:
+        try:
+            torch.zeros(1, device=self.device).sum().item()
+        except Exception:  # whatever it is: every waiting request has to hear of it
+            log.exception("the model's device failed, so its thread ends")
+            with self._lock:
+                self._ended = True
+            self._new.clear()
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            self._fail(list(self._receivers))
 
     def _fail(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
             sequence.finish("error")
             self._end(sequence)
 
-    def _next(self) -> tuple[tuple | None, list[Sequence]] | None:
-        """The next piece of work and the sequences that join; None: it is time to stop."""
-        engine = self.engine
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._stopping or self._work or self._new or engine.sequences
-            )
-            capacity = self.max_batch - len(engine.sequences)
-            if self._new and not (engine.sequences or self._work):
-                self._changed.wait_for(lambda: len(self._new) >= capacity, self.wait)
-            if self._stopping and not (self._work or self._new or engine.sequences):
-                return None
-            work = self._work.popleft() if self._work else None
-            return work, [self._new.popleft() for _ in range(min(capacity, len(self._new)))]
-
-    def _step(self, new: list[Sequence]) -> None:
-        moved = self.engine.step() if self.engine.sequences else []
-        if new:
-            self.engine.add(new)
-        moved = [*moved, *new]
-        for sequence in moved:
-            receive = self._receivers[sequence]
-            if text := sequence.take_text():
-                receive(text)
-            if sequence.finish_reason is not None:
-                self._end(sequence)
-        if moved:
-            self.on_step(moved)
-
     def _cancel(self, sequence: Sequence) -> None:
-        if sequence in self.engine.sequences:
-            self.engine.cancel(sequence)
-        sequence.finish("cancelled")
+        if sequence in self._new:
+            self._new.remove(sequence)
+        self.engine.cancel(sequence)
         self._end(sequence)
 
     def _end(self, sequence: Sequence) -> None:
-        if receive := self._receivers.pop(sequence, None):
-            receive("")
+        """Tells its reader, once it has ended."""
+        if sequence.finish_reason is not None and sequence in self._receivers:
+            self._receivers.pop(sequence)("")
