@@ -236,6 +236,7 @@ def test_a_client_that_leaves_before_the_model_starts_costs_nothing(chat_model):
         scheduler.cancel(sequence)
     scheduler.submit(sequences[3], texts.append)
     submitted.set()
+    until(lambda: len(ends) == 3)
     scheduler.stop()
     assert "".join(texts).strip() == alone(chat_model, "What is it?")
     assert [each.finish_reason for each in sequences] == [*["cancelled"] * 3, "length"]
