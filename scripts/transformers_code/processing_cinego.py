@@ -5,14 +5,12 @@ frames (F, H, W, 3). Rows of a batch are padded on the left, ready for generate(
 """
 
 import os
-from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
-from dataset.conversation import VISUAL_TAG, encode, encode_rendered, left_pad
+from dataset.conversation import VISUAL_TAG, encode_rendered, left_pad
 from model.config import CinegoConfig
 
 
@@ -46,20 +44,26 @@ class CinegoProcessor(ProcessorMixin):
         Raises ValueError where tags and visuals don't fit, and what `read_frames` raises.
         """
         _check_usual(kwargs)
+        config = CinegoConfig(tokens_per_frame=self.tokens_per_frame, summary=self.summary)
         waiting = {"<image>": _as_list(images), "<video>": _as_list(videos)}
-        rows = []
+        rows, pixels = [], []
         for prompt in _as_list(text):
-            visuals = []
+            lengths = []
             for tag in VISUAL_TAG.findall(prompt):
                 # `<image>` may mark a video (LLaVA-Video writes so) and a run either.
                 named = waiting.get(tag) or waiting["<video>"] or waiting["<image>"]
                 if not named:
                     raise ValueError(f"more tags than visuals, from {prompt!r} on")
-                visuals.append(named.pop(0))
-            rows.append((visuals, partial(encode_rendered, self.tokenizer, prompt)))
+                pixels.append(self._pixels(named.pop(0), num_frames or self.num_frames))
+                lengths.append(config.tokens_per_visual(len(pixels[-1])))
+            rows.append(encode_rendered(self.tokenizer, prompt, lengths))
         if left := sum(map(len, waiting.values())):
             raise ValueError(f"{left} visuals more than tags: write <video> where each belongs")
-        return self._batch(rows, num_frames)
+        batch = left_pad(rows, self.tokenizer.pad_token_id or 0)
+        if pixels:
+            batch["pixel_values"] = torch.cat(pixels)
+            batch["frames_per_visual"] = torch.tensor([len(visual) for visual in pixels])
+        return BatchFeature(batch)
 
     def apply_chat_template(
         self,
@@ -75,45 +79,28 @@ class CinegoProcessor(ProcessorMixin):
         {"type": "text", "text": …}, {"type": "video", "path": …} and {"type": "image", …}.
 
         Gives the rendered text(s), or with tokenize=True the ids, or with return_dict=True all
-        inputs of the model. Raises ValueError for another content, and what `encode` raises.
+        inputs of the model. Raises ValueError for another content, and as a call does.
         """
-        _check_usual(kwargs)
         if chat_template is not None:
             raise ValueError("set tokenizer.chat_template instead of handing in chat_template")
-        is_batch = not isinstance(conversation[0], dict)
-        parsed = [_messages(turns) for turns in (conversation if is_batch else [conversation])]
+        is_batch, visuals = not isinstance(conversation[0], dict), []
+        texts = self.tokenizer.apply_chat_template(
+            [_messages(turns, visuals) for turns in (conversation if is_batch else [conversation])],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
         if not tokenize:
-            how = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
-            texts = [self.tokenizer.apply_chat_template(turns, **how) for turns, _ in parsed]
             return texts if is_batch else texts[0]
-        how = {"add_generation_prompt": add_generation_prompt}
-        rows = [(named, partial(encode, self.tokenizer, turns, **how)) for turns, named in parsed]
-        batch = self._batch(rows, num_frames)
+        batch = self(texts, videos=visuals, num_frames=num_frames, **kwargs)
         return batch if return_dict else batch["input_ids"]
 
-    def _batch(self, rows: list[tuple[list, Callable]], num_frames: int | None) -> BatchFeature:
-        """rows: the visuals, and what encodes the text once their lengths are known."""
-        config = CinegoConfig(tokens_per_frame=self.tokens_per_frame, summary=self.summary)
-        encoded, pixels = [], []
-        for visuals, encode_text in rows:
-            own = [self._pixels(visual, num_frames) for visual in visuals]
-            lengths = [config.tokens_per_visual(len(visual)) for visual in own]
-            encoded.append(encode_text(visual_lengths=lengths))
-            pixels += own
-        batch = left_pad(encoded, self.tokenizer.pad_token_id or 0)
-        if pixels:
-            batch["pixel_values"] = torch.cat(pixels)
-            batch["frames_per_visual"] = torch.tensor([len(visual) for visual in pixels])
-        return BatchFeature(batch)
-
-    def _pixels(self, visual, num_frames: int | None) -> torch.Tensor:
+    def _pixels(self, visual, num_frames: int) -> torch.Tensor:
         """(F, 3, S, S) of one visual."""
         # Here, and not above: a question without a video needs no video reader.
         from dataset.clip import uniform_indices
         from dataset.transforms import FrameTransform
         from dataset.video import read_frames
 
-        num_frames = num_frames or self.num_frames
         if isinstance(visual, str | os.PathLike):
             frames = read_frames(visual, num_frames=num_frames).frames
         else:
@@ -128,9 +115,9 @@ class CinegoProcessor(ProcessorMixin):
         return FrameTransform.from_config(settings, "the image processor")(frames)
 
 
-def _messages(turns: list[dict]) -> tuple[list[dict], list]:
-    """Turns whose contents are texts with tags, and the visuals in order."""
-    messages, visuals = [], []
+def _messages(turns: list[dict], visuals: list) -> list[dict]:
+    """Turns whose contents are texts with tags; their visuals join `visuals`."""
+    messages = []
     for turn in turns:
         content = turn["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
@@ -145,7 +132,7 @@ def _messages(turns: list[dict]) -> tuple[list[dict], list]:
             else:
                 raise ValueError(f"{part} is no text, and no image or video with its 'path'")
         messages.append({"role": turn["role"], "content": "".join(texts)})
-    return messages, visuals
+    return messages
 
 
 def _as_list(visuals) -> list:
