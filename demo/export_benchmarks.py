@@ -10,6 +10,7 @@ checked with a model that knows the answers.
 """
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -24,23 +25,22 @@ from cli import Flags, flag, launch, parse_flags
 class ExportFlags(Flags):
     """Export"""
 
-    data: str = flag("out/quickstart/data/test", "folder of demo.world's test set")
-    out: str = flag("out/demo_benchmarks", "folder to write")
+    data: Path = flag(Path("out/quickstart/data/test"), "folder of demo.world's test set")
+    out: Path = flag(Path("out/demo_benchmarks"), "folder to write")
 
 
 def export(data: Path, out: Path) -> dict[str, int]:
     """Writes all three with their videos; returns how many questions or pairs each has."""
-    files = [data / "questions.jsonl", data / "captions.jsonl"]
-    lines = (line for file in files for line in file.read_text(encoding="utf-8").splitlines())
     pairs, captions = defaultdict(list), {}
-    for line in map(json.loads, lines):
-        turns = [turn["value"].removeprefix("<video>\n") for turn in line["conversations"]]
-        scoring = line["scoring"][0]
-        if len(turns) == 2 and "pair" in scoring:
-            question = {"video": Path(line["video"]).name, "question": turns[0], "answer": turns[1]}
-            pairs[scoring["pair"]].append((scoring["type"], question))
-        if scoring["type"] == "caption" and line["language"] == "en":
-            captions[Path(line["video"]).stem] = turns[1]
+    for name in ("questions", "captions"):
+        for line in map(json.loads, (data / f"{name}.jsonl").read_text("utf-8").splitlines()):
+            turns = [turn["value"].removeprefix("<video>\n") for turn in line["conversations"]]
+            scoring, file = line["scoring"][0], Path(line["video"])
+            if len(turns) == 2 and "pair" in scoring:
+                question = {"video": file.name, "question": turns[0], "answer": turns[1]}
+                pairs[scoring["pair"]].append((scoring["type"], question))
+            if scoring["type"] == "caption" and line["language"] == "en":
+                captions[file.stem] = turns[1]
 
     tasks = defaultdict(list)
     for pair in pairs.values():
@@ -51,47 +51,36 @@ def export(data: Path, out: Path) -> dict[str, int]:
     for task, questions in tasks.items():
         _write(out / f"tvbench/json/{task}.json", json.dumps(questions, ensure_ascii=False))
 
-    twins = [
-        (name, f"{name}-reversed")
-        for name, caption in captions.items()
-        if captions.get(f"{name}-reversed", caption) != caption
-    ]
-    lines = [
-        {
-            **{"src_dataset": "clips", "video_name": f"{video}.mp4", "caption": captions[video]},
-            **{"counterfactual": captions[other], "aspect": "Direction"},
-        }
-        for pair in twins
-        for video, other in (pair, pair[::-1])
-    ]
-    _write(out / "vitatecs/data/Direction.jsonl", "\n".join(map(json.dumps, lines)) + "\n")
-
-    path = out / "vinoground/vinoground.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["index", "pos_cap", "neg_cap", "major", "minor"])
-        for index, pair in enumerate(twins):
-            writer.writerow([index, *(captions[name] for name in pair), "demo", ""])
-            for side, name in zip(("pos", "neg"), pair, strict=True):
-                target = out / f"videos/vinoground_videos/{index}_{side}.mp4"
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(data / f"clips/{name}.mp4", target)
-    shutil.copytree(data / "clips", out / "videos/clips", copy_function=os.link, dirs_exist_ok=True)
+    twins, reverses, clips = [], [], out / "videos/clips"
+    shutil.copytree(data / "clips", clips, copy_function=os.link, dirs_exist_ok=True)
+    for name, caption in captions.items():
+        twin = captions.get(f"{name}-reversed", caption)
+        if twin == caption:
+            continue
+        for side, video in (("pos", name), ("neg", f"{name}-reversed")):
+            target = out / f"videos/vinoground_videos/{len(twins)}_{side}.mp4"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(clips / f"{video}.mp4", target)
+            texts = (caption, twin) if side == "pos" else (twin, caption)
+            about = {"src_dataset": "clips", "video_name": f"{video}.mp4", "caption": texts[0]}
+            reverses.append(about | {"counterfactual": texts[1], "aspect": "Direction"})
+        twins.append([len(twins), caption, twin, "demo", ""])
+    _write(out / "vitatecs/data/Direction.jsonl", "\n".join(map(json.dumps, reverses)) + "\n")
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([["index", "pos_cap", "neg_cap", "major", "minor"], *twins])
+    _write(out / "vinoground/vinoground.csv", table.getvalue())
     questions = sum(map(len, tasks.values()))
-    return {"tvbench": questions, "vitatecs": len(lines), "vinoground": len(twins)}
+    return {"tvbench": questions, "vitatecs": len(reverses), "vinoground": len(twins)}
 
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", newline="")
 
 
 def main(argv: list[str] | None = None) -> None:
     flags = parse_flags(ExportFlags, __doc__, argv)
-    print(
-        *(f"{name}: {count:,}" for name, count in export(Path(flags.data), Path(flags.out)).items())
-    )
+    print(export(flags.data, flags.out))
 
 
 if __name__ == "__main__":
