@@ -1,18 +1,16 @@
 """The field's benchmarks in files of exactly their published form, through their converters."""
 
-import csv
 import json
 import re
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from dataset.samples import read_samples
 from demo.export_benchmarks import export
 from scripts.convert.benchmarks import BENCHMARKS, main
 from scripts.convert.common import one_turn
+from tests.scripts.test_convert import write
 
 MVBENCH = {
     "video": "166583.webm",
@@ -166,20 +164,12 @@ CANDIDATES = ("tvbench", "mvbench", "mlvu", "longvideobench", "longvideobench_te
 
 def publish(folder: Path, files: dict) -> None:
     for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".parquet":
-            pq.write_table(pa.Table.from_pylist(content), path)
-        elif path.suffix == ".csv":
-            with path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, list(content[0]))
-                writer.writeheader()
-                writer.writerows(content)
-        elif path.suffix == ".jsonl":
-            path.write_text("".join(json.dumps(record) + "\n" for record in content))
+        if isinstance(content, list):
+            write(folder / name, *content)
         else:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             text = content if isinstance(content, str) else json.dumps(content, indent=4)
-            path.write_text(text, encoding="utf-8")
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The field's datasets, in files of their formats, through the commands that convert them."""
 
+import csv
 import io
 import json
 import subprocess
@@ -28,15 +29,20 @@ def user(*texts: str) -> list[dict]:
     return [{"role": ("user", "assistant")[i % 2], "content": x} for i, x in enumerate(texts)]
 
 
-def write_json(path: Path, *records) -> Path:
-    """A JSON array."""
+def write(path: Path, *records) -> Path:
+    """Records in the form that the suffix names: jsonl, parquet, csv, or a JSON array."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(records), encoding="utf-8")
-    return path
-
-
-def write_jsonl(path: Path, *records) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(records), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(records[0]))
+            writer.writeheader()
+            writer.writerows(records)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    else:
+        path.write_text(json.dumps(records))
     return path
 
 
@@ -45,11 +51,6 @@ def touch(root: Path, *paths: str) -> Path:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).touch()
     return root
-
-
-def write_parquet(path: Path, **table) -> Path:
-    pq.write_table(pa.table(table), path)
-    return path
 
 
 def picture(color, size=(16, 12), format="JPEG") -> bytes:
@@ -95,13 +96,13 @@ NEXTQA = {
 
 def test_llava_video_178k(tmp_path, convert):
     data = tmp_path / "LLaVA-Video-178K"
-    write_json(data / "0_30_s_nextqa/0_30_s_nextqa_mc_qa_processed.json", NEXTQA)
+    write(data / "0_30_s_nextqa/0_30_s_nextqa_mc_qa_processed.json", NEXTQA)
     source, video = "0_30_s_academic_v0_1", "academic_source/Charades/RW587.mp4"
     turns = human("<image>\nDescribe.", "A man sits.", "And then?", "He stands up.")
     caption = {"id": "RW587", "conversations": turns, "data_source": source, "video": video}
     question = caption | {"conversations": human("<image>\nWho?", "A man.")}
-    write_json(data / source / f"{source}_cap_processed.json", caption)
-    write_json(data / source / f"{source}_oe_v0_1_qa_processed.json", question, question)
+    write(data / source / f"{source}_cap_processed.json", caption)
+    write(data / source / f"{source}_oe_v0_1_qa_processed.json", question, question)
     # One subset was unpacked beside the annotations, the other into the dataset's own folder.
     touch(data, NEXTQA["video"], f"{source}/{video}")
 
@@ -135,7 +136,7 @@ def test_llava_video_178k(tmp_path, convert):
 def test_records_that_cannot_be_used_are_dropped_and_listed(tmp_path, convert, change, reason):
     root = touch(tmp_path / "videos", NEXTQA["video"], "a/twice.mp4", "b/twice.mp4")
     (root / "out").symlink_to(touch(tmp_path / "elsewhere", "a.mp4"))
-    data = write_json(tmp_path / "data.json", NEXTQA | change, NEXTQA)
+    data = write(tmp_path / "data.json", NEXTQA | change, NEXTQA)
     samples, report = convert(llava, data, images_path=root)
     assert len(samples) == 1 and reason in dropped(tmp_path)[1]
     assert f"{data}:1: " in report
@@ -144,7 +145,7 @@ def test_records_that_cannot_be_used_are_dropped_and_listed(tmp_path, convert, c
 def test_a_file_in_another_folder_is_found_by_its_name(tmp_path, convert):
     record = NEXTQA | {"video": "./NextQA//NExTVideo/1006/8968804598.mp4"}
     root = touch(tmp_path / "videos", "unpacked/1006/8968804598.mp4", "copy/8968804598.mp4")
-    data = write_json(tmp_path / "a.json", record)
+    data = write(tmp_path / "a.json", record)
     (sample,), report = convert(llava, data, images_path=root)
     assert sample.visuals == ["unpacked/1006/8968804598.mp4"]
     assert "1 × a file found under another path" in report
@@ -158,7 +159,7 @@ def test_held_out_samples_are_of_videos_that_training_never_sees(tmp_path, conve
         return {"id": f"{video}", "video": f"{video}.mp4", "conversations": turns}
 
     data = [record(video, question) for video in range(200) for question in range(2)]
-    path, val = write_json(tmp_path / "a.json", *data), tmp_path / "out/val.jsonl"
+    path, val = write(tmp_path / "a.json", *data), tmp_path / "out/val.jsonl"
     samples, report = convert(llava, path, "--val_output", val, "--val_share", "0.1")
     train, held_out = ({s.visuals[0] for s in part} for part in (samples, read_samples(val)))
     assert not train & held_out and len(train | held_out) == 200 and 8 <= len(held_out) <= 32
@@ -177,7 +178,7 @@ def test_video_instruct_100k(tmp_path, convert):
         {"id": "v_1", "video": "v_1.pkl", "conversations": human("What?\n<video>", "A.")},
     ]
     root = touch(tmp_path / "videos", "train/v_k_ZXmr8pmrs.mkv", "v_2.webm", "v_2.pkl", "v_1.MP4")
-    data = write_json(tmp_path / "VideoInstruct100K.json", *asked)
+    data = write(tmp_path / "VideoInstruct100K.json", *asked)
     samples, _ = convert(video_instruct_100k, data, images_path=root)
     assert [(s.id, *s.visuals) for s in samples] == [
         ("v_k_ZXmr8pmrs", "train/v_k_ZXmr8pmrs.mkv"),
@@ -211,7 +212,7 @@ def test_minimind_v_of_2024_and_2025(tmp_path, convert):
     images = ["COCO_train2014_000000334872.jpg", "GCC_1.jpg", "train_0_0.jpg"]
     images += ["a/COCO_train2014_1.jpg", "0.jpg", "1.jpg"]
     root = touch(tmp_path / "images", *images)
-    data = [write_json(tmp_path / "230k.json", *old), write_jsonl(tmp_path / "sft.jsonl", *new)]
+    data = [write(tmp_path / "230k.json", *old), write(tmp_path / "sft.jsonl", *new)]
     samples, report = convert(minimind_v, *data, images_path=root)
     assert [(sample.id, *sample.visuals) for sample in samples] == [
         ("000000334872", "COCO_train2014_000000334872.jpg"),
@@ -222,7 +223,7 @@ def test_minimind_v_of_2024_and_2025(tmp_path, convert):
     assert len(samples[0].messages) == 4 and samples[3].messages == user("<image>谁", "猫")
     assert "dropped 1," in report and "turn 2: the answer is empty" in report
 
-    data = write_json(tmp_path / "output.json", *several)
+    data = write(tmp_path / "output.json", *several)
     (sample,), _ = convert(minimind_v, data, images_path=root)
     assert (sample.id, sample.visuals) == ("000000000000", ["0.jpg", "1.jpg"])
     reasons = dropped(tmp_path)
@@ -241,8 +242,8 @@ def test_minimind_v_parquet(tmp_path, convert):
         (user("<image>", "没有图片。"), None),
         (user("<image>\n什么？", "蓝色。"), picture("blue", format="PNG")),
     ]
-    turns, images = [json.dumps(turns) for turns, _ in rows], [image for _, image in rows]
-    data = write_parquet(tmp_path / "sft_i2t.parquet", conversations=turns, image_bytes=images)
+    records = [{"conversations": json.dumps(turns), "image_bytes": image} for turns, image in rows]
+    data = write(tmp_path / "sft_i2t.parquet", *records)
     root = tmp_path / "pictures"
     samples, report = convert(minimind_v, data, images_path=root)
     kept = (0, 1, 2, 5, 7)
@@ -266,7 +267,7 @@ def test_sharegpt4video(tmp_path, convert):
         about = {"video_id": name, "video_path": f"panda/{name}.mp4", "zip_folder": archive}
         return about | {"captions": captions, "timestamp": ["00:00:00.000", "00:00:06.000"]}
 
-    data = write_jsonl(
+    data = write(
         tmp_path / "sharegpt4video_40k.jsonl",
         line("j5JqNXjGufw", ("1", "First."), ("2", "Then."), ("-1", "The whole of it.")),
         line("unpacked", (-1, "Of another archive."), archive="zips/bdd100k.zip"),
@@ -305,16 +306,16 @@ def test_a_json_array_is_converted_by_the_command_that_training_names(tmp_path):
 
 def test_parquets_of_several_pictures_of_paths_and_of_the_datasets_library(tmp_path, convert):
     struct = {"bytes": picture("blue"), "path": "x.jpg"}
+    several, text = (
+        json.dumps(turns) for turns in (user("<image><image>?", "Red."), user("", "Hi"))
+    )
     tables = {
-        "several": {
-            "conversations": [json.dumps(user("<image> or <image>?", "Red."))],
-            "image_bytes": [[picture("red"), picture("lime")]],
-        },
-        "paths": {"conversations": [user("<video>\nWhat?", "Up.")], "video": ["b.mp4"], "id": [7]},
-        "structs": {"conversations": [user("<image>?", "Blue.")], "images": [[struct]]},
-        "text": {"conversations": ["{", json.dumps(human("Hi", "Hello"))], "id": [b"\xff", None]},
+        "several": [{"conversations": several, "image_bytes": [picture("red"), picture("lime")]}],
+        "paths": [{"conversations": user("<video>\nWhat?", "Up."), "video": "b.mp4", "id": 7}],
+        "structs": [{"conversations": user("<image>?", "Blue."), "images": [struct]}],
+        "text": [{"conversations": "{", "id": b"\xff"}, {"conversations": text}],
     }
-    paths = [write_parquet(tmp_path / f"{name}.parquet", **table) for name, table in tables.items()]
+    paths = [write(tmp_path / f"{name}.parquet", *rows) for name, rows in tables.items()]
     with pytest.raises(ValueError, match="a parquet; convert it.*to_jsonl.* --images_path"):
         read_samples(tmp_path / "paths.parquet")
     root = touch(tmp_path / "root", "b.mp4")
@@ -342,12 +343,12 @@ def test_parquets_of_several_pictures_of_paths_and_of_the_datasets_library(tmp_p
 def test_wrong_arguments_leave_nothing_behind(tmp_path, monkeypatch, arguments, reason):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    write_json(tmp_path / "a.json", NEXTQA)
-    write_jsonl(tmp_path / "b.jsonl", 3)
+    write(tmp_path / "a.json", NEXTQA)
+    write(tmp_path / "b.jsonl", 3)
     (tmp_path / "cut.json").write_text(json.dumps([NEXTQA, NEXTQA])[:-20])
     (tmp_path / "z.parquet").write_bytes(b"PAR1 but no more")
-    turns = [human("<image>", "Red.")]
-    write_parquet(tmp_path / "x.parquet", conversations=turns, image_bytes=[picture("red")])
+    row = {"conversations": human("<image>", "Red."), "image_bytes": picture("red")}
+    write(tmp_path / "x.parquet", row)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit, match=reason):
         to_jsonl.main("", to_jsonl.convert, ["--output", "x.jsonl", "--data_path", *arguments])
