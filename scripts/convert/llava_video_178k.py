@@ -3,17 +3,10 @@
     python -m scripts.convert.llava_video_178k --data_path LLaVA-Video-178K \\
         --images_path LLaVA-Video-178K --output dataset/llava_video.jsonl
 
-`--data_path` takes the folder, or single files of it (…_cap_processed.json, …_oe_…, …_mc_…). A
-record is
-
-    {"id": "1006-8968804598", "data_source": "0_30_s_nextqa",
-     "video": "NextQA/NExTVideo/1006/8968804598.mp4",
-     "conversations": [{"from": "human", "value": "<image>\\nQ…"},
-                       {"from": "gpt", "value": "E. …"}]}
-
-The tag says <image> though a video is meant: it becomes <video>. The path starts in the folder of
-the dataset or of its subset (`data_source`), as the archives were unpacked. Records about one
-video share an id: the second is called `id#2`.
+`--data_path` takes the folder, or single files of it. A record is {"id": "1006-8968804598",
+"data_source": "0_30_s_nextqa", "video": "NextQA/NExTVideo/1006/8968804598.mp4", "conversations":
+[{"from": "human", "value": "<image>\\nQ…"}, {"from": "gpt", "value": "E. …"}]}. The tag becomes
+<video>. The path starts in the folder of the dataset or of its subset (`data_source`).
 """
 
 from scripts.convert.common import Media, main, one_path, turns

@@ -2,23 +2,15 @@
 
     python -m scripts.convert.minimind_v --data_path llava_instruct_230k.json \\
         --images_path dataset/sft_images --output dataset/chinese_llava.jsonl
-    python -m scripts.convert.minimind_v --data_path output.json \\
-        --images_path dataset/sft_multi_images --output dataset/multi_image.jsonl
-    python -m scripts.convert.minimind_v --data_path sft_i2t.parquet \\
-        --images_path dataset/pictures --output dataset/sft.jsonl        # pictures become files
 
 The forms, told apart by what is in the file:
 
-    {"id": "000000334872", "image": "000000334872.jpg",
-     "conversations": [{"from": "human", "value": "<image>\\n…"}, {"from": "gpt", "value": "…"}]}
-    {"id": "000000000000", "image": "0.jpg, 1.jpg", "conversations": …}
-    {"conversations": [{"role": "user", "content": "…<image>"}, {"role": "assistant", …}],
-     "image": "train-00000-of-00001_image_0_0.jpg"}
+    {"id": "0000", "image": "0.jpg, 1.jpg", "conversations": [{"from": "human", "value": "…"}, …]}
+    {"image": "train_0_0.jpg", "conversations": [{"role": "user", "content": "…<image>"}, …]}
     columns conversations (a JSON string of such turns) and image_bytes (bytes, or a list of them)
 
-The loader of 2024 read COCO's pictures under `COCO_train2014_` and the first turns only: here both
-names are tried, and all turns are kept. A row of a parquet without a tag is text, its picture the
-8×8 black filler. Records with a tag too many are dropped: which one is stray can't be known.
+The loader of 2024 read COCO's pictures under `COCO_train2014_`: both names are tried. A row of a
+parquet without a tag is text. Where a tag is too many, which one is stray can't be known: dropped.
 """
 
 from dataset.samples import split_paths

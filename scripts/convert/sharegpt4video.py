@@ -3,14 +3,10 @@
     python -m scripts.convert.sharegpt4video --data_path sharegpt4video_40k.jsonl \\
         --images_path sharegpt4video --output dataset/sharegpt4video.jsonl
 
-A line is
-
-    {"video_id": "…", "video_path": "panda/….mp4", "zip_folder": "panda_videos_1.zip",
-     "captions": [{"idx": "1", "content": "…"}, …, {"idx": "-1", "content": "…"}]}
-
-The caption with idx -1 is of the whole video and becomes the answer to a request for a description
-(one of four, always the same for a video); those of single key frames are left out. The video is
-looked for under `video_path`, then in a folder called as its archive, then by its name.
+A line is {"video_id": "…", "video_path": "panda/….mp4", "zip_folder": "panda_videos_1.zip",
+"captions": [{"idx": "1", "content": "…"}, …]}. The caption with idx -1 is of the whole video and
+answers one of four requests, always the same for a video; those of key frames are left out. The
+video is looked for under `video_path`, then in a folder called as its archive, then by its name.
 """
 
 import zlib

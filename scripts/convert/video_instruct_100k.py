@@ -6,8 +6,7 @@
 A record is {"video_id": "v_k_ZXmr8pmrs", "q": "…", "a": "…"}; the file's suffix is found under
 `--images_path` (without it, .mp4 is assumed). What Video-ChatGPT's own converter makes of these,
 {"id": …, "video": "v_k_ZXmr8pmrs.pkl", "conversations": …}, is taken too, its tags where they are;
-here the tag comes first, so that all questions about a video share a row in training. The ids are
-the videos': later questions about one are called `id#2`, `id#3`, …
+here the tag comes first, so that all questions about a video share a row in training.
 """
 
 from pathlib import PurePosixPath
