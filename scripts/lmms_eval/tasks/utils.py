@@ -1,5 +1,7 @@
 """What cinego_questions.yaml calls: the first turn of each line, scored as eval.py scores it."""
 
+from collections.abc import Callable
+
 from dataset.conversation import VISUAL_TAG
 from inference.scoring import fact_vocabulary, score_turn, summarise
 
@@ -27,18 +29,12 @@ def score(doc: dict, results: list[str]) -> dict:
     return dict.fromkeys(("all", "reversed", "captions"), answered)
 
 
-def _summary(answered: list[tuple]) -> dict:
-    vocabulary = fact_vocabulary((language, entry) for entry, language, _, _ in answered)
-    return summarise([score_turn(*each, vocabulary) for each in answered])
+def _figure(name: str) -> Callable[[list[tuple]], float | None]:
+    def figure(answered: list[tuple]) -> float | None:
+        vocabulary = fact_vocabulary((language, entry) for entry, language, _, _ in answered)
+        return summarise([score_turn(*each, vocabulary) for each in answered])[name]
+
+    return figure
 
 
-def mean_all(answered: list[tuple]) -> float | None:
-    return _summary(answered)["all"]
-
-
-def mean_reversed(answered: list[tuple]) -> float | None:
-    return _summary(answered)["reversed"]
-
-
-def mean_captions(answered: list[tuple]) -> float | None:
-    return _summary(answered)["captions"]
+mean_all, mean_reversed, mean_captions = map(_figure, ("all", "reversed", "captions"))
