@@ -50,21 +50,14 @@ OBJECTS = [Object(shape, colour) for shape in SHAPES for colour in COLOURS]
 OBJECTS += [Object(icon) for icon in ICONS]
 
 # ---- drawings: parts from back to front, each a form and its fill (None: the object's colour).
-# A form is the corners of a polygon or an `Ellipse`, from -1 to 1 with y downwards.
+# A form is a list of the corners of a polygon, or an ellipse's left, top, right and bottom, from -1
+# to 1 with y downwards.
 
 Point = tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Ellipse:
-    left: float
-    top: float
-    right: float
-    bottom: float
-
-
-def _disc(x: float, y: float, radius: float) -> Ellipse:
-    return Ellipse(x - radius, y - radius, x + radius, y + radius)
+def _disc(x: float, y: float, radius: float) -> tuple:
+    return x - radius, y - radius, x + radius, y + radius
 
 
 def _box(left: float, top: float, right: float, bottom: float) -> list[Point]:
@@ -113,13 +106,13 @@ DRAWINGS: dict[str, list[tuple]] = {
     "car": [
         ([(-0.5, -0.05), (-0.3, -0.5), (0.35, -0.5), (0.6, -0.05)], (160, 210, 235)),
         (_box(-0.98, -0.05, 0.98, 0.4), (235, 120, 30)),
-        (Ellipse(-0.75, 0.15, -0.25, 0.65), (40, 40, 45)),
-        (Ellipse(0.25, 0.15, 0.75, 0.65), (40, 40, 45)),
+        ((-0.75, 0.15, -0.25, 0.65), (40, 40, 45)),
+        ((0.25, 0.15, 0.75, 0.65), (40, 40, 45)),
     ],
     "fish": [
         ([(0.45, 0), (0.98, -0.5), (0.98, 0.5)], (30, 150, 170)),
-        (Ellipse(-0.98, -0.5, 0.65, 0.5), (60, 195, 205)),
-        (Ellipse(-0.7, -0.22, -0.45, 0.03), (20, 20, 30)),
+        ((-0.98, -0.5, 0.65, 0.5), (60, 195, 205)),
+        ((-0.7, -0.22, -0.45, 0.03), (20, 20, 30)),
     ],
     "flower": [
         *((_disc(0.6 * x, 0.6 * y, 0.36), (245, 130, 180)) for x, y in _star(6)),
@@ -142,20 +135,20 @@ DRAWINGS: dict[str, list[tuple]] = {
         ([(-0.3, 0.5), (0.3, 0.5), (0.0, 0.98)], (250, 170, 40)),
         ([(-0.7, 0.65), (-0.3, 0.0), (0.3, 0.0), (0.7, 0.65)], (70, 90, 120)),
         ([(-0.32, 0.5), (-0.32, -0.45), (0, -0.98), (0.32, -0.45), (0.32, 0.5)], SILVER),
-        (Ellipse(-0.17, -0.37, 0.17, -0.03), (60, 130, 210)),
+        ((-0.17, -0.37, 0.17, -0.03), (60, 130, 210)),
     ],
     "cup": [
-        (Ellipse(0.25, -0.35, 0.95, 0.45), BLUE_GREY),
-        (Ellipse(0.42, -0.18, 0.78, 0.28), TRANSPARENT),
+        ((0.25, -0.35, 0.95, 0.45), BLUE_GREY),
+        ((0.42, -0.18, 0.78, 0.28), TRANSPARENT),
         ([(-0.85, -0.75), (0.6, -0.75), (0.42, 0.9), (-0.67, 0.9)], (95, 110, 140)),
-        (Ellipse(-0.8, -0.9, 0.55, -0.6), (80, 45, 25)),
+        ((-0.8, -0.9, 0.55, -0.6), (80, 45, 25)),
     ],
     "key": [
         (_box(-0.25, -0.13, 0.95, 0.13), GOLD),
         (_box(0.45, 0.1, 0.6, 0.5), GOLD),
         (_box(0.75, 0.1, 0.9, 0.6), GOLD),
-        (Ellipse(-0.98, -0.5, 0.02, 0.5), GOLD),
-        (Ellipse(-0.68, -0.2, -0.28, 0.2), TRANSPARENT),
+        ((-0.98, -0.5, 0.02, 0.5), GOLD),
+        ((-0.68, -0.2, -0.28, 0.2), TRANSPARENT),
     ],
     "moon": [
         (_arc(0, 0, 0.95, 0.95, _OUTER) + _arc(0.45, 0, 0.75, 0.75, _INNER), (250, 232, 150)),
@@ -180,9 +173,8 @@ def draw_sprite(parts: list[tuple], colour: tuple[int, int, int] | None = None) 
     draw = ImageDraw.Draw(picture)
     for form, fill in parts:
         style = {"fill": fill or colour, "outline": OUTLINE, "width": 3}
-        if isinstance(form, Ellipse):
-            corners = [pixel(form.left, form.top), pixel(form.right, form.bottom)]
-            draw.ellipse(corners, **style)
+        if isinstance(form, tuple):
+            draw.ellipse([pixel(*form[:2]), pixel(*form[2:])], **style)
         else:
             draw.polygon([pixel(*corner) for corner in form], **style)
     return picture
