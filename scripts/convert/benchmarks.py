@@ -45,16 +45,15 @@ CAPTION = {"en": "Describe this video in one sentence.", "zh": "用一句话描�
 WHICH_CAPTION = "Which caption fits the video?"
 
 
-@dataclass
-class Question:
-    """A line of the output, before its video is looked for."""
+# A line of the output, before its video is looked for; and where that may be under --images_path.
+Question = tuple[dict, list[str]]
 
-    videos: list[str]  # where the file may be, relative to --images_path
-    text: str
-    answer: str
-    scoring: dict
-    language: str = "en"
-    bounds: tuple[float, float] | None = None  # seconds of the video that it is about
+
+def ask(videos: list[str], text: str, answer: str, scoring: dict, language="en") -> Question:
+    turns = (("human", "<video>\n" * bool(videos) + text), ("gpt", answer))
+    line = {"language": language, "video": videos[0]} if videos else {"language": language}
+    line["conversations"] = [{"from": who, "value": said} for who, said in turns]
+    return line | {"scoring": [scoring]}, videos
 
 
 def checked(options: object) -> list[str]:
@@ -81,7 +80,7 @@ def choose(
     if not 0 <= right < len(options):
         raise ValueError(f"its answer is number {right}, its options are 0 to {len(options) - 1}")
     scoring = {"metric": "choice", "type": kind, "options": options, "right": right, **more}
-    return Question(videos, text.strip(), options[right], scoring)
+    return ask(videos, text.strip(), options[right], scoring)
 
 
 def submit(
@@ -89,7 +88,7 @@ def submit(
 ) -> Question:
     """A question that only the benchmark's own judge or server can score."""
     scoring = {"metric": "judge", "type": kind, "file": file, "record": record, **more}
-    return Question(videos, text, answer, scoring)
+    return ask(videos, text, answer, scoring)
 
 
 def stems(name: str) -> list[str]:
@@ -139,10 +138,10 @@ def mvbench(record: dict, folder: Path) -> Iterator[Question]:
 def _candidates(record: dict, video: str) -> Question:
     """MVBench's form; `start` and `end` where the question is about that part only."""
     answer, start, end = str(record["answer"]), record.get("start"), record.get("end")
-    question = choose([video], record["question"], record["candidates"], answer, record["file"])
+    line, videos = choose([video], record["question"], record["candidates"], answer, record["file"])
     if start is not None and end is not None:
-        question.bounds = float(start), float(end)
-    return question
+        line |= {"start": float(start), "end": float(end)}
+    return line, videos
 
 
 def vitatecs(record: dict, folder: Path) -> Iterator[Question]:
@@ -283,7 +282,7 @@ def activitynet_qa(record: dict, folder: Path) -> Iterator[Question]:
 def _short_answer(record: dict, video: str, kind: str) -> Question:
     text = record["question"].strip(" ?") + "?"
     scoring = {"metric": "match", "type": kind}
-    return Question(stems(video), text, str(record["answer"]), scoring)
+    return ask(stems(video), text, str(record["answer"]), scoring)
 
 
 def vatex_en(record: dict, folder: Path) -> Iterator[Question]:
@@ -300,7 +299,7 @@ def _captions(video: str, captions: list[str], language: str) -> Question:
     if not isinstance(captions, list) or not captions or not all(captions):
         raise ValueError("its list of captions is empty, or one of them is")
     scoring = {"metric": "cider", "type": "captions", "references": captions}
-    return Question(stems(video), CAPTION[language], captions[0], scoring, language)
+    return ask(stems(video), CAPTION[language], captions[0], scoring, language)
 
 
 def charades_sta(record: dict, folder: Path) -> Iterator[Question]:
@@ -313,7 +312,7 @@ def charades_sta(record: dict, folder: Path) -> Iterator[Question]:
         raise ValueError(f"it ends at {end} s, but starts at {start} s")
     text = f'When does this happen: "{sentence}"? Give its start and end in seconds.'
     scoring = {"metric": "span", "type": "span", "seconds": [start, end]}
-    yield Question(stems(match[1]), text, f"{start} - {end}", scoring)
+    yield ask(stems(match[1]), text, f"{start} - {end}", scoring)
 
 
 # The files that hold the questions: the first of these patterns that some file fits.
@@ -367,6 +366,7 @@ def read_published(path: Path) -> Iterator[tuple[str, dict]]:
         numbered = [
             ((video, aspect, number), item)
             for video, aspects in content.items()
+            if isinstance(aspects, dict)
             for aspect, items in aspects.items()
             if isinstance(items, list)
             for number, item in enumerate(items, 1)
@@ -417,21 +417,22 @@ def convert(name: str, flags: "BenchmarkFlags") -> str:
     def asked() -> Iterator[Question]:
         for where, record in (pair for path in paths for pair in read_published(path)):
             try:
-                for question in benchmark(record, folder):
-                    parse_sample(_line(name, question), 0, "")
-                    yield question
+                for line, videos in benchmark(record, folder):
+                    parse_sample(line, 0, "")
+                    yield line, videos
             except (KeyError, ValueError, TypeError, AttributeError) as error:
                 reason = f"the key {error} is missing" if isinstance(error, KeyError) else error
                 problems.append(f"{where}: {reason}")
-                yield Question([], problems[-1], "-", {"metric": "faulty", "type": "faulty"})
+                yield ask([], problems[-1], "-", {"metric": "faulty", "type": "faulty"})
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(output) as file:
-        for count, question in enumerate(asked(), 1):
-            line = {"id": f"{name}-{count}", **_line(name, question)}
+        for count, (line, videos) in enumerate(asked(), 1):
+            line = {"id": f"{name}-{count}", **line}
+            line["scoring"] = [{"benchmark": name, **line["scoring"][0]}]
             try:
-                if question.videos:
-                    line["video"] = media.find(*question.videos)
+                if videos:
+                    line["video"] = media.find(*videos)
             except ValueError as error:
                 line["missing"] = True
                 absent += 1
@@ -462,20 +463,6 @@ def convert(name: str, flags: "BenchmarkFlags") -> str:
         f"out/{name}/eval.json"
     )
     return "\n".join(lines)
-
-
-def _line(name: str, question: Question) -> dict:
-    """A line of the output, before its video is looked for."""
-    line = {"language": question.language}
-    if question.videos:
-        line["video"] = question.videos[0]
-    asked = "<video>\n" * bool(question.videos) + question.text
-    turns = (("human", asked), ("gpt", question.answer))
-    line["conversations"] = [{"from": who, "value": text} for who, text in turns]
-    line["scoring"] = [{"benchmark": name, **question.scoring}]
-    if question.bounds:
-        line["start"], line["end"] = question.bounds
-    return line
 
 
 @dataclass
