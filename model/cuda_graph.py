@@ -16,17 +16,19 @@ from model.kv_cache import KVCache
 
 
 class StaticCache(KVCache):
-    """Buffers (B, H, T, E) that a step writes at `column_1` (1,), a number on the device."""
+    """Buffers (2, B, H, T, E) that a step writes at `column_1` (1,), a number on the device."""
 
-    def __init__(self, layers: list[tuple[Tensor, Tensor]], column_1: Tensor):
-        super().__init__(layers, length=layers[0][0].shape[2] - 1)  # the last step that may come
+    def __init__(self, layers: list[Tensor], column_1: Tensor):
+        super().__init__(layers, length=layers[0].shape[3] - 1)  # before the last possible step
         self.column_1 = column_1
 
     def extend(self, layer_idx: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Writes (B, H, 1, E) and returns all columns: the caller's mask hides those to come."""
-        for buffer, new in zip(self.layers[layer_idx], (keys, values), strict=True):
-            buffer.index_copy_(2, self.column_1, new)
-        return self.layers[layer_idx]
+        layer = self.layers[layer_idx]
+        all_keys, all_values = layer[0], layer[1]
+        all_keys.index_copy_(2, self.column_1, keys)
+        all_values.index_copy_(2, self.column_1, values)
+        return all_keys, all_values
 
 
 class StaticStep:
@@ -39,7 +41,7 @@ class StaticStep:
     def __init__(self, model: nn.Module, like: KVCache, rows: int, capacity: int):
         """like: a cache of the same model, for types and shapes."""
         self.model, self.rows, self.capacity, self.cache = model, rows, capacity, None
-        device = like.layers[0][0].device
+        device = like.layers[0].device
         with torch.inference_mode():
             self.tokens_B1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
             self.padding_B1 = torch.zeros_like(self.tokens_B1)
@@ -47,28 +49,24 @@ class StaticStep:
             self.columns_T = torch.arange(capacity, device=device)
             self.column_1 = torch.zeros_like(self.columns_T[:1])
             # Zeros: a column that is masked still counts, times zero, and NaN would spread.
-            layers = [
-                tuple(part.new_zeros(rows, part.shape[1], capacity, part.shape[3]) for part in pair)
-                for pair in like.layers
-            ]
-            self.buffers = StaticCache(layers, self.column_1)
+            _, _, heads, _, head_dim = like.layers[0].shape
+            shape = (2, rows, heads, capacity, head_dim)
+            self.buffers = StaticCache([x.new_zeros(shape) for x in like.layers], self.column_1)
             self._run = self._captured() if device.type == "cuda" else self._forward
 
     def load(self, cache: KVCache, mask: Tensor | None) -> KVCache:
         """Takes what up to B rows have read, and their mask as in `DecodingBatch`. Returns
         `step.cache`, which looks at the buffers."""
-        rows, length = len(cache.layers[0][0]), len(cache)
+        rows, length = cache.layers[0].shape[1], len(cache)
         with torch.inference_mode():
-            for buffers, parts in zip(self.buffers.layers, cache.layers, strict=True):
-                for buffer, part in zip(buffers, parts, strict=True):
-                    buffer.zero_()[:rows, :, :length] = part[:, :, :length]
+            for buffer, layer in zip(self.buffers.layers, cache.layers, strict=True):
+                buffer.zero_()[:, :rows, :, :length] = layer[:, :, :, :length]
             self.is_real_BT.fill_(True)
             if mask is not None:
                 self.is_real_BT[:rows, :length] = mask[:, :length]
             torch.sum(~self.is_real_BT, -1, keepdim=True, out=self.padding_B1)
             self.column_1.fill_(length)
-            views = [(keys[:rows], values[:rows]) for keys, values in self.buffers.layers]
-        self.cache = KVCache(views, length)
+            self.cache = KVCache([buffer[:, :rows] for buffer in self.buffers.layers], length)
         return self.cache
 
     def __call__(self, tokens_B1: Tensor) -> Tensor:

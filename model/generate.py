@@ -198,8 +198,6 @@ class DecodingBatch:
 
     def cache_of(self, row: int) -> KVCache:
         """What was read of one row, without padding, for a batch that continues it later."""
-        if self.num_rows == 1 and self.mask is None and self.static_step is None:
-            return self.cache
         cache = self.cache.keep_rows(torch.tensor([row], device=self._device()))
         return cache if self.mask is None else cache.select(self.mask[row])
 

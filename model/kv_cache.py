@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values of the tokens read so far: a pair of (B, H, capacity, E) for each layer.
+    """Keys and values of the tokens read so far: (2, B, H, capacity, E) for each layer.
 
     A new token is written into its place, and nothing is copied until the capacity is used up.
     """
 
-    def __init__(self, layers: list[tuple[Tensor, Tensor]] | None = None, length: int = 0):
+    def __init__(self, layers: list[Tensor] | None = None, length: int = 0):
         self.layers, self.length = layers or [], length
 
     def __len__(self) -> int:
@@ -28,14 +28,14 @@ class KVCache:
         end = self.length
         start = end - keys.shape[2]
         if layer_idx == len(self.layers):
-            self.layers.append((keys[:, :, :0], values[:, :, :0]))
-        old_keys, old_values = self.layers[layer_idx]
-        if old_keys.shape[2] < end:
-            old_keys, old_values = _grow(old_keys, start, end), _grow(old_values, start, end)
-            self.layers[layer_idx] = old_keys, old_values
-        old_keys.narrow(2, start, end - start).copy_(keys)
-        old_values.narrow(2, start, end - start).copy_(values)
-        return old_keys.narrow(2, 0, end), old_values.narrow(2, 0, end)
+            self.layers.append(torch.stack([keys[:, :, :0], values[:, :, :0]]))
+        if self.layers[layer_idx].shape[3] < end:
+            self.layers[layer_idx] = self._pad(self.layers[layer_idx], start, 0, end)
+        layer = self.layers[layer_idx].narrow(3, 0, end)
+        all_keys, all_values = layer[0], layer[1]
+        all_keys.narrow(2, start, end - start).copy_(keys)
+        all_values.narrow(2, start, end - start).copy_(values)
+        return all_keys, all_values
 
     def crop(self, length: int) -> None:
         """Forgets all tokens after the first `length`."""
@@ -43,36 +43,24 @@ class KVCache:
 
     def keep_rows(self, rows: Tensor) -> "KVCache":
         """A copy with these rows of the batch only (ids, which may repeat)."""
-        return KVCache([(keys[rows], values[rows]) for keys, values in self.layers], self.length)
+        return KVCache([layer[:, rows] for layer in self.layers], self.length)
 
     def select(self, columns_T: Tensor) -> "KVCache":
-        """Only the tokens where `columns_T` is True."""
+        """A copy with only the tokens where `columns_T` is True."""
         ids = columns_T.nonzero()[:, 0]
-        return KVCache([(k[:, :, ids], v[:, :, ids]) for k, v in self.layers], len(ids))
+        return KVCache([layer[:, :, :, ids] for layer in self.layers], len(ids))
 
     def join(self, below: "KVCache") -> "KVCache":
         """Both batches as one; the shorter gets zeros on its left, which attention must not see."""
         length = max(self.length, below.length)
-
-        def stack(*parts: tuple[Tensor, int]) -> Tensor:
-            spare = _capacity(length) - length
-            return torch.cat(
-                [F.pad(part[:, :, :n], (0, 0, length - n, spare)) for part, n in parts]
-            )
-
-        layers = [
-            tuple(stack((a, self.length), (b, below.length)) for a, b in zip(*pair, strict=True))
-            for pair in zip(self.layers, below.layers, strict=True)
+        parts = [
+            [self._pad(layer, len(cache), length - len(cache), length) for layer in cache.layers]
+            for cache in (self, below)
         ]
-        return KVCache(layers, length)
+        return KVCache([torch.cat(pair, dim=1) for pair in zip(*parts, strict=True)], length)
 
-
-def _capacity(length: int) -> int:
-    return length + max(length // 2, 64)
-
-
-def _grow(old: Tensor, used: int, length: int) -> Tensor:
-    """The first `used` tokens of (B, H, …, E) in memory for `length` tokens and more to come."""
-    new = old.new_empty(*old.shape[:2], _capacity(length), old.shape[3])
-    new[:, :, :used] = old[:, :, :used]
-    return new
+    @staticmethod
+    def _pad(layer: Tensor, used: int, left: int, length: int) -> Tensor:
+        """The first `used` tokens after `left` zeros, with memory for `length` and more to come."""
+        capacity = length + max(length // 2, 64)
+        return F.pad(layer[:, :, :, :used], (0, 0, left, capacity - left - used))
