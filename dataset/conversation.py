@@ -73,26 +73,24 @@ def normalise_messages(turns: Sequence[dict]) -> list[dict]:
         raise ConversationError("conversations must be a list of at least one turn")
     messages, expected = [], "user"
     for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict):
-            raise ConversationError(f"turn {number} must be an object with role and content")
-        name, content = name_and_text(turn)
-        role = ROLES.get(name) if isinstance(name, str) else None
+        name, content = name_and_text(turn) if isinstance(turn, dict) else (turn, None)
+        role, problem = ROLES.get(name) if isinstance(name, str) else None, None
         if role is None:
-            name = reprlib.repr(name)
-            raise ConversationError(f"turn {number}: role {name} isn't one of {sorted(ROLES)}")
-        if not isinstance(content, str):
-            content = reprlib.repr(content)
-            raise ConversationError(f"turn {number}: its text must be a string, not {content}")
-        if VISUAL_MARK in content:
-            raise ConversationError(f"turn {number}: U+FDD0 isn't text; remove it")
-        if role == "system" and number > 1:
-            raise ConversationError(f"turn {number}: a system turn may only come first")
+            problem = f"role {reprlib.repr(name)} isn't one of {sorted(ROLES)}"
+        elif not isinstance(content, str):
+            problem = f"its text must be a string, not {reprlib.repr(content)}"
+        elif VISUAL_MARK in content:
+            problem = "U+FDD0 isn't text; remove it"
+        elif role == "system" and number > 1:
+            problem = "a system turn may only come first"
+        elif role not in ("system", expected):
+            problem = f"it is {role}'s, expected {expected}'s"
+        elif role == "assistant" and not content.strip():
+            problem = "the answer is empty; remove it or fill it"
+        if problem:
+            raise ConversationError(f"turn {number}: {problem}")
         if role != "system":
-            if role != expected:
-                raise ConversationError(f"turn {number} is {role}'s, expected {expected}'s")
             expected = "user" if role == "assistant" else "assistant"
-        if role == "assistant" and not content.strip():
-            raise ConversationError(f"turn {number}: the answer is empty; remove it or fill it")
         messages.append({"role": role, "content": content})
     return messages
 
