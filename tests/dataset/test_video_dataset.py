@@ -289,16 +289,6 @@ def test_too_few_rows_for_the_processes(budget):
     assert collate([], pad_id=0)["inputs"] == {}
 
 
-def test_fewer_processes_take_the_batches_of_more():
-    of_two = batches_of_ranks(LENGTHS, 2, 8, seed=5)
-    alone = LengthGroupedBatchSampler(LENGTHS, 8, seed=5)
-    assert alone.plan_for(2) == 2
-    joined = list(alone)
-    assert len(joined) == len(alone) == 2 * len(of_two[0])
-    for i, both in enumerate(zip(*of_two, strict=True)):
-        assert sorted(joined[2 * i] + joined[2 * i + 1]) == sorted(sum(both, []))
-
-
 def test_rows_of_like_length_meet_in_a_batch():
     sampler = LengthGroupedBatchSampler(LENGTHS, 8, seed=0)
     spread = [max(LENGTHS[i] for i in batch) - min(LENGTHS[i] for i in batch) for batch in sampler]
@@ -316,11 +306,3 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert order(0, 1) == order(0, 1) != order(1, 1)
     first, second = ({frozenset(batch) for batch in order(0, epoch)} for epoch in (1, 2))
     assert not first & second
-
-
-def test_skip_resumes_in_the_middle_of_one_epoch():
-    sampler = LengthGroupedBatchSampler(LENGTHS, 8, seed=0)
-    whole = list(sampler)
-    sampler.skip(5)
-    assert list(sampler) == whole[5:] and len(sampler) == len(whole)
-    assert list(sampler) == whole  # once only
