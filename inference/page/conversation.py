@@ -15,7 +15,6 @@ from PIL import Image
 from dataset.clip import ContainerInfo
 from inference.chat import Chat
 from inference.chat_model import ChatModel
-from inference.flags import PageFlags
 from inference.request import Visual
 from inference.scheduler import Scheduler
 from model.generate import Sampling
@@ -56,14 +55,9 @@ class Attachment:
     num_frames_total: int
 
 
-class TooManyVisuals(ValueError):
-    """The conversation holds as many as it may."""
-
-
 @dataclass(eq=False)
 class Conversation:
     model: SharedModel
-    flags: PageFlags
     attachments: dict[Visual, Attachment] = field(default_factory=dict)
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -72,13 +66,10 @@ class Conversation:
         # Streamlit may start a run of the page while the one before is still ending.
         self.lock = threading.Lock()
 
-    def attach(self, path: Path, name: str, num_frames: int) -> None:
-        """Puts a file before the next question. Raises TooManyVisuals, and VideoError for a file
-        that can't be read or is above the limits; the conversation is then as before."""
+    def attach(self, path: Path, name: str, num_frames: int, **limits) -> None:
+        """Puts a file before the next question. Raises VideoError for a file that can't be read or
+        is above the limits; the conversation is then as before."""
         with self.lock:
-            if len(self.attachments) >= self.flags.max_visuals:
-                raise TooManyVisuals
-            limits = self.flags.media_limits(num_frames)
             attachment = self.model.encode(path, name, num_frames, **limits)
             self.chat.attach(attachment.visual)
             self.attachments[attachment.visual] = attachment

@@ -22,7 +22,7 @@ from dataset.clip import uniform_indices
 from dataset.conversation import ConversationError
 from dataset.video import MEDIA_SUFFIXES, VideoError, read_frames
 from inference.flags import MAX_PAGE_FRAMES, PageFlags
-from inference.page.conversation import Conversation, SharedModel, TooManyVisuals
+from inference.page.conversation import Conversation, SharedModel
 from inference.page.visual import draw, escaped
 from inference.parts import DEMO_MODEL, ROOT, default_clips, find_models
 from inference.request import Sequence, Visual
@@ -164,7 +164,7 @@ class View:
         old = self.state.get("conversation")
         if old is None or old.model is not model:
             self._forget(old)
-            self.state.conversation = Conversation(model, self.flags)
+            self.state.conversation = Conversation(model)
         return self.state.conversation
 
     def _forget(self, conversation: Conversation | None) -> None:
@@ -315,13 +315,14 @@ class View:
             st.rerun()  # without the greeting, which this run started with
 
     def _read(self, conversation: Conversation, path: Path, name: str, num_frames: int) -> bool:
-        texts, plain = self.texts, escaped(name)
+        texts, plain, most = self.texts, escaped(name), self.flags.max_visuals
         try:
-            with st.spinner(texts["reading"].format(name=plain)):
-                conversation.attach(path, name, num_frames)
-            return True
-        except TooManyVisuals:
-            notice = texts["too_many"].format(name=plain, visuals=self.flags.max_visuals)
+            if len(conversation.attachments) < most:
+                with st.spinner(texts["reading"].format(name=plain)):
+                    limits = self.flags.media_limits(num_frames)
+                    conversation.attach(path, name, num_frames, **limits)
+                return True
+            notice = texts["too_many"].format(name=plain, visuals=most)
         except VideoError as error:
             has_own_fix = error.reason in ("too_large", "too_long", "timeout")
             fix = self._format(error.reason if has_own_fix else "unreadable")

@@ -1,13 +1,13 @@
-"""The attacks of tests/stress/attacks.py on a real server, in their short form."""
+"""The attacks of tests/stress/attacks.py on a real server; at full size with -m slow."""
 
 import pytest
 
 from tests.stress.attacks import ATTACKS, attacked_server
 
 
-@pytest.fixture(scope="module")
-def target():
-    with attacked_server(is_short=True) as target:
+@pytest.fixture(scope="module", params=["short", pytest.param("full", marks=pytest.mark.slow)])
+def target(request):
+    with attacked_server(is_short=request.param == "short") as target:
         yield target
 
 

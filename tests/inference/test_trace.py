@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from starlette.testclient import TestClient
 
-from inference.flags import PageFlags, ServerFlags
+from inference.flags import ServerFlags
 from inference.page.conversation import Conversation, SharedModel
 from inference.server.app import build_app
 from inference.terminal import Terminal
@@ -57,7 +57,7 @@ def in_terminal(chat_model, clip) -> str:
 
 def on_page(chat_model, clip) -> str:
     model = SharedModel(chat_model)
-    conversation = Conversation(model, PageFlags())
+    conversation = Conversation(model)
     conversation.attach(clip, clip.name, chat_model.num_frames)
     text = "".join(conversation.ask(QUESTION, Sampling(TOKENS)))
     model.scheduler.stop()
