@@ -24,42 +24,31 @@ from benchmarks.train_step import Source, make_batches, make_model, make_samples
 from trainer.distributed import World, setup
 from trainer.engine import SummedLoss, compute_loss
 
-SIZES = {"512 x 8": (512, 8), "768 x 16": (768, 16)}
+WAYS = {"alone": (False, False), "then sum": (False, True), "overlapped": (True, False)}
 
 
-def compare(name: str, batch: dict, steps: int, world: World) -> None:
-    model = make_model(*SIZES[name]).to(world.device)
+def compare(dim: int, n_layers: int, batch: dict, steps: int, world: World) -> None:
+    model = make_model(dim, n_layers).to(world.device)
     module = world.distribute(SummedLoss(model))
     parameters = list(model.parameters())
-
-    def backward(overlap: bool) -> None:
-        module.require_backward_grad_sync = overlap
-        compute_loss(module, batch, "float32", world.device).backward()
-
-    def backward_then_sum() -> None:
-        backward(overlap=False)
-        dist.all_reduce(torch.cat([p.grad.flatten() for p in parameters]))
-
-    ways = {
-        "alone": lambda: backward(overlap=False),
-        "then sum": backward_then_sum,
-        "overlapped": lambda: backward(overlap=True),
-    }
-    seconds = {way: [] for way in ways}
+    seconds = {way: [] for way in WAYS}
     for _ in range(steps + 1):  # taking turns; the first one makes code and memory
-        for way, run in ways.items():
+        for way, (overlap, sum_after) in WAYS.items():
             model.zero_grad()
+            module.require_backward_grad_sync = overlap
             dist.barrier()
             started = time.perf_counter()
-            run()
+            compute_loss(module, batch, "float32", world.device).backward()
+            if sum_after:
+                dist.all_reduce(torch.cat([p.grad.flatten() for p in parameters]))
             if world.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[way].append(max(world.gather_objects([time.perf_counter() - started])))
-    alone, *others = (statistics.median(times[1:]) for times in seconds.values())
-    megabytes = 4 * sum(p.numel() for p in parameters) / 1e6
+    alone, then, overlapped = (statistics.median(times[1:]) for times in seconds.values())
     world.print_rank0(
-        f"{name}: {megabytes:.1f} MB of gradients; backward {alone:.2f} s, "
-        + ", ".join(f"{w} +{t - alone:.2f} s" for w, t in zip(list(ways)[1:], others, strict=True))
+        f"{dim} x {n_layers}: {4 * sum(p.numel() for p in parameters) / 1e6:.1f} MB of gradients; "
+        f"backward {alone:.2f} s, then sum {then - alone:+.2f} s, "
+        f"overlapped {overlapped - alone:+.2f} s"
     )
 
 
@@ -73,8 +62,8 @@ def main() -> None:
         samples = make_samples(7, folder)
         (batch,) = make_batches(samples, Source(1), 1, tokens=args.tokens, max_length=args.tokens)
         world.print_rank0(f"{world.size} processes, {batch['real_tokens']} tokens each")
-        for name in SIZES:
-            compare(name, batch, args.steps, world)
+        for size in ((512, 8), (768, 16)):
+            compare(*size, batch, args.steps, world)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from benchmarks.train_step import PATCHES, WIDTH, Source, make_batches, make_model, make_samples
+from benchmarks.train_step import (
+    PATCHES,
+    WIDTH,
+    Source,
+    make_batches,
+    make_model,
+    make_samples,
+    time_step,
+)
 from cli import Flags, flag, launch, parse_flags
 from dataset.transforms import FrameTransform
 from device import choose_device, peak_flops
@@ -99,18 +107,10 @@ def model_flops(model: Cinego, batch: dict) -> float:
     return 6 * tokens + 12 * pairs * config.hidden_size
 
 
-def training_step(model: Cinego, device: torch.device) -> Callable[[dict], None]:
-    """A step in bfloat16 as the engine takes it, but for what it prints."""
-    optimizers = Optimizers(model, TrainConfig())
-    scaler = torch.amp.GradScaler(device.type, enabled=False)
-
-    def step(batch: dict) -> None:
-        loss = compute_loss(SummedLoss(model), batch, "bfloat16", device)
-        (loss / batch["supervised_tokens"]).backward()
-        optimizers.step(scaler, optimizers.clip_gradients(scaler, max_norm=1.0))
-        optimizers.zero_grad()
-
-    return step
+def training_step(model: Cinego, device: torch.device) -> Callable[[dict], float]:
+    """A step in bfloat16; its seconds."""
+    how = {"pad_to": 0, "dtype": "bfloat16", "device": device}
+    return partial(time_step, model, Optimizers(model, TrainConfig()), **how)
 
 
 def correct(device: torch.device, flags: GpuFlags) -> None:
@@ -155,7 +155,6 @@ def syncs(device: torch.device, flags: GpuFlags) -> None:
         places = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught)
         with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profile:
             step(batch)
-            torch.cuda.synchronize()
         cuda = torch.autograd.DeviceType.CUDA
         rows = [row for row in profile.key_averages() if row.device_type == cuda]
         rows.sort(key=lambda row: -row.self_device_time_total)
@@ -163,7 +162,7 @@ def syncs(device: torch.device, flags: GpuFlags) -> None:
         print(
             f"{'shared' if share else 'single'} rows: {sum(places.values())} waits {dict(places)}; "
             f"{sum(row.count for row in rows)} kernels, {busy:.1f} ms of them in a step of "
-            f"{seconds(partial(step, batch), 5) * 1e3:.1f} ms"
+            f"{statistics.median(step(batch) for _ in range(5)) * 1e3:.1f} ms"
         )
         for row in rows[:12]:  # the attention path taken is among them: flash, fmha or cudnn
             print(f"  {row.count:5} x {row.self_device_time_total / 1e3:8.2f} ms  {row.key[:84]}")
@@ -177,8 +176,8 @@ def mfu(device: torch.device, flags: GpuFlags) -> None:
         for tokens in flags.tokens:
             batches = batches_of(tokens, 6, True)
             torch.cuda.reset_peak_memory_stats()
-            first = [seconds(partial(step, b)) for b in batches]  # each of a new shape
-            again = [seconds(partial(step, b), 3) for b in batches]
+            first = list(map(step, batches))  # each of a new shape
+            again = [statistics.median(step(batch) for _ in range(3)) for batch in batches]
             work = sum(model_flops(model, batch) for batch in batches)
             real = sum(batch["real_tokens"] for batch in batches)
             print(
