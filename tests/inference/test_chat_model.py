@@ -67,6 +67,10 @@ def test_frames_are_taken_and_shaped_as_in_training(chat_model, folder, tiny_tow
     copy.with_suffix(".json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match="needs --fps"):
         load(sampling="fps")
+    about["lineage"]["vision_tower"] = "0" * 16  # its features would fit and mean nothing
+    copy.with_suffix(".json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="isn't the vision tower"):
+        load()
 
 
 def test_a_damaged_file_is_taken_as_a_player_shows_it_and_told(chat_model, tmp_path):

@@ -1,8 +1,6 @@
 import json
 import re
 import sys
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,25 +8,8 @@ from PIL import Image
 
 import eval as evaluation
 from cli import launch
-from dataset.samples import read_samples
-from inference import ROOT, ChatModel
-from inference.scoring import prompt_messages
+from inference import ROOT
 from inference.test_set import CONTROLS, shuffled_order
-from model.generate import Sampling
-
-
-def write_lines(folder: Path, *lines: dict) -> Path:
-    path = folder / "test.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def line(visual, *turns: str, **more) -> dict:
-    """Turns: question, answer, question, answer, …"""
-    roles = ("user", "assistant") * (len(turns) // 2)
-    turns = [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=True)]
-    return {"video": visual, "conversations": turns, **more}
-
 
 # ---- controls
 
@@ -61,54 +42,6 @@ def test_controls_equal_changing_the_frames_themselves(chat_model):
     }.items():
         features = CONTROLS[name](frames, grey, generator(7))
         torch.testing.assert_close(features, chat_model.encode_frames(changed), msg=name)
-
-
-# ---- a test set
-
-
-def test_later_turns_are_asked_after_the_models_own_answers(tmp_path):
-    lines = line("a.png", "one?", "true 1", "two?", "true 2", "three?", "true 3")
-    (sample,) = read_samples(write_lines(tmp_path, lines))
-    contents = [m["content"] for m in prompt_messages(sample, ["own 1", "own 2"])]
-    assert contents == ["one?", "own 1", "two?", "own 2", "three?"]
-    assert [m["content"] for m in prompt_messages(sample, [])] == ["one?"]
-
-
-def test_evaluation_scores_each_turn_and_leaves_out_what_can_not_be_read(
-    run, folder, chat_model, tmp_path
-):
-    clip = chat_model.encode_video(folder / "clip.gif")
-    reverse = replace(clip, features=clip.features.flip(0))
-    question = [{"role": "user", "content": "What moves?"}]
-    requests = [chat_model.make_request(question, [v], Sampling(6)) for v in (clip, reverse)]
-    forward, backward = chat_model.generate(requests)
-    assert forward != backward
-
-    about = {"scoring": [{"type": "object"}], "language": "en"}
-    data = write_lines(
-        tmp_path,
-        line("clip.gif", "What moves?", forward, **about),
-        line("clip.gif", "What moves?", backward, **about, reverse=True),
-        line("a.png", "What is it?", "never said", "And now?", "nor this"),
-        line("broken.mp4", "What is it?", "lost", id="lost"),
-    )
-    output = tmp_path / "out/eval.json"
-    files = ("--data_path", data, "--images_path", folder, "--output", output)
-    printed = run(*files, "--controls", "--batch_size", 2)
-    result = json.loads(output.read_text())
-    assert result["accuracy"]["by_type"] == {"answer": 0, "object": 1}
-    assert result["controls"]["reversed"]["by_type"]["object"] == 0
-    assert result["samples"] == 3 and result["num_frames"] == 4
-    lines = (tmp_path / "out/eval.answers.jsonl").read_text().splitlines()[1:]
-    questions = [[turn["question"] for turn in json.loads(line)["turns"]] for line in lines]
-    assert sorted(questions) == [
-        ["What is it?"],
-        ["What is it?", "And now?"],
-        *[["What moves?"]] * 2,
-    ]
-    assert list(result["left_out"]) == ["broken.mp4"] and 0 < result["interval"]["low"] < 0.5
-    assert "1 samples were left out" in printed.out and "broken.mp4" in printed.err
-    assert re.search(r"all questions +4 ", printed.out)
 
 
 # ---- the terminal
@@ -170,30 +103,3 @@ def test_an_error_says_what_is_wrong(flags, words, run, folder):
     files = [] if named else ["--image", folder / "a.png"]
     with pytest.raises(SystemExit, match=re.escape(words)):
         run(*files, *flags)
-
-
-def test_another_tower_of_the_same_shape_is_refused(tmp_path, tiny_checkpoint, tiny_tower):
-    """Its features would fit and mean nothing."""
-    weights = torch.load(tiny_checkpoint, weights_only=True)
-    torch.save(weights, tmp_path / "sft.pth")
-    about = json.loads(tiny_checkpoint.with_suffix(".json").read_text())
-    about["lineage"]["vision_tower"] = "0" * 16
-    (tmp_path / "sft.json").write_text(json.dumps(about))
-    with pytest.raises(ValueError, match="isn't the vision tower"):
-        ChatModel.load(tmp_path / "sft.pth", tiny_tower)
-
-
-@pytest.mark.parametrize(
-    "text, reason",
-    [
-        ("{", "not JSON"),
-        ('{"video": "a.png"}', "conversations"),
-        (json.dumps(line("a.png", "<video> <video>", "a cup")), "2 visual tags"),
-        (json.dumps(line("../a.png", "What is it?", "a cup")), "'..'"),
-    ],
-)
-def test_a_bad_line_is_named_by_file_and_number(text, reason, run, folder, tmp_path):
-    data = write_lines(tmp_path, line("a.png", "What is it?", "a cup"))
-    data.write_text(data.read_text() + text + "\n")
-    with pytest.raises(SystemExit, match=r"test\.jsonl:2: .*" + re.escape(reason)):
-        run("--data_path", data, "--images_path", folder)

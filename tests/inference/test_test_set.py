@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from PIL import Image
 from inference import ROOT
 from inference.likelihood import answer_ids, log_likelihoods
 from inference.test_set import read_answers
+from model.generate import Sampling
 
 CHOICE = {"benchmark": "b", "metric": "choice", "type": "t", "options": ["left", "to the right"]}
 
@@ -25,7 +28,7 @@ def folder(tmp_path) -> Path:
     """Six short animations."""
     random = np.random.default_rng(0)
     for name in "abcdef":
-        frames = [Image.fromarray(random.integers(0, 255, (112, 112, 3), np.uint8)) for _ in "1234"]
+        frames = [Image.fromarray(random.integers(0, 255, (32, 32, 3), np.uint8)) for _ in "1234"]
         frames[0].save(
             tmp_path / f"{name}.gif", save_all=True, append_images=frames[1:], duration=100
         )
@@ -89,6 +92,39 @@ def test_a_question_too_long_for_the_model_is_named(evaluate, folder):
 
 
 # ---- scoring
+
+
+def test_each_turn_is_scored_and_what_can_not_be_read_is_left_out(evaluate, folder, chat_model):
+    clip, other = (chat_model.encode_video(folder / f"{name}.gif") for name in "ab")
+    reverse = replace(clip, features=clip.features.flip(0))
+
+    def answer(visual, *said: str) -> str:
+        roles = ("user", "assistant", "user")
+        turns = [{"role": role, "content": x} for role, x in zip(roles, said, strict=False)]
+        return chat_model.generate([chat_model.make_request(turns, [visual], Sampling(6))])[0]
+
+    forward, backward = (answer(visual, "What moves?") for visual in (clip, reverse))
+    assert forward != backward
+    (folder / "broken.mp4").write_text("not a video")
+    turns = line("b.gif", "What is it?", "never said")
+    turns["conversations"] += line("b.gif", "And now?", "nor this")["conversations"]
+    lines = [
+        line("a.gif", "What moves?", forward, {"type": "object"}),
+        line("a.gif", "What moves?", backward, {"type": "object"}, reverse=True),
+        turns,
+        line("broken.mp4", "What is it?", "lost"),
+    ]
+    figures, answers, printed = evaluate(lines, "--controls", "--batch_size", 2)
+    assert figures["accuracy"]["by_type"] == {"answer": 0, "object": 1}
+    assert figures["controls"]["reversed"]["by_type"]["object"] == 0
+    assert figures["samples"] == 3 and figures["num_frames"] == 4
+    assert list(figures["left_out"]) == ["broken.mp4"] and 0 < figures["interval"]["low"] < 0.5
+    assert "1 samples were left out" in printed.out and "broken.mp4" in printed.err
+    assert re.search(r"all questions +4 ", printed.out)
+    # A later turn is asked after the model's own answer, not after the true one.
+    (turns,) = (each["turns"] for each in answers if each["visuals"] == ["b.gif"])
+    own = [turn["answers"]["normal"] for turn in turns]
+    assert own[1] == answer(other, "What is it?", own[0] or "-", "And now?")
 
 
 def test_each_metric_from_file_to_figures(evaluate, folder):
