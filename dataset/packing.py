@@ -29,7 +29,6 @@ class Row:
     position_ids: list[int] = field(default_factory=list)
     sample_ids: list[str] = field(default_factory=list)
     visuals: list[torch.Tensor] = field(default_factory=list)
-    visual_tokens: int = 0  # what the visuals come to: as many placeholders must be in the ids
     kind: str = ""  # under which the model takes them: visual_features or pixel_values
     bad: list[dict] = field(default_factory=list)  # the samples left out, and why
 
@@ -170,17 +169,7 @@ class PackedBatch:
 
 
 def pack_batch(rows: list[Row]) -> PackedBatch:
-    """The rows of a batch, in their order.
-
-    Raises ValueError, with the samples' ids, where a row has more or fewer placeholders than its
-    visuals have tokens: it would show the end of its neighbour's video.
-    """
-    for row in rows:
-        if sum(row.visual_mask) != row.visual_tokens:
-            raise ValueError(
-                f"{', '.join(row.sample_ids)}: {sum(row.visual_mask)} placeholders for "
-                f"{row.visual_tokens} tokens of {len(row.visuals)} visuals"
-            )
+    """The rows of a batch, in their order."""
     lengths = np.array([len(row.input_ids) for row in rows])
     starts = np.concatenate([[0], lengths.cumsum()])  # of the rows among the T tokens
     tokens = np.arange(starts[-1]) + np.repeat(

@@ -27,8 +27,6 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
         shuffle: bool = True,
         tokens_per_batch: int = 0,
     ):
-        if batch_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"batch_size {batch_size} and rank {rank} of {world_size} don't work")
         if shuffle and len(lengths) < world_size:
             raise ValueError(
                 f"{len(lengths)} rows are too few for {world_size} processes: each needs one. Add "

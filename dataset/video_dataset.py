@@ -75,7 +75,7 @@ class VideoDataset(Dataset):
         self,
         samples: Samples,
         tokenizer,
-        source: FeatureSource | VideoSource | None,
+        source: FeatureSource | VideoSource,
         num_tokens: Callable[[int], int],
         max_length: int = 1024,
         share_prefix: bool = False,
@@ -92,9 +92,6 @@ class VideoDataset(Dataset):
                 "questions, training sees whole videos: cut the part out "
                 "(ffmpeg -ss START -to END -i VIDEO CLIP), or delete both keys"
             )
-        if source is None and visuals.any():
-            first = samples[int((visuals > 0).argmax())]
-            raise ValueError(f"{first.where}: names {first.visuals}, but no source is given")
         groups = samples.column("group") if share_prefix else np.zeros_like(visuals)
         visual_tokens = visuals.astype(np.int32) * num_tokens(1)
         self.order, self.starts, self.ends, self.lengths = plan_rows(
@@ -134,7 +131,6 @@ class VideoDataset(Dataset):
         rows = pack_row(encoded, names, self.max_length)
         for packed in rows:
             packed.visuals, packed.kind = visuals, self.source.kind if visuals else ""
-            packed.visual_tokens = sum(visual_lengths)
         return [*rows, Row(bad=bad)] if bad else rows
 
 
@@ -152,7 +148,7 @@ def collate(rows: list[list[Row]], pad_id: int) -> dict:
 
     Returns `inputs` (what the model's forward takes, a PackedBatch as `packed` among it; empty when
     every row was bad), `sample_ids`, `supervised_tokens`, `real_tokens`, `padded_tokens`, and
-    `bad`: the samples left out, and why. Raises ValueError as `pack_batch` does.
+    `bad`: the samples left out, and why.
     """
     flat = list(chain.from_iterable(rows))
     bad = [record for row in flat for record in row.bad]

@@ -140,6 +140,18 @@ class Checkpoints:
             writes.insert(0, self.copy_weights(self.weights_path, meta))
         self.writing = self.thread.submit(lambda: [write() for write in writes])
 
+    def remove_leftovers(self, step: int) -> None:
+        """Removes the states after `step`, as the run starts over or resumes from an earlier one,
+        and what a kill in mid-write left of the weights."""
+        if not self.world.is_main:
+            return
+        for path in list_states(self.folder):
+            if int(path.name.split("-")[1]) > step:
+                path.unlink()
+        for suffix in (".pth", ".json"):
+            for path in self.folder.parent.glob(f".{self.folder.name}{suffix}.*"):
+                path.unlink()
+
     def check_writing(self, wait: bool = False) -> None:
         """Raises what the thread's write did, if it is done by now; wait: until it is."""
         if wait or self.writing.done():
@@ -219,17 +231,6 @@ def find_state(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
             "--run_name."
         )
     return state
-
-
-def remove_leftovers(folder: Path, weights_path: Path, step: int) -> None:
-    """Removes the states after `step`, as the run starts over or resumes from an earlier one, and
-    what a kill in mid-write left of the weights."""
-    for path in list_states(folder):
-        if int(path.name.split("-")[1]) > step:
-            path.unlink()
-    for suffix in ("pth", "json"):
-        for path in weights_path.parent.glob(f".{weights_path.stem}.{suffix}.*"):
-            path.unlink()
 
 
 def list_states(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from device import choose_dtype, to_device
-from trainer.checkpoint import Checkpoints, Progress, TrainingStopped, remove_leftovers
+from trainer.checkpoint import Checkpoints, Progress, TrainingStopped
 from trainer.config import TrainConfig
 from trainer.distributed import World
 from trainer.interrupt import StopRequest
@@ -179,8 +179,7 @@ def fit(
                 part.load_state_dict(state[key])
             del state
         trainee = world.distribute(SummedLoss(model))
-        if world.is_main:
-            remove_leftovers(checkpoints.folder, weights_path, progress.step)
+        checkpoints.remove_leftovers(progress.step)
         logger = MetricsLogger(config, world, progress.step, total_steps, progress.tracker_id)
         world.print_rank0(f"{name}: {optimizers.description}; on {world.device} in {config.dtype}")
         world.print_rank0(f"{name}: steps {progress.step} to {total_steps}")

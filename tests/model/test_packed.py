@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dataset.packing import Row
 from dataset.samples import read_samples
 from dataset.video_dataset import VideoDataset, collate
 from model.cinego import Cinego
@@ -98,13 +97,6 @@ def test_sequences_are_told_to_a_kernel_as_to_the_loop(make_batch):
     own = [rows[-n:] for rows, n in zip(keys, packed.query_lengths, strict=True)]
     assert torch.equal(torch.cat(own), torch.arange(len(packed.tokens_T)))
     assert make_batch(False)["packed"].keys_K is None
-
-
-def test_a_row_without_the_tokens_of_its_visuals_is_named():
-    row = Row([5, 6, 7, 8], [-100] * 4, [False, True, True, False], [0] * 4, [0, 1, 2, 3], ["a"])
-    row.visuals, row.visual_tokens, row.kind = [torch.zeros(2, P, D)], P, "visual_features"
-    with pytest.raises(ValueError, match="a: 2 placeholders for 6 tokens of 1 visuals"):
-        collate([[row]], pad_id=0)
 
 
 class CountOperators(TorchDispatchMode):
