@@ -150,62 +150,45 @@ def test_a_row_samples_the_same_in_any_company_and_nothing_waits_for_the_device(
     assert operators.waiting == {"lift_fresh": 19}
 
 
-def test_rows_join_and_leave_between_steps_and_decode_as_alone(model):
-    prompts = [prompt(*sizes) for sizes in PROMPTS]
-    alone = [plain_greedy(model, one, 12) for one in prompts]
-    batch, rows = DecodingBatch(model), []  # rows: which prompts are in the batch
-    answers = [[] for _ in prompts]
-
-    def decode():
-        tokens = batch.decode([answers[row][-1] for row in rows]).argmax(-1)
-        for row, token in zip(rows, tokens.tolist(), strict=True):
-            answers[row].append(token)
-
-    for number, one in enumerate(prompts):  # each joins two steps after the one before
-        answers[number].append(batch.prefill(left_padded(one)).argmax().item())
-        rows.append(number)
-        decode()
-        decode()
-    batch.keep_rows([0, 1, 3, 4])
-    del rows[2]
-    while len(answers[4]) < 12:
-        decode()
-    assert [answers[row][:12] for row in rows] == [alone[row] for row in rows]
-    assert answers[2] == alone[2][: len(answers[2])] and len(answers[2]) < 12
-
-
-def test_a_static_step_decodes_as_a_growing_cache_while_rows_come_and_go(model, monkeypatch):
-    """What a CUDA graph replays, one operator after the other: left padding, rows that leave and
-    join, a buffer that is used up, one that rows leave behind, and the last position."""
+def test_rows_join_and_leave_between_steps_and_decode_as_alone(model, monkeypatch):
+    """By a growing cache, and by what a CUDA graph replays, one operator after the other: left
+    padding, buffers that are used up or too many for the rows left, and the last position."""
     monkeypatch.setattr("model.generate.CAPACITY_STEP", 16)
     model.language_model.config.max_position_embeddings = 60
     growing, static = DecodingBatch(model, static=False), DecodingBatch(model, static=True)
-    prompts, steps = [prompt(*sizes) for sizes in PROMPTS], set()
+    prompts = [prompt(*sizes) for sizes in [*PROMPTS, *PROMPTS[:2]]]
+    rows, answers, buffers = [], [[] for _ in prompts], []  # rows: which prompts are in the batch
 
-    def both(action):
-        logits, found = action(growing), action(static)
-        if logits is not None:
-            torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-5)
-            return logits.argmax(-1).tolist()
+    def both(action, at):
+        logits = action(growing)
+        torch.testing.assert_close(action(static), logits, atol=1e-5, rtol=1e-5)
+        for row, token in zip(at, logits.argmax(-1).tolist(), strict=True):
+            answers[row].append(token)
 
-    def decode(tokens, times):
+    def decode(times):
         for _ in range(times):
-            tokens = both(lambda batch, tokens=tokens: batch.decode(tokens))
-            steps.add(static.static_step)
-        return tokens
+            tokens = [answers[row][-1] for row in rows]
+            both(lambda batch, tokens=tokens: batch.decode(tokens), rows)
+            if (step := static.static_step) and (step.rows, step.capacity) not in buffers:
+                buffers.append((step.rows, step.capacity))
 
-    tokens = both(lambda batch: batch.prefill(left_padded(*prompts[:3])))
-    tokens = decode(tokens, 15)  # no step until the ninth
-    both(lambda batch: batch.keep_rows([2, 0]))
-    tokens = decode([tokens[2], tokens[0]], 3)
-    tokens += both(lambda batch: batch.prefill(left_padded(prompts[3])))
-    tokens = decode(tokens, 4)
-    tokens += both(lambda batch: batch.prefill(left_padded(*prompts[3:])))
-    tokens = decode(tokens, 14)
+    def join(*new):
+        inputs = left_padded(*(prompts[row] for row in new))
+        both(lambda batch: batch.prefill(inputs), new)
+        rows.extend(new)
+
+    def leave(*gone):
+        places = [place for place, row in enumerate(rows) if row not in gone]
+        growing.keep_rows(places), static.keep_rows(places)
+        rows[:] = [rows[place] for place in places]
+
+    join(0), decode(2), join(1, 2), decode(13), leave(0), decode(3), join(3), decode(4)
+    join(4, 5, 6), decode(14)
     caches = [batch.cache_of(1) for batch in (growing, static)]
-    both(lambda batch: batch.keep_rows([1]))
-    decode(tokens[1:2], 60 - len(static.cache))
-    assert {(step.rows, step.capacity) for step in steps if step} == {(4, 32), (8, 48), (1, 60)}
+    leave(1, 3, 4, 5, 6), decode(60 - len(static.cache))
+    assert buffers == [(4, 32), (8, 48), (1, 60)]
+    pairs = zip(prompts, answers, strict=True)
+    assert answers == [plain_greedy(model, one, len(answer)) for one, answer in pairs]
     for batch in (growing, static):
         with pytest.raises(ValueError, match="61 tokens are more than max_position_embeddings 60"):
             batch.decode([7])
