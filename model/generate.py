@@ -255,30 +255,25 @@ def generate(
 ) -> list[list[int]]:
     """The new ids of each row of `inputs` (see `DecodingBatch.prefill`), without the end token.
 
-    sampling: as in `Sampling`, the same for all rows. The model may be in training mode. Raises
-    ValueError for settings that make no sense and for prompts padded on the right.
+    sampling: as in `Sampling`, the same for all rows. Raises ValueError for settings that make no
+    sense and for prompts padded on the right.
     """
     how = Sampling(max_new_tokens, **sampling)
     samplers = [Sampler(how, ids) for ids in inputs["input_ids"].tolist()]
     answers: list[list[int]] = [[] for _ in samplers]
     rows = list(range(len(samplers)))  # those that still decode
-    was_training = model.training
-    model.eval()
-    try:
-        batch = DecodingBatch(model)
-        logits_BV = batch.prefill(inputs)
-        while True:
-            tokens = sample_tokens(logits_BV, [samplers[row] for row in rows])
-            unfinished = []
-            for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-                if token != eos_token_id:
-                    answers[row].append(token)
-                    if len(answers[row]) < max_new_tokens:
-                        unfinished.append(place)
-            if not unfinished:
-                return answers
-            batch.keep_rows(unfinished)
-            rows = [rows[place] for place in unfinished]
-            logits_BV = batch.decode([answers[row][-1] for row in rows])
-    finally:
-        model.train(was_training)
+    batch = DecodingBatch(model)
+    logits_BV = batch.prefill(inputs)
+    while True:
+        tokens = sample_tokens(logits_BV, [samplers[row] for row in rows])
+        unfinished = []
+        for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            if token != eos_token_id:
+                answers[row].append(token)
+                if len(answers[row]) < max_new_tokens:
+                    unfinished.append(place)
+        if not unfinished:
+            return answers
+        batch.keep_rows(unfinished)
+        rows = [rows[place] for place in unfinished]
+        logits_BV = batch.decode([answers[row][-1] for row in rows])
