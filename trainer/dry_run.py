@@ -50,9 +50,9 @@ def dry_run(
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # A weight costs 2 operations a token forward, 2 for the gradient that goes through it, 2 for
-    # its own (Kaplan et al., arXiv 2001.08361).
-    flops = sum(p.numel() * (6 if p.requires_grad else 4) for p in model.parameters()) * speed
-    flops /= world.size
+    # its own (Kaplan et al., arXiv 2001.08361). The tower and the summary see no text.
+    learner = model.language_model.parameters()
+    flops = sum(p.numel() * (6 if p.requires_grad else 4) for p in learner) * speed / world.size
     peak = peak_flops(world.device, config.dtype)
     memory = peak_memory(world.device) / 2**20
     world.print_rank0(

@@ -194,6 +194,12 @@ def test_a_dry_run_tells_what_the_run_will_cost_and_writes_nothing(capsys):
     output = capsys.readouterr().out
     assert not Path("out").exists() and "weights" not in output and "in /tmp" not in output
     assert "0 h 1 min, without validation" in output and re.search(r"MFU +\d+%", output)
+    speed, flops = re.search(
+        r"([\d,]+) tokens/s(?:.|\n)*: (\S+) TFLOP/s a process", output
+    ).groups()
+    counted = float(flops) * 1e12 / int(speed.replace(",", "")) / 6  # parameters that read text
+    known = int(re.search(r"language_model ([\d,]+)", output)[1].replace(",", ""))
+    assert counted == pytest.approx(known, rel=0.05)
     tokens = re.search("20 steps of about (\\d+) tokens", output)[1]
     assert command(train_pretrain, f"{RANDOM} --epochs 10")["step"] == 20
     # An epoch of two micro-batches is one step, however many might be accumulated.
