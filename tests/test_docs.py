@@ -46,7 +46,7 @@ def test_tutorial_prints_what_it_shows():
         )
 
 
-@pytest.mark.parametrize("name", ["tutorial", "architecture", "data", "training"])
+@pytest.mark.parametrize("name", ["tutorial", "architecture", "data", "training", "scale"])
 def test_both_languages_show_the_same_blocks(name):
     english, chinese = (
         FENCE.findall((ROOT / folder / f"{name}.md").read_text(encoding="utf-8"))
