@@ -161,17 +161,14 @@ class ChatModel:
         """
         features_FPD = visual.features.to(self.device).float()
         num_frames = len(features_FPD)
-        if num_frames == 1:
-            return [1.0]
         mean_PD = features_FPD.mean(0)
         summary = self.model.video_summary
         whole = summary(features_FPD, [num_frames])
-        moves = []
+        moves = torch.zeros(num_frames)
         for frame in range(num_frames):  # one at a time: all at once are F² frames in memory
             changed = features_FPD.clone()
             changed[frame] = mean_PD
-            moves.append((summary(changed, [num_frames]) - whole).norm())
-        moves = torch.stack(moves)
+            moves[frame] = (summary(changed, [num_frames]) - whole).norm()
         # Rounding alone moves a still clip's summary a little.
         if moves.sum() < 1e-5 * whole.norm():
             return [1 / num_frames] * num_frames

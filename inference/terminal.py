@@ -2,10 +2,8 @@
 
 import os
 import shlex
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import replace
 from glob import glob
 from itertools import chain
@@ -65,27 +63,22 @@ class Terminal:
             except EOFError:  # Ctrl-D
                 print()
                 return
-            except KeyboardInterrupt:  # at the prompt, or while a file is read
+            except KeyboardInterrupt:  # what was answered till then stays
                 print("\n(stopped; Ctrl-D or /quit ends the chat)")
             except (ValueError, OSError) as error:
                 print(error)
 
     def answer(self, question: str) -> None:
-        """Prints the answer piece by piece and a line of times; Ctrl-C cuts it there."""
+        """Prints the answer piece by piece and a line of times."""
         print("A: ", end="", flush=True)
-        pieces = self.chat.ask(question, self.sampling, self.stop)
-        with _interrupts() as interrupted:
+        with closing(self.chat.ask(question, self.sampling, self.stop)) as pieces:
             for piece in pieces:
                 print(piece, end="", flush=True)
-                if interrupted:
-                    pieces.close()
-                    break
         last = self.chat.last
         print(
             f"\n   ({last.completion_tokens} tokens, the first after "
             f"{last.time_to_first_token:.2f} s, then {last.tokens_per_second:.0f} a second; "
-            f"{last.prompt_tokens} read, {last.cached_tokens} of them earlier"
-            f"{'; stopped' if last.finish_reason == 'cancelled' else ''})"
+            f"{last.prompt_tokens} read, {last.cached_tokens} of them earlier)"
         )
 
     def command(self, line: str) -> None:
@@ -139,21 +132,3 @@ def _matching(name: str) -> list[str]:
     """The files that a pattern such as `*.mp4` means; a name that is none stays as it is."""
     name = os.path.expanduser(name)
     return [name] if os.path.exists(name) else sorted(glob(name)) or [name]
-
-
-@contextmanager
-def _interrupts() -> Iterator[list]:
-    """A list that the first Ctrl-C fills, so that an answer ends between two tokens. A second one
-    interrupts as usual, in the midst of a step, after which all turns are read again."""
-    signals = []
-
-    def note(number, frame):
-        if signals:
-            raise KeyboardInterrupt
-        signals.append(number)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield signals
-    finally:
-        signal.signal(signal.SIGINT, before)

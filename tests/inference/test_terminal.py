@@ -88,7 +88,7 @@ def test_a_chat_of_many_turns_about_several_visuals(folder, tiny_checkpoint, tin
     user.type("/set max_new_tokens 20000\nTell me all.\n")
     user.until("A: .{20}")
     user.interrupt()
-    user.until("; stopped")
+    user.until("Ctrl-D or /quit ends the chat")
     # At the prompt neither; again, should readline not have been listening yet.
     user.until("Ctrl-D or /quit ends the chat", silence=user.interrupt)
     user.type("/set max_new_tokens 5\nStill there?\n")
