@@ -24,9 +24,9 @@ from typing import Literal
 from cli import flag, launch, parse_flags
 from dataset.samples import read_samples
 from dataset.video import MEDIA_SUFFIXES, VideoError
-from inference import DEMO_MODEL, ROOT, ChatModel, find_models
+from inference.chat_model import ChatModel
 from inference.flags import AnswerFlags
-from inference.parts import EXAMPLES, default_clips
+from inference.parts import DEMO_MODEL, EXAMPLES, ROOT, default_clips, find_models
 from inference.summary import (
     check_comparable,
     compare_answers,

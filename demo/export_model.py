@@ -22,7 +22,7 @@ from cli import Flags, flag, launch, parse_flags
 from dataset.feature_store import FeatureStore
 from demo.known_world import distance, fit_known_frames, statistics_of
 from demo.world import make_clip
-from inference import DEMO_MODEL
+from inference.parts import DEMO_MODEL
 from model.checkpoint import load_video_language_model, read_about, save_model
 
 NOTE = (

@@ -22,7 +22,8 @@ from PIL import Image, ImageDraw, ImageFont
 from cli import Flags, flag, launch, parse_flags
 from dataset.transforms import FrameTransform
 from dataset.video import read_frames
-from inference import DEMO_MODEL, ROOT, ChatModel
+from inference.chat_model import ChatModel
+from inference.parts import DEMO_MODEL, ROOT
 from model.video_summary import temporal_filters
 from model.vision_tower import VisionTower
 

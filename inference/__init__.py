@@ -20,22 +20,6 @@ share one, which a `Scheduler` runs in its thread. Imports go one way: request â
 
 from inference.chat import Chat
 from inference.chat_model import ChatModel
-from inference.engine import Engine
-from inference.parts import DEMO_MODEL, ROOT, TOKENIZER_PATH, VISION_PATH, find_models, find_parts
-from inference.request import PrefixCache, Request, Sequence, Visual
+from inference.request import Request, Sequence, Visual
 
-__all__ = [
-    "DEMO_MODEL",
-    "ROOT",
-    "TOKENIZER_PATH",
-    "VISION_PATH",
-    "Chat",
-    "ChatModel",
-    "Engine",
-    "PrefixCache",
-    "Request",
-    "Sequence",
-    "Visual",
-    "find_models",
-    "find_parts",
-]
+__all__ = ["Chat", "ChatModel", "Request", "Sequence", "Visual"]

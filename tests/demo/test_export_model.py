@@ -6,7 +6,7 @@ import torch
 from demo import figures, train_tower
 from demo.export_model import export_model, make_examples
 from demo.known_world import warn_unlike_training
-from inference import DEMO_MODEL
+from inference.parts import DEMO_MODEL
 from model.checkpoint import load_video_language_model, read_about
 from model.vision_tower import VisionTower
 

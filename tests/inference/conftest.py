@@ -9,7 +9,8 @@ from PIL import Image
 
 import eval as evaluation
 from cli import launch
-from inference import TOKENIZER_PATH, ChatModel
+from inference.chat_model import ChatModel
+from inference.parts import TOKENIZER_PATH
 
 
 @pytest.fixture(scope="session")

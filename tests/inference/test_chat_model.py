@@ -13,16 +13,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from dataset.conversation import ConversationError
 from dataset.video import VideoError
-from inference import (
-    TOKENIZER_PATH,
-    VISION_PATH,
-    Chat,
-    ChatModel,
-    PrefixCache,
-    Sequence,
-    Visual,
-    find_parts,
-)
+from inference.chat import Chat
+from inference.chat_model import ChatModel
+from inference.parts import TOKENIZER_PATH, VISION_PATH, find_parts
+from inference.request import PrefixCache, Sequence, Visual
 from model.cinego import Cinego
 from model.config import SUMMARY_KINDS
 from model.generate import Sampling

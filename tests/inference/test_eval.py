@@ -8,7 +8,7 @@ from PIL import Image
 
 import eval as evaluation
 from cli import launch
-from inference import ROOT
+from inference.parts import ROOT
 from inference.test_set import CONTROLS, shuffled_order
 
 # ---- controls

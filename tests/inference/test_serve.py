@@ -12,7 +12,8 @@ import openai
 import pytest
 from PIL import Image
 
-from inference import ChatModel, Sequence
+from inference.chat_model import ChatModel
+from inference.request import Sequence
 from inference.scheduler import Scheduler
 from inference.server.limits import Deadline
 from inference.server.metrics import Metrics

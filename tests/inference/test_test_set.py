@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from inference import ROOT
 from inference.likelihood import answer_ids, log_likelihoods
+from inference.parts import ROOT
 from inference.test_set import read_answers
 from model.generate import Sampling
 

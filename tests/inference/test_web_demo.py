@@ -16,11 +16,12 @@ from selenium.webdriver.common.by import By
 from streamlit.testing.v1 import AppTest
 
 import web_demo
-from inference import TOKENIZER_PATH, Chat, find_models
+from inference.chat import Chat
 from inference.flags import PageFlags
 from inference.page.conversation import Conversation
 from inference.page.view import TEXTS, language_of
 from inference.page.visual import escaped
+from inference.parts import TOKENIZER_PATH, find_models
 from model.checkpoint import load_video_language_model, save_model
 from model.generate import GREEDY, Sampling
 from model.tokenizer import OURS
