@@ -123,18 +123,13 @@ def describe(scene: Scene, language: str) -> str:
 
 def _fact_pattern(language: str) -> re.Pattern:
     zh = language == "zh"
-    nouns = [*SHAPES.values(), *ICONS.values()] if zh else [*SHAPES, *ICONS]
-    colours = [chinese for chinese, _ in COLOURS.values()] if zh else [*COLOURS]
-    words = [*nouns, *colours, *(NUMBERS[n][zh] for n in (2, 3, 4))]
-    words += DIRECTIONS.values() if zh else DIRECTIONS
-    if zh:
-        words += [verb for *_, verb in VERBS.values()]
-    else:
-        words += [noun + "s" for noun in nouns]
-        verbs = [forms for motion, forms in VERBS.items() if motion not in DIRECTIONS]
-        words += [form.split()[0] for forms in verbs for form in forms[:2]]
+    words = [*(SHAPES | ICONS | DIRECTIONS).values()] if zh else [*SHAPES, *ICONS, *DIRECTIONS]
+    words += [chinese for chinese, _ in COLOURS.values()] if zh else [*COLOURS]
+    words += [NUMBERS[n][zh] for n in (2, 3, 4)]
+    # English motions are named by their verbs, but for "moves": a direction says more.
+    words += [verb for *_, verb in VERBS.values()] if zh else [*VERBS]
     pattern = "|".join(sorted(words, key=len, reverse=True))
-    return re.compile(pattern if zh else rf"\b(?:{pattern})\b")
+    return re.compile(pattern if zh else rf"\b(?:{pattern})s?\b")
 
 
 _FACTS = {language: _fact_pattern(language) for language in LANGUAGES}

@@ -18,7 +18,8 @@ model that can't tell forwards from backwards gets at most one of such a pair ri
 import json
 import math
 import os
-from dataclasses import MISSING, dataclass, replace
+from collections import namedtuple
+from dataclasses import MISSING, dataclass
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -42,15 +43,8 @@ FRAMES_PER_SECOND = 8
 # ---- pictures
 
 
-@dataclass
-class Track:
-    """An actor in every frame: centre and diameter (pixels), angle (degrees), visible or not."""
-
-    x: np.ndarray
-    y: np.ndarray
-    diameter: np.ndarray
-    angle: np.ndarray
-    visible: np.ndarray
+# An actor in every frame: centre and diameter (pixels), angle (degrees), visible or not.
+Track = namedtuple("Track", "x y diameter angle visible")
 
 
 def _track(rng: np.random.Generator, actor: Actor, diameter: float) -> Track:
@@ -106,7 +100,7 @@ def _shift_inside(rng: np.random.Generator, track: Track) -> Track:
         low, high = (radius - path).max() + 1, (FRAME_SIZE - radius - path).min() - 1
         return path + rng.uniform(low, max(low, high))
 
-    return replace(track, x=shift(track.x), y=shift(track.y))
+    return track._replace(x=shift(track.x), y=shift(track.y))
 
 
 def _apart(a: Track, b: Track) -> bool:
