@@ -17,12 +17,12 @@ the others, and wall time elsewhere.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -150,37 +150,33 @@ def compare(args: argparse.Namespace, samples: Samples, dtype: str) -> None:
     time_step(model, optimizers, ways["shared"][1][0], 0, dtype, device)  # the first makes code
     seconds = dict.fromkeys(ways, 0.0)
     # Taking turns: what disturbs the machine for a while disturbs all of them.
-    for turn in zip_longest(*(batches for _, batches in ways.values())):
+    for turn in itertools.zip_longest(*(batches for _, batches in ways.values())):
         for (name, (pad_to, _)), batch in zip(ways.items(), turn, strict=True):
             if batch is not None:
                 seconds[name] += time_step(model, optimizers, batch, pad_to, dtype, device)
 
     unit = "CPU-s" if device.type == "cpu" else "s"
-    memory = peak_memory(device) / 2**20
     print(
         f"\n{dtype}, {args.dim} x {args.n_layers}, {args.num_frames} frames x {PATCHES} x {WIDTH}, "
-        f"{torch.get_num_threads()} threads, {memory:,.0f} MB at most\n"
-        f"{'':<12}{'samples':>8}{unit:>8}{'samples/' + unit:>16}{'supervised/' + unit:>18}"
-        f"{'padding':>9}"
+        f"{torch.get_num_threads()} threads, {peak_memory(device) / 2**20:,.0f} MB at most\n"
+        f"             samples   {unit} samples/{unit} supervised/{unit} padding"
     )
     speed = {}
     for name, (pad_to, batches) in ways.items():
-        number = sum(len(batch["sample_ids"]) for batch in batches)
-        supervised = sum(batch["supervised_tokens"] for batch in batches)
-        real = sum(batch["real_tokens"] for batch in batches)
-        places = sum(
-            len(b["inputs"]["input_ids"]) * pad_to if pad_to else b["padded_tokens"]
-            for b in batches
+        number, spent = sum(len(batch["sample_ids"]) for batch in batches), seconds[name]
+        supervised, real = (
+            sum(b[key] for b in batches) for key in ("supervised_tokens", "real_tokens")
         )
-        speed[name] = number / seconds[name], supervised / seconds[name]
+        rows = (len(b["inputs"]["input_ids"]) for b in batches)
+        places = pad_to * sum(rows) if pad_to else sum(b["padded_tokens"] for b in batches)
+        speed[name] = number / spent, supervised / spent
         print(
-            f"{name:<12}{number:>8}{seconds[name]:>8.1f}{speed[name][0]:>16.3f}"
-            f"{speed[name][1]:>18.0f}{1 - real / places:>9.1%}"
+            f"{name:<12} {number:>7} {spent:>7.1f} {number / spent:>10.3f} "
+            f"{supervised / spent:>12.0f} {1 - real / places:>11.1%}"
         )
-    for ours in ("shared", "single"):
-        for other in ("padded 512", "padded 1536"):
-            ratios = [a / b for a, b in zip(speed[ours], speed[other], strict=True)]
-            print(f"{ours}: {ratios[0]:.2f} x the samples of {other}, {ratios[1]:.2f} x its tokens")
+    for ours, other in itertools.product(list(ways)[:2], list(ways)[2:]):
+        samples, tokens = (a / b for a, b in zip(speed[ours], speed[other], strict=True))
+        print(f"{ours}: {samples:.2f} x the samples of {other}, {tokens:.2f} x its tokens")
 
 
 def main() -> None:
