@@ -15,6 +15,7 @@ out in our names. docs/checkpoints.md has the table of what becomes what.
 """
 
 import re
+import shutil
 import sys
 from dataclasses import dataclass
 from itertools import takewhile
@@ -232,6 +233,8 @@ def main(argv: list[str] | None = None) -> None:
         else:
             language_model = getattr(model, "language_model", model)
             export_language_model(language_model, about, target, tokenizer)
+        for weights in target.glob("*.safetensors"):  # 0600, which a web server can't read
+            shutil.copymode(target / "config.json", weights)
     print(f"wrote {target}")
 
 
