@@ -53,7 +53,6 @@ BACKGROUND = len(OBJECTS)  # label of a patch that shows no object
 IGNORED = -100  # label of a patch that shows a distractor: cross-entropy's own default
 DISTRACTORS = 0.35  # share of the classes in a picture that are no objects of this world
 MAX_COUNT = 4
-HELD_OUT = 500  # stills of each split that the training is watched by
 # What is predicted while the tower learns, and how many numbers each: of every patch, of a picture.
 OF_PATCHES = {"patch": len(OBJECTS) + 1, "centre": 6}
 OF_PICTURES = {"present": len(OBJECTS), "total": MAX_COUNT + 1, "middle": 3}
@@ -65,31 +64,26 @@ OF_PICTURES = {"present": len(OBJECTS), "total": MAX_COUNT + 1, "middle": 3}
 class Stills(Dataset):
     """Random stills with their labels; number i of a seed is always the same one."""
 
-    def __init__(self, seed: int, number: int, split: str = "train"):
-        self.seed, self.number, self.split = seed, number, split
+    def __init__(self, seed: int, number: int):
+        self.seed, self.number = seed, number
 
     def __len__(self) -> int:
         return self.number
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
-        return make_still(np.random.default_rng([self.seed, i]), self.split)
+        return make_still(np.random.default_rng([self.seed, i]))
 
 
-def _sample_objects(rng: np.random.Generator, split: str) -> list[Object | None]:
-    """Up to four objects, often three or four; `None` is a distractor, in training only.
-
-    Training holds no (object, count) of the other splits; another split's most numerous object has
-    a count of that split, as in the demo world.
-    """
+def _sample_objects(rng: np.random.Generator) -> list[Object | None]:
+    """Up to four objects, often three or four, `None` for a distractor. No (object, count) is one
+    of the held-out splits."""
     while True:
         total = rng.choice(MAX_COUNT + 1, p=[0.04, 0.33, 0.19, 0.22, 0.22])
         classes = [OBJECTS[i] for i in rng.permutation(len(OBJECTS))[: rng.integers(1, 4)]]
-        if split == "train":
-            classes = [None if rng.random() < DISTRACTORS else item for item in classes]
+        classes = [None if rng.random() < DISTRACTORS else item for item in classes]
         sampled = [classes[i] for i in rng.integers(len(classes), size=total)]
         counts = Counter(item for item in sampled if item)
-        splits = [split_of(("count", item, n)) for item, n in counts.most_common()]
-        if all(s == "train" for s in splits) if split == "train" else splits[:1] == [split]:
+        if all(split_of(("count", item, n)) == "train" for item, n in counts.items()):
             return sampled
 
 
@@ -106,12 +100,12 @@ def _sample_places(rng: np.random.Generator, number: int) -> list[tuple[float, f
                 places.append((x, y, d))
 
 
-def make_still(rng: np.random.Generator, split: str) -> dict[str, np.ndarray]:
+def make_still(rng: np.random.Generator) -> dict[str, np.ndarray]:
     """One picture, uint8 (H, W, 3), and all that is known of it: for each patch its class and
     (is a centre; x, y, log size; cosine and sine of the turn), for the picture the classes present,
     their total number and the mean place."""
     picture = background(rng)
-    objects = _sample_objects(rng, split)
+    objects = _sample_objects(rng)
     places = _sample_places(rng, len(objects))
     patch = np.full(GRID * GRID, BACKGROUND, dtype=np.int64)
     covered = np.full(GRID * GRID, 0.15, dtype=np.float32)  # less than this is background
@@ -245,19 +239,6 @@ def losses(out: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor
     }
 
 
-@torch.no_grad()
-def score(model: TowerWithHeads, batch: dict[str, Tensor]) -> dict[str, float]:
-    """Shares of right answers: patches that show an object, pictures' objects and their number."""
-    out = model(batch["picture"])
-    shown = (batch["patch"] != BACKGROUND) & (batch["patch"] != IGNORED)
-    right = {
-        "patch": (out["patch"].argmax(2) == batch["patch"])[shown],
-        "present": ((out["present"] > 0) == batch["present"].bool()).all(1),
-        "total": out["total"].argmax(1) == batch["total"],
-    }
-    return {name: round(values.float().mean().item(), 4) for name, values in right.items()}
-
-
 @dataclass
 class TowerFlags(Flags):
     """Training of the tower"""
@@ -286,14 +267,11 @@ def main(argv: list[str] | None = None) -> None:
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     print(optimizers.description)
 
-    held_out = {}
-    for split in ("train", "test"):  # the latter: numbers of an object that training never shows
-        stills = DataLoader(Stills(flags.seed + 10_000, HELD_OUT, split), HELD_OUT)
-        (held_out[split],) = stills
     stills = Stills(flags.seed, flags.steps * flags.batch_size)
     loader = DataLoader(stills, flags.batch_size, num_workers=1, prefetch_factor=8)
     in_bfloat16 = choose_dtype("auto", torch.device("cpu")) == "bfloat16"
     started = time.process_time()
+    # No still comes twice: the losses are those of stills that were never trained on.
     for step, batch in enumerate(bar := tqdm(loader, desc="tower", unit="step")):
         optimizers.set_learning_rates(learning_rate_factor(step, flags.steps, 100, "linear"))
         with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
@@ -302,13 +280,11 @@ def main(argv: list[str] | None = None) -> None:
         sum(parts.values()).backward()
         optimizers.step(scaler, optimizers.clip_gradients(scaler, max_norm=1.0))
         optimizers.zero_grad()
-        bar.set_postfix({key: f"{value.item():.3f}" for key, value in parts.items()}, refresh=False)
-        if (step + 1) % 200 == 0 or step + 1 == flags.steps:
-            scores = {split: score(model, stills) for split, stills in held_out.items()}
-            tqdm.write(f"step {step + 1}: {scores}")
-            command = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(flags).items()}
-            trained = {"command": command, "cpu_seconds": round(time.process_time() - started)}
-            model.save(flags.out, before | trained | {"held_out_stills": scores})
+        last = {name: round(loss.item(), 4) for name, loss in parts.items()}
+        bar.set_postfix(last, refresh=False)
+    command = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(flags).items()}
+    trained = {"command": command, "cpu_seconds": round(time.process_time() - started)}
+    model.save(flags.out, before | trained | {"losses": last})
 
 
 if __name__ == "__main__":

@@ -12,11 +12,9 @@ from PIL import Image
 from dataset.conversation import VISUAL_TAG
 from dataset.images import FORMATS
 from dataset.samples import check_relative, resolve_under
-from dataset.video import MAX_PIXELS
 from files import whole_file
 
 PICTURES = ("image_bytes", "image", "images")  # columns of a parquet that may hold some
-FILLER = (8, 8)  # pixels of the black picture that MiniMind-V puts where text has none
 
 
 class Media:
@@ -81,14 +79,13 @@ class Media:
             raise OSError("--images_path is missing: the folder to write the pictures into")
         if not pictures:
             return
-        is_text, paths = not VISUAL_TAG.search(str(record.get("conversations"))), []
-        for data in pictures:
-            size, suffix = _size_of(data)
-            digest = hashlib.blake2b(data, digest_size=12).hexdigest()
-            paths.append(f"{folder}/{digest[:2]}/{digest}.{suffix}")
-            self.pictures[paths[-1]] = data
-            if is_text and size != FILLER:
-                self.notes["a picture without a tag was left out"] += 1
+        digests = [hashlib.blake2b(data, digest_size=12).hexdigest() for data in pictures]
+        paths = [
+            f"{folder}/{d[:2]}/{d}.{_suffix_of(data)}"
+            for d, data in zip(digests, pictures, strict=True)
+        ]
+        self.pictures = dict(zip(paths, pictures, strict=True))
+        is_text = not VISUAL_TAG.search(str(record.get("conversations")))
         record["image"] = [] if is_text else paths
 
     def save(self, visuals: list[str]) -> None:
@@ -107,13 +104,11 @@ def _bytes_in(value: object) -> list[bytes]:
     return values if all(isinstance(v, bytes) for v in values) else []
 
 
-def _size_of(data: bytes) -> tuple[tuple[int, int], str]:
-    """((width, height), suffix), from the head alone: training decodes the rest."""
+def _suffix_of(data: bytes) -> str:
+    """From the head alone: training decodes the rest."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            size, suffix = image.size, image.format.lower()
+            suffix = image.format.lower()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"its picture can't be read ({len(data)} bytes)") from error
-    if size[0] * size[1] > MAX_PIXELS:
-        raise ValueError(f"its picture of {size[0]}×{size[1]} pixels is above {MAX_PIXELS}")
-    return size, {"jpeg": "jpg", "mpo": "jpg"}.get(suffix, suffix)
+    return {"jpeg": "jpg", "mpo": "jpg"}.get(suffix, suffix)

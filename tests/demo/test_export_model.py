@@ -63,8 +63,7 @@ def test_the_pictures_of_the_documentation_show_two_answers(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["filters.png", "reversed.gif"]
 
 
-def test_a_tower_is_trained_and_trained_further(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_tower, "HELD_OUT", 8)
+def test_a_tower_is_trained_and_trained_further(tmp_path):
     more = ["--start_from", str(tmp_path / "a"), "--seed", "1"]
     for name, flags in (("a", []), ("b", more)):
         train_tower.main(
