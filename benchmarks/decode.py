@@ -72,7 +72,6 @@ def by_everything(path: str, num_frames: int) -> np.ndarray:
 
 READERS = {
     "read_frames": read_frames,
-    "in_process": partial(read_frames, timeout=None),
     "decord": by_decord,
     "everything": by_everything,
 }
