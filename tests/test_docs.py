@@ -1,15 +1,14 @@
 """The documentation does what it says: the tutorial's snippets print what stands below them, links
 lead somewhere, flags exist, and the Chinese tutorial runs the same code."""
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.commands import ROOT, run
+
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 TUTORIAL = ROOT / "docs/tutorial.md"
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
@@ -28,16 +27,9 @@ def test_tutorial_prints_what_it_shows():
     assert len(snippets) == len(blocks(TUTORIAL, "python")), "a snippet without its output"
     mark = "end of a snippet"
     script = "".join(f"{code}\nprint({mark!r})\n" for code, _ in snippets)
-    run = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        # Threads that wait for each other would take minutes on a busy machine.
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
-        capture_output=True,
-        encoding="utf-8",
-    )
-    assert run.returncode == 0, run.stderr
-    *printed, _ = run.stdout.split(f"{mark}\n")
+    # Threads that wait for each other would take minutes on a busy machine.
+    told = run(sys.executable, "-c", script, OMP_NUM_THREADS="1", PYTHONUTF8="1")
+    *printed, _ = told.stdout.split(f"{mark}\n")
     for (code, shown), output in zip(snippets, printed, strict=True):
         assert NUMBER.sub("#", output.strip()) == NUMBER.sub("#", shown.strip()), code
         numbers = [float(number) for number in NUMBER.findall(output)]

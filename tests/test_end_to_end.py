@@ -2,31 +2,19 @@
 types has to work, resume, and leave the files that the README promises."""
 
 import json
-import os
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from inference.summary import read_results
+from tests import commands
 
-ROOT = Path(__file__).resolve().parents[1]
-EXAMPLES = ROOT / "demo/examples"
+EXAMPLES = commands.ROOT / "demo/examples"
 
 
-def run(*command: str, code: int = 0) -> str:
-    environment = os.environ | {"OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false"}
-    result = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-    assert result.returncode == code, result.stdout[-2000:] + result.stderr[-4000:]
-    return result.stdout + result.stderr
+run = partial(commands.run, sys.executable, OMP_NUM_THREADS="2", TOKENIZERS_PARALLELISM="false")
 
 
 @pytest.fixture(scope="module")

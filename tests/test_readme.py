@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 import zlib
@@ -22,8 +21,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from model.config import LanguageModelConfig
 from model.minimind import MiniMind
+from tests.commands import ROOT
+from tests.commands import run as run_command
 
-ROOT = Path(__file__).resolve().parents[1]
+BASH = "bash", "-euo", "pipefail", "-c"
 SUBSET = "0_30_s_academic_v0_1"
 
 
@@ -101,21 +102,13 @@ def clone(request, tmp_path_factory, tiny_tower) -> Path:
 
 
 def run(clone: Path, commands: str) -> str:
-    environment = os.environ | {
+    environment = {
         "PATH": f"{clone.parent / 'bin'}:{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "OMP_NUM_THREADS": "2",
     }
-    result = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", commands],
-        cwd=clone,
-        env=environment,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result.stdout + result.stderr
+    told = run_command(*BASH, commands, cwd=clone, **environment)
+    return told.stdout + told.stderr
 
 
 def test_both_readmes_have_the_same_commands():

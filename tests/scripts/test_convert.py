@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,8 +14,7 @@ from PIL import Image
 from dataset.samples import Sample, Samples, read_samples
 from scripts.convert import llava_video_178k as llava
 from scripts.convert import minimind_v, sharegpt4video, to_jsonl, video_instruct_100k
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.commands import run
 
 
 def human(*texts: str) -> list[dict]:
@@ -293,10 +291,10 @@ def test_a_json_array_is_converted_by_the_command_that_training_names(tmp_path):
     with pytest.raises(ValueError, match="my data.json: this is a JSON array; convert it") as error:
         read_samples(path)
     command = f"{sys.executable} {str(error.value).partition('python ')[2]}"
-    run = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    told = run("bash", "-c", command)
     output = tmp_path / "my data.jsonl"
-    assert run.returncode == 0 and f"{output}: 2 samples of 2 records" in run.stdout
-    assert "records/s" in run.stderr  # progress
+    assert f"{output}: 2 samples of 2 records" in told.stdout
+    assert "records/s" in told.stderr  # progress
     (video, text) = read_samples(output)
     assert (video.id, video.visuals, texts(video)[1]) == ("1", ["a.mp4"], "一只猫 \u2028 😀")
     assert (text.id, text.scoring, text.language) == ("my data-2", [{"type": "x"}], "en")

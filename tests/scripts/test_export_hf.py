@@ -3,7 +3,6 @@
 import filecmp
 import json
 import os
-import subprocess
 import sys
 
 import pytest
@@ -22,6 +21,7 @@ from model.tokenizer import OURS
 from model.vision_tower import VisionTower
 from scripts.export_hf import main
 from tests.clips import make_clip
+from tests.commands import run
 from tests.model.ancestors import add_projector, cinego_2025, old_state
 
 TOKENIZER = "model/text_tokenizer"
@@ -86,16 +86,11 @@ json.dump([examine(directory, asked) for directory in sys.argv[1:]], sys.stdout)
 def examine_in_a_fresh_process(root, asked, *directories):
     """What FRESH finds in each directory."""
     (root / "fresh.py").write_text(FRESH)
-    run = subprocess.run(
-        [sys.executable, "-I", "fresh.py", *map(str, directories)],
-        input=json.dumps(asked, default=str),
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "home")},
-        cwd=root,
-        capture_output=True,
-        text=True,
+    alone = {"cwd": root, "HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "home")}
+    typed = json.dumps(asked, default=str)
+    return json.loads(
+        run(sys.executable, "-I", "fresh.py", *directories, typed=typed, **alone).stdout
     )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
 
 
 OF_OURS = {"lineage": {"tokenizer": OURS}}  # what an untrained model is taken to be

@@ -2,14 +2,14 @@
 files that each stage makes."""
 
 import json
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+from tests.commands import ROOT, run
+
+SCRIPTS = ROOT / "scripts"
 PYTHON = """#!/usr/bin/env bash
 echo "$*" >>calls
 fails=false
@@ -46,10 +46,7 @@ class Repository:
     def run(self, code: int = 0, **environment: str) -> list[str]:
         """The stages' scripts that were called, in order."""
         (self.root / "calls").write_text("")
-        result = subprocess.run(
-            ["bash", self.quickstart], env=os.environ | environment, capture_output=True, text=True
-        )
-        assert result.returncode == code, result.stderr
+        run("bash", self.quickstart, code=code, **environment)
         calls = (self.root / "calls").read_text().splitlines()
         return [call.removeprefix("-m ").split()[0] for call in calls if "pip" not in call]
 
