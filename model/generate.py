@@ -122,9 +122,9 @@ def sample_tokens(logits_BV: Tensor, samplers: list[Sampler]) -> list[int]:
 
 
 def _to_device(numbers: list, device: torch.device) -> Tensor:
-    """Without waiting for what the device still does."""
-    tensor = torch.tensor(numbers, pin_memory=device.type == "cuda")
-    return tensor.to(device, non_blocking=True)
+    """Without waiting for what a CUDA device still does."""
+    is_cuda = device.type == "cuda"
+    return torch.tensor(numbers, pin_memory=is_cuda).to(device, non_blocking=is_cuda)
 
 
 class DecodingBatch:
@@ -217,12 +217,13 @@ class DecodingBatch:
             rows = 1 << (self.num_rows - 1).bit_length()
             capacity = -(-(length + CAPACITY_STEP // 2) // CAPACITY_STEP) * CAPACITY_STEP
             capacity = min(capacity, self.config.max_position_embeddings)
-            self.static_step = None  # its memory goes first
+            step = self.static_step = None  # its memory goes first
             try:
                 step = StaticStep(self.model, self.cache, rows, capacity)
             except RuntimeError as problem:
                 DecodingBatch.may_capture = False
-                warnings.warn(f"decoding goes on without CUDA graphs: {problem}", stacklevel=2)
+                why = problem.__context__ or problem  # the end of a failed capture fails, too
+                warnings.warn(f"decoding goes on without CUDA graphs: {why}", stacklevel=2)
                 return None
             self.static_step, self.eager_steps = step, 0
         if step.cache is not self.cache:
