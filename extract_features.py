@@ -94,51 +94,59 @@ def main(argv: list[str] | None = None) -> None:
     shard, num_shards = shard * size + rank, num_shards * size
     uses_cuda = flags.device in ("auto", "cuda") and torch.cuda.is_available()
     device = choose_device(f"cuda:{local_rank}" if uses_cuda else flags.device)
-    dtype = choose_dtype(flags.dtype, device)
     num_workers = max(1, num_cores() // local_size)
     if flags.num_workers is not None:
         num_workers = flags.num_workers
 
-    root, store = Path(flags.images_path), FeatureStore(flags.features_path)
-    rel_paths = list_visuals(flags.data_path, flags.videos, root)
-    transform = FrameTransform.from_pretrained(flags.vision_path, flags.resize)
-    tower = VisionTower.from_pretrained(flags.vision_path)
+    flags.dtype = choose_dtype(flags.dtype, device)
+    rel_paths = list_visuals(flags.data_path, flags.videos, Path(flags.images_path))
     # What makes all that is missing, for whoever finds the store unfinished.
     command = shlex.join(["python", "extract_features.py", *arguments, "--shard", "0/1"])
     header = {"visuals": len(rel_paths), "command": command}
-    store.begin(describe_features(flags, tower, transform, dtype), (shard, num_shards), **header)
-    todo = find_outdated(store, root, rel_paths[shard::num_shards])
+    store, tower, transform = begin(flags, (shard, num_shards), header)
+    todo = find_outdated(store, Path(flags.images_path), rel_paths[shard::num_shards])
     in_shard = f" in shard {shard}/{num_shards}" if num_shards > 1 else ""
     print(
         f"{len(rel_paths)} visuals, {len(todo)} to do{in_shard}; tower {flags.vision_path}, "
-        f"{tower.tokens_per_frame} × {tower.hidden_size} a frame, {dtype} on {device}",
+        f"{tower.tokens_per_frame} × {tower.hidden_size} a frame, {flags.dtype} on {device}",
         flush=True,
     )
 
     decode = partial(decode_visual, flags=flags, transform=transform, known=todo)
     decoding = reading_in_threads(decode, todo, min(num_workers, len(todo)))
-    batches = TowerBatches(tower, transform, dtype, device, flags.batch_size)
+    batches = TowerBatches(tower, transform, flags.dtype, device, flags.batch_size)
     with closing(store), batches, decoding as decoded:
         about = {"total": len(todo), "desc": in_shard, "position": local_rank, "disable": not todo}
         write_features(store, batches.run(decoded), **about)
         finish(store, rel_paths, num_shards)
 
 
-def describe_features(flags: ExtractFlags, tower, transform: FrameTransform, dtype: str) -> dict:
-    """A store's settings: all that decides what the features are."""
-    return {
+def begin(
+    flags: ExtractFlags, shard: tuple[int, int], header: dict
+) -> tuple[FeatureStore, VisionTower, FrameTransform]:
+    """The store, which takes this shard's features from now on, and what makes them.
+
+    flags.dtype: not "auto". header: as of `FeatureStore.begin`. Raises ValueError as that does, and
+    where there is no tower.
+    """
+    transform = FrameTransform.from_pretrained(flags.vision_path, flags.resize)
+    tower = VisionTower.from_pretrained(flags.vision_path)
+    settings = {
         "tower": tower.fingerprint(),
         "tower_name": Path(flags.vision_path).resolve().name,
         "tokens_per_frame": tower.tokens_per_frame,
         "hidden_size": tower.hidden_size,
         "dtype": flags.features_dtype,
-        "compute_dtype": dtype,
+        "compute_dtype": flags.dtype,
         "transform": transform.describe(),
         "num_frames": flags.num_frames,
         "sampling": flags.sampling,
         "fps": flags.fps,
         "video_backend": flags.video_backend,
     }
+    store = FeatureStore(flags.features_path)
+    store.begin(settings, shard, **header)
+    return store, tower, transform
 
 
 def find_outdated(store: FeatureStore, root: Path, rel_paths: list[str]) -> dict[str, dict]:

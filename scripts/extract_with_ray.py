@@ -20,20 +20,18 @@ from pathlib import Path
 import numpy as np
 
 from cli import flag, launch, parse_flags
-from dataset.feature_store import FeatureStore
 from dataset.transforms import FrameTransform
 from device import choose_device, choose_dtype
 from extract_features import (
     ExtractFlags,
     TowerBatches,
+    begin,
     decode_visual,
-    describe_features,
     find_outdated,
     finish,
     list_visuals,
     write_features,
 )
-from model.vision_tower import VisionTower
 
 CLIPS_A_TASK = 32  # are decoded again when their node dies
 
@@ -65,17 +63,13 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("images_path", "vision_path", "features_path"):  # nodes run in other folders
         setattr(flags, name, str(Path(getattr(flags, name)).resolve()))
     flags.dtype = ray.get(on_tower(choose_arithmetic).remote(flags))
-    root, store = Path(flags.images_path), FeatureStore(flags.features_path)
-    rel_paths = list_visuals(flags.data_path, flags.videos, root)
-    transform = FrameTransform.from_pretrained(flags.vision_path, flags.resize)
-    tower = VisionTower.from_pretrained(flags.vision_path)
-    about = describe_features(flags, tower, transform, flags.dtype)
+    rel_paths = list_visuals(flags.data_path, flags.videos, Path(flags.images_path))
     command = shlex.join(["python", "-m", "scripts.extract_with_ray", *arguments])
-    header = {"settings": about, "visuals": len(rel_paths), "command": command}
+    header = {"visuals": len(rel_paths), "command": command}
     shard, num_shards = map(int, flags.shard.split("/"))
     numbers = [(shard * flags.towers + i, num_shards * flags.towers) for i in range(flags.towers)]
-    store.begin(shard=numbers[0], **header)
-    todo = find_outdated(store, root, rel_paths[shard::num_shards])
+    store, _, transform = begin(flags, numbers[0], header)
+    todo = find_outdated(store, Path(flags.images_path), rel_paths[shard::num_shards])
     store.close()  # the towers write
     print(f"{len(rel_paths)} visuals, {len(todo)} to do; {flags.towers} towers in {flags.dtype}")
     if todo:
@@ -110,9 +104,7 @@ def run_tower(
     rows: Callable[[], Iterable[dict]], shard: tuple[int, int], flags: ExtractFlags, header: dict
 ) -> None:
     """Features of `decode_row`'s rows into that shard of the store."""
-    store = FeatureStore(flags.features_path)
-    store.begin(shard=shard, **header)
-    transform = FrameTransform.from_pretrained(flags.vision_path, flags.resize)
+    store, tower, transform = begin(flags, shard, header)
     shape = -1, transform.image_size, transform.image_size, 3
 
     def decoded() -> Iterator[tuple]:
@@ -122,7 +114,7 @@ def run_tower(
                 frames = np.frombuffer(frames, np.uint8).reshape(shape)
             yield row["path"], (json.loads(row["record"]), frames)
 
-    tower, device = VisionTower.from_pretrained(flags.vision_path), choose_device(flags.device)
+    device = choose_device(flags.device)
     batches = TowerBatches(tower, transform, flags.dtype, device, flags.batch_size)
     with closing(store), batches:
         write_features(store, batches.run(decoded()), desc=f"tower {shard[0]}", disable=True)

@@ -5,9 +5,9 @@ import importlib.util
 import pytest
 
 import extract_features
+from cli import parse_flags
 from dataset.feature_store import FeatureStore
 from dataset.transforms import FrameTransform
-from model.vision_tower import VisionTower
 from scripts import extract_with_ray
 from tests.clips import make_numbered_clip
 
@@ -23,21 +23,15 @@ def command(tmp_path, tiny_tower):
 
 
 def share_by_hand(argv):
-    flags = extract_features.parse_flags(extract_with_ray.RayFlags, argv=argv)
+    flags = parse_flags(extract_with_ray.RayFlags, argv=argv)
     transform = FrameTransform.from_pretrained(flags.vision_path)
-    tower = VisionTower.from_pretrained(flags.vision_path)
-    settings = extract_features.describe_features(flags, tower, transform, flags.dtype)
-    paths = [f"clips/{name}.mp4" for name in (0, 1, 2, 3, 4, "broken")]
-    rows = [
-        extract_with_ray.decode_row({"path": path, "known": "{}"}, flags, transform)
-        for path in paths
-    ]
+    names = [f"clips/{name}.mp4" for name in (0, 1, 2, 3, 4, "broken")]
+    visuals = ({"path": name, "known": "{}"} for name in names)
+    rows = [extract_with_ray.decode_row(visual, flags, transform) for visual in visuals]
     for i in range(2):
-        part = rows[i::2].__iter__
-        extract_with_ray.run_tower(part, (i, 2), flags, {"settings": settings})
-    store = FeatureStore(flags.features_path)
-    store.begin(settings)
-    extract_features.finish(store, paths, 2)
+        extract_with_ray.run_tower(rows[i::2].__iter__, (i, 2), flags, {})
+    store, *_ = extract_features.begin(flags, (0, 2), {})
+    extract_features.finish(store, names, 2)
 
 
 def share_by_ray(argv):
