@@ -107,21 +107,20 @@ def tvbench(record: dict, folder: Path) -> Iterator[Question]:
 
 
 MVBENCH_FOLDERS = {
-    "star/Charades_v1_480": ["object_interaction", "action_sequence", "action_prediction"],
-    "sta/sta_video": ["action_localization"],
-    "clevrer/video_validation": [
-        *("moving_count", "moving_direction", "moving_attribute"),
-        *("counterfactual_inference", "object_existence"),
-    ],
-    "nturgbd": ["fine_grained_pose"],
-    "perception/videos": ["character_order", "object_shuffle", "state_change", "action_count"],
-    "vlnqa": ["egocentric_navigation"],
-    "tvqa/frames_fps3_hq": ["episodic_reasoning"],
-    "Moments_in_Time_Raw/videos": ["fine_grained_action"],
-    "scene_qa/video": ["scene_transition"],
-    "ssv2_video": ["action_antonym"],
-    "FunQA_test/test": ["unexpected_action"],
+    "star/Charades_v1_480": "object_interaction action_sequence action_prediction",
+    "sta/sta_video": "action_localization",
+    "clevrer/video_validation": "moving_count moving_direction moving_attribute "
+    "counterfactual_inference object_existence",
+    "nturgbd": "fine_grained_pose",
+    "perception/videos": "character_order object_shuffle state_change action_count",
+    "vlnqa": "egocentric_navigation",
+    "tvqa/frames_fps3_hq": "episodic_reasoning",
+    "Moments_in_Time_Raw/videos": "fine_grained_action",
+    "scene_qa/video": "scene_transition",
+    "ssv2_video": "action_antonym",
+    "FunQA_test/test": "unexpected_action",
 }
+MVBENCH_ROOTS = {task: root for root, tasks in MVBENCH_FOLDERS.items() for task in tasks.split()}
 
 
 def mvbench(record: dict, folder: Path) -> Iterator[Question]:
@@ -130,9 +129,8 @@ def mvbench(record: dict, folder: Path) -> Iterator[Question]:
     Episodic reasoning comes as folders of frames: make them videos
     (ffmpeg -framerate 3 -i NAME/%05d.jpg NAME.mp4)."""
     task, video = record["file"], record["video"]
-    root = next((f"{root}/" for root, tasks in MVBENCH_FOLDERS.items() if task in tasks), "")
     suffix = ".mp4" if task == "episodic_reasoning" else ""
-    yield _candidates(record, f"{root}{video}{suffix}")
+    yield _candidates(record, str(PurePosixPath(MVBENCH_ROOTS.get(task, ""), f"{video}{suffix}")))
 
 
 def _candidates(record: dict, video: str) -> Question:
@@ -261,10 +259,8 @@ def msrvtt_qa(record: dict, folder: Path) -> Iterator[Question]:
     yield _short_answer(record, f"video{record['video_id']}", record["question"].split()[0])
 
 
-ACTIVITYNET_TYPES = (
-    *("motion", "spatial", "temporal", "yes/no", "colour"),
-    *("object", "location", "number", "other"),
-)
+ACTIVITYNET_TYPES = ["motion", "spatial", "temporal", "yes/no", "colour", "object", "location"]
+ACTIVITYNET_TYPES += ["number", "other"]
 
 
 def activitynet_qa(record: dict, folder: Path) -> Iterator[Question]:
