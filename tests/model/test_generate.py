@@ -158,8 +158,10 @@ def test_rows_join_and_leave_between_steps_and_decode_as_alone(model, monkeypatc
     rows, answers, buffers = [], [[] for _ in prompts], []  # rows: which prompts are in the batch
 
     def both(action, at):
-        logits = action(growing)
-        torch.testing.assert_close(action(static), logits, atol=1e-5, rtol=1e-5)
+        logits, found = action(growing), action(static)
+        torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-5)
+        hot = [[Sampler(Sampling(temperature=1.5, seed=row)) for row in at] for _ in range(2)]
+        assert sample_tokens(logits, hot[0]) == sample_tokens(found, hot[1])
         for row, token in zip(at, logits.argmax(-1).tolist(), strict=True):
             answers[row].append(token)
 
