@@ -90,9 +90,14 @@ def texts_of(page: AppTest) -> list[str]:
     return [text.value for text in page.text]
 
 
-def answer_of(chat: Chat, question: str, sampling: Sampling = GREEDY) -> str:
-    """The answer as a page shows it: without space around it."""
-    return "".join(chat.ask(question, sampling)).strip()
+def chat_with(chat_model, *asked: tuple, sampling: Sampling = GREEDY, **frames) -> list[str]:
+    """Questions, each with its files, and the answers in turn, as a page shows them."""
+    chat, found = Chat(chat_model), []
+    for question, *files in asked:
+        for file in files:
+            chat.attach(chat_model.encode_video(file, **frames))
+        found += [question, "".join(chat.ask(question, sampling)).strip()]
+    return found
 
 
 def strips(page: AppTest) -> list[list[tuple[float, int]]]:
@@ -120,19 +125,14 @@ def test_without_a_model_of_ones_own_the_one_that_ships_answers(open_page, folde
 def test_several_files_and_many_turns_are_answered_as_by_the_chat(open_page, chat_model, folder):
     page = open_page()
     assert not page.get("download_button")
-    say(page, QUESTION, folder / "a.mp4", folder / "picture.png")
-    say(page, "And now?")
-    say(page, "Which is first?", folder / "b.mp4")
-    chat = Chat(chat_model)
-    expected = []
-    for question, names in (
-        (QUESTION, ("a.mp4", "picture.png")),
-        ("And now?", ()),
-        ("Which is first?", ("b.mp4",)),
-    ):
-        for name in names:
-            chat.attach(chat_model.encode_video(folder / name))
-        expected += [question, answer_of(chat, question)]
+    asked = (
+        (QUESTION, folder / "a.mp4", folder / "picture.png"),
+        ("And now?",),
+        ("Which is first?", folder / "b.mp4"),
+    )
+    for question in asked:
+        say(page, *question)
+    expected = chat_with(chat_model, *asked)
     assert texts_of(page) == expected and len(set(expected[1::2])) == 3
     # The frames and times that the model has, and the weights that docs/talking.md defines.
     for strip, name in zip(strips(page), ("a.mp4", "b.mp4"), strict=True):
@@ -153,9 +153,7 @@ def test_an_example_and_a_suggestion_need_no_typing(open_page, chat_model, folde
     page = open_page()
     page.button(key="example 1").click().run()
     page.button(key="suggestion 0").click().run()
-    chat = Chat(chat_model)
-    chat.attach(chat_model.encode_video(folder / "examples/two.mp4"))
-    assert texts_of(page) == [QUESTION, answer_of(chat, QUESTION)]
+    assert texts_of(page) == chat_with(chat_model, (QUESTION, folder / "examples/two.mp4"))
     assert (folder / "examples/two.mp4").is_file()
     # The greeting is gone; what waited is shown once.
     assert [button.label for button in page.button] == ["New conversation"]
@@ -173,10 +171,9 @@ def test_settings_are_those_of_the_answer(open_page, chat_model, folder):
     page.number_input(key="seed").set_value(7)
     next(s for s in page.slider if s.key.startswith("num_frames")).set_value(6)
     say(page, QUESTION, folder / "a.mp4")
-    chat = Chat(chat_model)
-    chat.attach(chat_model.encode_video(folder / "a.mp4", num_frames=6))
     sampling = Sampling(9, 1.0, top_k=50, top_p=0.8, repetition_penalty=1.2, seed=7)
-    assert texts_of(page) == [QUESTION, answer_of(chat, QUESTION, sampling)]
+    asked = (QUESTION, folder / "a.mp4")
+    assert texts_of(page) == chat_with(chat_model, asked, sampling=sampling, num_frames=6)
     assert len(strips(page)[0]) == 6
     assert "9 tokens" in page.caption[1].value and "cut at the longest" in page.caption[1].value
 
@@ -361,11 +358,7 @@ def test_two_users_in_their_browsers(server, new_user, chat_model, folder):
     assert status_for(server, "127.0.0.1", "http://evil.example") == "403"
     assert status_for(server, "evil.example", "http://evil.example") == "403"  # its name leads here
 
-    expected = {}
-    for name in "ab":
-        chat = Chat(chat_model)
-        chat.attach(chat_model.encode_video(folder / f"{name}.mp4"))
-        expected[name] = answer_of(chat, QUESTION)
+    expected = {n: chat_with(chat_model, (QUESTION, folder / f"{n}.mp4"))[1] for n in "ab"}
     assert expected["a"] != expected["b"]
 
     with ThreadPoolExecutor() as pool:  # browsers start slowly

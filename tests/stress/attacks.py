@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -419,29 +420,26 @@ def watch_health(port: int, pipe) -> None:
             time.sleep(0.02)
 
 
-def handler_of(folder: Path) -> type[http.server.BaseHTTPRequestHandler]:
+class Web(http.server.SimpleHTTPRequestHandler):
     """A host that gives out the files of a folder, sends elsewhere (to/BASE64) or is slow."""
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            name = self.path.strip("/")
-            place = base64.b64decode(name[3:]).decode() if name.startswith("to/") else None
-            is_there = name == "slow" or (folder / name).is_file()
-            self.send_response(302 if place else 200 if is_there else 404)
-            if place:
-                self.send_header("Location", place)
-            self.end_headers()
-            with suppress(BrokenPipeError, ConnectionResetError):  # nobody waits for all of it
-                for _ in range(40 * (name == "slow")):
+    def do_GET(self):
+        with suppress(BrokenPipeError, ConnectionResetError):  # nobody waits for all of it
+            if self.path.startswith("/to/"):
+                self.send_response(302)
+                self.send_header("Location", base64.b64decode(self.path[4:]).decode())
+                self.end_headers()
+            elif self.path == "/slow":
+                self.send_response(200)
+                self.end_headers()
+                for _ in range(40):
                     self.wfile.write(b"slow")
                     time.sleep(0.1)
-                if (folder / name).is_file():
-                    self.wfile.write((folder / name).read_bytes())
+            else:
+                super().do_GET()
 
-        def log_message(self, *_):
-            pass
-
-    return Handler
+    def log_message(self, *_):
+        pass
 
 
 @contextmanager
@@ -458,7 +456,7 @@ def attacked_server(is_short: bool) -> Iterator[Target]:
         (folder / "link.mp4").symlink_to(folder.parent / "secret.mp4")
         (folder / "inside.mp4").symlink_to(folder / "clip.mp4")
         os.mkfifo(folder / "pipe.mp4")
-        web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler_of(folder))
+        web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Web, directory=folder))
         threading.Thread(target=web.serve_forever, daemon=True).start()
         name = f"127.0.0.1:{web.server_port}"
         flags = ["--allowed_media_path", folder, "--allowed_media_domains", name, *FLAGS]
