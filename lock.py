@@ -7,17 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def hold_lock(path: str | os.PathLike, purpose: str) -> Callable[[], None]:
+def hold_lock(path: str | os.PathLike, purpose: str, wait: bool = False) -> Callable[[], None]:
     """Locks the file `path`, made if missing, until the returned function is called, which removes
     it, or the process ends: the kernel gives up its locks, so that a dead one holds nobody up.
 
-    Where the disk knows no locks or may not be written, there is none. Raises ValueError that names
-    the holder's process and host where another one has it; `purpose` ("training") says for what.
+    Where the disk knows no locks or may not be written, there is none. Where another process has
+    it: waits for it, or raises ValueError that names its process and host; `purpose` ("training")
+    says for what.
     """
     while True:
         try:
             file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - it lives as long as the lock
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break
         except FileNotFoundError:  # whoever had it removed it meanwhile

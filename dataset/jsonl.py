@@ -8,14 +8,13 @@ The index lies beside the data as `train.jsonl.index` (safetensors), or in ~/.ca
 that folder can't be written. It is made again when the data's size or time of change differ.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from files import whole_file
+from lock import hold_lock
 
 KEPT_FROM = 8 << 20  # bytes; a smaller file is indexed in a second and leaves nothing behind
 MAX_REPORTED = 10  # bad lines in one message
@@ -93,7 +93,10 @@ def load_index(
     places = _places(path)
     if found := _find_index(places, identity):
         return found
-    with _one_process(path):
+    # Not beside the data: network disks may know no locks.
+    lock = Path(tempfile.gettempdir(), f"cinego-{os.getuid()}-{_short_hash(path)}.lock")
+    release = hold_lock(lock, "indexing", wait=True)
+    try:
         if found := _find_index(places, identity):  # another process has made it meanwhile
             return found
         columns, sha256 = _make_index(path, fields, describe)
@@ -101,6 +104,8 @@ def load_index(
             raise ValueError(f"{path}: changes while it is read; start again when it's complete")
         _save_index(places, columns, identity | {"sha256": sha256})
         return _find_index(places, identity) or (columns, sha256)
+    finally:
+        release()
 
 
 def _make_index(path: str, fields: np.dtype, describe: Callable) -> tuple[dict, str]:
@@ -161,15 +166,3 @@ def _find_index(places: list[Path], identity: dict) -> tuple[dict[str, np.ndarra
         except (OSError, SafetensorError):
             continue
     return None
-
-
-@contextmanager
-def _one_process(path: str):
-    """One process of this user and machine at a time; a dead one holds nobody up."""
-    lock = Path(tempfile.gettempdir(), f"cinego-{os.getuid()}-{_short_hash(path)}.lock")
-    with open(lock, "a") as file:  # not beside the data: network disks may know no locks
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:  # whoever waits, or comes now and locks a new one, finds the index made
-            lock.unlink(missing_ok=True)
