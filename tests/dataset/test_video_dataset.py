@@ -223,18 +223,6 @@ def test_text_image_video_and_several_share_a_batch(make):
     assert batch["sample_ids"] == ["data-1", "data-2", "data-3"] and batch["bad"] == []
 
 
-def test_segments_come_only_with_shared_rows(make):
-    dataset = make(*QUESTIONS, *OTHERS, share_prefix=True)
-    inputs = collate([dataset[0], dataset[1]], pad_id=0)["inputs"]
-    assert inputs["segment_ids"].amax(1).tolist() == [3, 0]
-    padding = inputs["segment_ids"] == -1
-    assert padding.sum().item() == padding[1].sum().item() > 0
-    assert (inputs["position_ids"][padding] == 0).all()
-    plain = collate([dataset[1], dataset[2]], pad_id=0)["inputs"]
-    assert "segment_ids" not in plain and "position_ids" not in plain
-    assert "visual_features" not in collate([dataset[4]], pad_id=0)["inputs"]
-
-
 def test_a_loader_with_workers_gives_the_same_batches(make):
     dataset = make(*QUESTIONS, *OTHERS, share_prefix=True)
     sampler = LengthGroupedBatchSampler(dataset.lengths, 2, seed=1)
