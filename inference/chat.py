@@ -19,7 +19,7 @@ class Turn:
 
     question: str  # as it was typed
     content: str  # as the model gets it: with a tag for each visual
-    visuals: list[Visual]  # that came with it
+    visuals: list[str]  # names of those that came with it
     sequence: Sequence
 
     @property
@@ -55,7 +55,7 @@ class Chat:
         """All turns, also those that the model no longer gets, with the names of the visuals."""
         found = []
         for turn in self.turns:
-            names = {"visuals": [visual.name for visual in turn.visuals]} if turn.visuals else {}
+            names = {"visuals": turn.visuals} if turn.visuals else {}
             found.append({"role": "user", "content": turn.content, **names})
             found.append({"role": "assistant", "content": turn.answer})
         return found
@@ -80,7 +80,10 @@ class Chat:
         sequence = Sequence(
             self.chat_model.make_request(turns, visuals, sampling, stop, self._prefix_cache, prompt)
         )
-        turn, self.attached = Turn(question, content, self.attached, sequence), []
+        if self.turns:  # a long chat keeps what was said, not what was read for it
+            self.last.request = self.last.sampler = None
+        turn = Turn(question, content, [visual.name for visual in self.attached], sequence)
+        self.attached = []
         self.turns.append(turn)
         try:
             yield from self.stream(sequence)
@@ -95,7 +98,7 @@ class Chat:
         marks, between = ("**{}:** ", "\n\n") if suffix == ".md" else ("{}: ", "\n")
         lines = []
         for turn in self.turns:
-            lines += [f"[{visual.name}]" for visual in turn.visuals]
+            lines += [f"[{name}]" for name in turn.visuals]
             lines += [marks.format("Q") + turn.content, marks.format("A") + turn.answer]
         return between.join(lines) + "\n"
 

@@ -72,15 +72,11 @@ class Sequence:
         self.token_ids: list[int] = []  # of the answer, without the end token
         self.text = ""  # of the answer, as far as no stop text can begin in it
         self.finish_reason: str | None = None  # "stop", "length", "cancelled" or "error"
+        self.prompt_tokens = len(request.columns)  # visual tokens count
         self.cached_tokens = 0  # of the prompt, read in an earlier turn
         self.started = time.perf_counter()
         self.time_to_first_token = self.seconds = 0.0  # since then
         self._decoder, self._held, self._taken = DecodeStream(skip_special_tokens=True), "", 0
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Visual tokens count."""
-        return len(self.request.columns)
 
     @property
     def completion_tokens(self) -> int:

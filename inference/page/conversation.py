@@ -58,7 +58,7 @@ class Attachment:
 @dataclass(eq=False)
 class Conversation:
     model: SharedModel
-    attachments: dict[Visual, Attachment] = field(default_factory=dict)
+    attachments: list[Attachment] = field(default_factory=list)  # of all turns, then those waiting
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __post_init__(self):
@@ -70,9 +70,8 @@ class Conversation:
         """Puts a file before the next question. Raises VideoError for a file that can't be read or
         is above the limits; the conversation is then as before."""
         with self.lock:
-            attachment = self.model.encode(path, name, num_frames, **limits)
-            self.chat.attach(attachment.visual)
-            self.attachments[attachment.visual] = attachment
+            self.attachments.append(self.model.encode(path, name, num_frames, **limits))
+            self.chat.attach(self.attachments[-1].visual)
 
     def ask(self, question: str, sampling: Sampling) -> Iterator[str]:
         """As `Chat.ask`."""

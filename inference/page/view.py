@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import tomllib
 import uuid
+from collections.abc import Iterable
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ from dataset.clip import uniform_indices
 from dataset.conversation import ConversationError
 from dataset.video import MEDIA_SUFFIXES, VideoError, read_frames
 from inference.flags import MAX_PAGE_FRAMES, PageFlags
-from inference.page.conversation import Conversation, SharedModel
+from inference.page.conversation import Attachment, Conversation, SharedModel
 from inference.page.visual import draw, escaped
 from inference.parts import DEMO_MODEL, ROOT, default_clips, find_models
-from inference.request import Sequence, Visual
+from inference.request import Sequence
 from model.generate import MAX_NEW_TOKENS, Sampling
 
 ICON, USER, ASSISTANT = ":material/movie:", ":material/person:", ":material/movie:"
@@ -258,17 +259,19 @@ class View:
         chat = conversation.chat
         if not (chat.turns or chat.attached or question):
             self._introduce(conversation, num_frames)
+        attachments = iter(conversation.attachments)
         for turn in chat.turns:
-            self._user(conversation, turn.visuals, turn.question)
+            self._user([next(attachments) for _ in turn.visuals], turn.question)
             with st.chat_message("assistant", avatar=ASSISTANT):
                 st.text(turn.answer)
                 self._times(turn.sequence)
         if chat.attached and not question:
-            self._user(conversation, chat.attached)
+            self._user(attachments)
             self._suggest()
         for notice in self.state.get("notices", ()):
             st.error(notice, icon=":material/error:")
         if question:
+            self._user(attachments, question)
             self._answer(conversation, question, sampling)
 
     def _introduce(self, conversation: Conversation, num_frames: int) -> None:
@@ -332,7 +335,6 @@ class View:
         return False
 
     def _answer(self, conversation: Conversation, question: str, sampling: Sampling) -> None:
-        self._user(conversation, conversation.chat.attached, question)
         with st.chat_message("assistant", avatar=ASSISTANT):
             place, text = st.empty(), ""
             place.caption(self.texts["thinking"])
@@ -349,10 +351,10 @@ class View:
                 st.rerun()
             self._times(conversation.chat.last)
 
-    def _user(self, conversation: Conversation, visuals: list[Visual], question: str = "") -> None:
+    def _user(self, attachments: Iterable[Attachment], question: str = "") -> None:
         with st.chat_message("user", avatar=USER):
-            for visual in visuals:
-                draw(conversation.attachments[visual], self.texts)
+            for attachment in attachments:
+                draw(attachment, self.texts)
             if question:
                 st.text(question)
 

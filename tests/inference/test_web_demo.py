@@ -239,7 +239,7 @@ def test_what_a_user_names_is_shown_as_it_is(open_page, folder):
 
 
 def own_folder(page: AppTest) -> Path:
-    return next(iter(conversation_of(page).attachments.values())).path.parent
+    return conversation_of(page).attachments[0].path.parent
 
 
 # ---- models
