@@ -1,6 +1,6 @@
 """What does summing the gradients cost, and how much of it does the backward pass hide?
 
-    torchrun --standalone --nproc_per_node 4 benchmarks/all_reduce.py     # gloo over loopback
+    torchrun --standalone --nproc_per_node 4 -m benchmarks.all_reduce     # gloo over loopback
 
 Every process goes backward through a model of real size, from a batch of about --tokens tokens:
 without a sum; `then sum`, one all-reduce of all gradients in one piece after it; and `overlapped`,
@@ -10,12 +10,8 @@ the steps, each step as long as its slowest process.
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed as dist

@@ -1,7 +1,7 @@
 """How fast are answers, against transformers' Llama of the same size with the same weights?
 
-    python benchmarks/generate.py                        # about 3 minutes on two idle cores
-    python benchmarks/generate.py --batches 1 --threads 1 --output out/generate.json
+    python -m benchmarks.generate                        # about 3 minutes on two idle cores
+    python -m benchmarks.generate --batches 1 --threads 1 --output out/generate.json
 
 Tokens a second of one stream and of batches, each as a ratio to `LlamaForCausalLM.generate` in
 float32, which it also runs in bfloat16. Weights are random. Each round measures every variant
@@ -17,8 +17,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor

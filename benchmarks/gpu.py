@@ -1,7 +1,7 @@
 """What a CUDA device makes of this code: is it right, what waits, how busy is it?
 
-    python benchmarks/gpu.py                       # all parts, about ten minutes
-    python benchmarks/gpu.py --parts correct syncs # the two to run first
+    python -m benchmarks.gpu                       # all parts, about ten minutes
+    python -m benchmarks.gpu --parts correct syncs # the two to run first
 
     correct   loss and gradients of a batch against float64 on the CPU, in every precision
     syncs     where the process waits for the device in a step, line by line; kernels a step
@@ -13,7 +13,6 @@ Data and models are made up. Without a CUDA device it says so and ends.
 """
 
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -22,8 +21,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch

@@ -1,7 +1,7 @@
 """What does a training step cost, and what do shared prefixes and ragged batches save?
 
-    python benchmarks/train_step.py                     # 512 x 8, 32 frames: 5 CPU-minutes
-    python benchmarks/train_step.py --dtype float32 bfloat16 --threads 1
+    python -m benchmarks.train_step                     # 512 x 8, 32 frames: 5 CPU-minutes
+    python -m benchmarks.train_step --dtype float32 bfloat16 --threads 1
 
 It trains on made-up conversations about made-up features, with lengths like those of
 VideoInstruct-100K, four ways, taking turns in one process:
@@ -19,13 +19,10 @@ the others, and wall time elsewhere.
 import argparse
 import itertools
 import json
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch

@@ -1,6 +1,6 @@
 """Kills a training by SIGKILL at random moments, and compares it with one that was left alone.
 
-    python tests/stress/kills.py --kills 20      # over one run on 1, then over one on 2 processes
+    python -m tests.stress.kills --kills 20      # over one run on 1, then over one on 2 processes
 
 What runs is train_pretrain.py as a user starts it, with validation and checkpoints, on features
 made up here, one file of them damaged. Of two processes one or both die; a survivor has to end by
@@ -12,12 +12,9 @@ import argparse
 import json
 import random
 import re
-import sys
 import tempfile
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
