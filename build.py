@@ -23,7 +23,6 @@ from dataset.sampler import LengthGroupedBatchSampler
 from dataset.samples import Samples, read_samples
 from dataset.video import FrameTransform
 from dataset.video_dataset import (
-    FeatureSource,
     VideoDataset,
     VideoSource,
     collate,
@@ -140,8 +139,8 @@ class StageConfig(DataFlags, BuildFlags, TrainConfig):
 class Visuals:
     """Where a stage's visuals come from, and what a model must take to read them."""
 
-    train: FeatureSource | VideoSource
-    val: FeatureSource | VideoSource
+    train: FeatureStore | VideoSource
+    val: FeatureStore | VideoSource
     tokens_per_frame: int
     hidden_size: int
     tower: VisionTower | None  # None: features on disk, the tower has done its work
@@ -164,7 +163,7 @@ def open_visuals(config: StageConfig) -> Visuals:
         alike = ("tower", "tokens_per_frame", "hidden_size", "transform", *frames)
         val.check({key: made.get(key) for key in alike})
         size = (made["tokens_per_frame"], made["hidden_size"])
-        return Visuals(FeatureSource(store), FeatureSource(val), *size, None, made["tower"])
+        return Visuals(store, val, *size, None, made["tower"])
     tower = VisionTower.from_pretrained(config.vision_path)
     transform = FrameTransform.from_pretrained(config.vision_path, config.resize)
     config.resize, tower.normalize = transform.resize, transform.normalize
@@ -284,7 +283,7 @@ def set_up_training(model: Cinego, config: StageConfig, world: World) -> None:
 
 def build_loader(
     paths: list[str],
-    source: FeatureSource | VideoSource,
+    source: FeatureStore | VideoSource,
     config: StageConfig,
     tokenizer: PreTrainedTokenizerBase,
     model: Cinego,

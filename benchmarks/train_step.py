@@ -54,7 +54,7 @@ class Source:
     num_frames: int
     kind = "visual_features"
 
-    def load(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> torch.Tensor:
         generator = torch.Generator().manual_seed(int(name))
         return torch.randn(self.num_frames, PATCHES, WIDTH, generator=generator).half()
 

@@ -51,6 +51,8 @@ LOST = -1  # frames, where a power cut or a broken copy left the file shorter th
 class FeatureStore:
     """Reads and writes one folder of features."""
 
+    kind = "visual_features"  # under which the model takes what `read` gives
+
     def __init__(self, directory):
         self.directory = Path(directory)
         self._open_files = {}  # shard → its features, for reading

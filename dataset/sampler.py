@@ -50,12 +50,9 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
         self.planned = processes
         return -(-processes // self.world_size)
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch, self.skipped = epoch, 0
-
-    def skip(self, num_batches: int) -> None:
-        """Leave out this rank's first batches of the next pass, once."""
-        self.skipped = num_batches
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """The epoch of the next passes; the first leaves out `skip` of this rank's batches."""
+        self.epoch, self.skipped = epoch, skip
 
     def __len__(self) -> int:
         return self._steps() * self.plan_for(self.planned)

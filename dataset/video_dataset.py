@@ -1,7 +1,7 @@
 """From samples to ragged batches: rows of conversations with their visuals, and padding.
 
     samples = read_samples("train.jsonl")
-    dataset = VideoDataset(samples, tokenizer, FeatureSource(store), num_tokens=lambda frames: 50)
+    dataset = VideoDataset(samples, tokenizer, FeatureStore(folder), num_tokens=lambda frames: 50)
     sampler = LengthGroupedBatchSampler(dataset.lengths, batch_size=32, seed=0)
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=partial(collate, pad_id=0))
 
@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from dataset.conversation import IGNORED, ConversationError, encode, truncate
+from dataset.feature_store import FeatureStore
 from dataset.packing import PackedBatch, Row, pack_batch, pack_row, plan_rows
 from dataset.samples import Sample, Samples, resolve_under
 from dataset.video import read_frames
@@ -26,20 +27,9 @@ from dataset.video import read_frames
 
 
 @dataclass
-class FeatureSource:
-    """Features that extract_features.py wrote: (F, P, D) a visual."""
-
-    store: object  # a FeatureStore
-    kind = "visual_features"
-
-    def load(self, relative: str) -> torch.Tensor:
-        return self.store.read(relative)
-
-
-@dataclass
 class VideoSource:
-    """Videos and images decoded on the fly: (F, S, S, 3) uint8 a visual. The tower normalises them
-    where it runs: floats would be four times the bytes on their way there."""
+    """In place of a FeatureStore, videos and images decoded on the fly: (F, S, S, 3) uint8 each.
+    The tower normalises them where it runs: floats would be four times the bytes on their way."""
 
     root: str
     resize_frames: Callable[[np.ndarray], np.ndarray]
@@ -49,7 +39,7 @@ class VideoSource:
     backend: str = "pyav"
     kind = "pixel_values"
 
-    def load(self, relative: str) -> torch.Tensor:
+    def read(self, relative: str) -> torch.Tensor:
         path = resolve_under(self.root, relative)
         clip = read_frames(path, self.num_frames, self.sampling, self.fps, self.backend)
         return torch.from_numpy(np.ascontiguousarray(self.resize_frames(clip.frames)))
@@ -75,7 +65,7 @@ class VideoDataset(Dataset):
         self,
         samples: Samples,
         tokenizer,
-        source: FeatureSource | VideoSource,
+        source: FeatureStore | VideoSource,
         num_tokens: Callable[[int], int],
         max_length: int = 1024,
         share_prefix: bool = False,
@@ -114,7 +104,7 @@ class VideoDataset(Dataset):
         )
         for relative in first.visuals:
             try:
-                visual = self.source.load(relative)
+                visual = self.source.read(relative)
             except (ValueError, OSError) as error:
                 return [Row(bad=[_bad(sample, relative, error) for sample in samples])]
             visuals.append(visual.flip(0) if first.reverse else visual)

@@ -57,7 +57,7 @@ class SourceOnDisk(Source):
 
     path: Path
 
-    def load(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> torch.Tensor:
         return torch.from_numpy(np.load(self.path))
 
 
@@ -95,7 +95,7 @@ def measure(flags: SpeedFlags, device: torch.device, folder: Path) -> dict[str, 
     parts["tower"] = rate, rate * count_flops(partial(tower, pixels))
 
     source = SourceOnDisk(flags.num_frames, folder / "features.npy")
-    np.save(source.path, Source(flags.num_frames).load("0").numpy())
+    np.save(source.path, Source(flags.num_frames).read("0").numpy())
     samples = make_samples(84, folder)
     load = partial(make_batches, samples, source, 2, tokens=1024, share_prefix=True)
     batches = load()

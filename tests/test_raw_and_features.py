@@ -15,7 +15,6 @@ from dataset.sampler import LengthGroupedBatchSampler
 from dataset.samples import read_samples
 from dataset.video import FrameTransform
 from dataset.video_dataset import (
-    FeatureSource,
     VideoDataset,
     VideoSource,
     collate,
@@ -39,7 +38,7 @@ SAMPLES = [
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory, tiny_tower) -> dict[str, VideoSource | FeatureSource]:
+def sources(tmp_path_factory, tiny_tower) -> dict[str, VideoSource | FeatureStore]:
     """Where the visuals of data.jsonl, which lies under the first one's root, come from."""
     root = tmp_path_factory.mktemp("data")
     make_numbered_clip(root / "long.mp4", 20, size=(128, 160), noise=150)
@@ -61,7 +60,7 @@ def sources(tmp_path_factory, tiny_tower) -> dict[str, VideoSource | FeatureSour
     )
     return {
         "videos": VideoSource(str(root), FrameTransform.from_pretrained(tiny_tower).resize_frames),
-        "features": FeatureSource(FeatureStore(features)),
+        "features": FeatureStore(features),
     }
 
 

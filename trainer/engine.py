@@ -147,12 +147,12 @@ def fit(
     """Trains `model` in place and returns the last line of metrics.
 
     `model(**batch["inputs"]).loss` is the *sum* of the cross-entropy over the batch's supervised
-    tokens. `train_loader.batch_sampler` has `plan_for(processes)`, `set_epoch(epoch)` and
-    `skip(batches)`. `copy_weights(path, meta)` returns what writes them or raises OSError.
-    `lineage` (what the data and the first weights are) goes into the checkpoint and into the state,
-    so that a resumed run is the same run. Raises TrainingStopped and StoppedBySignal as these
-    classes say, ProcessLost where another process is gone, ValueError if the processes differ,
-    another training writes to the run's folder, or its state is of another.
+    tokens. `train_loader.batch_sampler` has `plan_for(processes)` and `set_epoch(epoch, skip)`.
+    `copy_weights(path, meta)` returns what writes them or raises OSError. `lineage` (what the data
+    and the first weights are) goes into the checkpoint and into the state, so that a resumed run is
+    the same run. Raises TrainingStopped and StoppedBySignal as these classes say, ProcessLost where
+    another process is gone, ValueError if the processes differ, another training writes to the
+    run's folder, or its state is of another.
     """
     config.dtype = choose_dtype(config.dtype, world.device)
     world.check_consistent({**config.shared(), **lineage, "validation": val_loader is not None})
@@ -270,8 +270,7 @@ def step_batches(
     """The micro-batches of each step from `step` on, endlessly; each epoch has its own order."""
     epoch, done = divmod(step, steps_per_epoch)
     while True:
-        loader.batch_sampler.set_epoch(epoch)
-        loader.batch_sampler.skip(done * accumulation_steps)
+        loader.batch_sampler.set_epoch(epoch, done * accumulation_steps)
         batches = iter(loader)
         for _ in range(done, steps_per_epoch):
             yield list(islice(batches, accumulation_steps))

@@ -30,7 +30,7 @@ class MadeUpSource:
     def __init__(self):
         self.loaded = []
 
-    def load(self, relative):
+    def read(self, relative):
         self.loaded.append(relative)
         if "broken" in relative:
             raise ValueError(f"{relative}: corrupt")

@@ -26,7 +26,7 @@ class Features:
 
     kind = "visual_features"
 
-    def load(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> torch.Tensor:
         return torch.randn(int(name), P, D, generator=torch.Generator().manual_seed(int(name)))
 
 
