@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -52,18 +53,14 @@ def to_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The same on the device; to a GPU on a stream of their own, while it computes the batch
     before."""
     if device.type != "cuda":
-        return {k: v.to(device) if hasattr(v, "to") else v for k, v in inputs.items()}
+        return tree_map_only(Tensor, lambda tensor: tensor.to(device), inputs)
     compute, copying = torch.cuda.current_stream(), copy_stream(device)
     with torch.cuda.stream(copying):
-        tensors = {k: v for k, v in inputs.items() if hasattr(v, "to")}
-        moved = {k: v.to(device, non_blocking=True) for k, v in tensors.items()}
+        moved = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), inputs)
     compute.wait_stream(copying)
-    for value in moved.values():  # else their memory could be given away before they are read
-        if isinstance(value, Tensor):
-            value.record_stream(compute)
-        else:  # a PackedBatch
-            value.map(lambda tensor: tensor.record_stream(compute))
-    return inputs | moved
+    # Else their memory could be given away before they are read.
+    tree_map_only(Tensor, lambda tensor: tensor.record_stream(compute), moved)
+    return moved
 
 
 @cache

@@ -8,9 +8,9 @@ where the start ends: so each gets the logits that it would get alone.
 import hashlib
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -131,14 +131,14 @@ def _without_tail(encoded: Encoded) -> Encoded:
     return Encoded(encoded.input_ids[:end], encoded.labels[:end], encoded.visual_mask[:end])
 
 
-@dataclass
-class PackedBatch:
+class PackedBatch(NamedTuple):
     """A batch of B rows, padded to L, without its padding, and all that a forward pass would
     otherwise have to ask the device: made from lists on the CPU, while the device computes.
 
     The T real tokens, row after row, form S sequences: a whole row, or, where conversations share a
     row, their prefix and then each conversation's own tokens. A sequence attends causally to its
-    keys: the prefix of its row, if that isn't itself, and then its own tokens.
+    keys: the prefix of its row, if that isn't itself, and then its own tokens. A named tuple, since
+    torch's loader and trees know how to pin and move what is in one.
     """
 
     tokens_T: torch.Tensor  # places of the real tokens in the flattened (B·L) rows
@@ -153,19 +153,6 @@ class PackedBatch:
     query_lengths: list[int]  # S, the same as lengths
     key_lengths: list[int]
     max_length: int  # of a sequence's keys; rounded up, since compiled code sees it as a constant
-
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "PackedBatch":
-        """The same with `function` of each tensor."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {k: function(v) for k, v in values.items() if isinstance(v, torch.Tensor)}
-        return PackedBatch(**values | tensors)
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> "PackedBatch":
-        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "PackedBatch":
-        """A DataLoader calls it by this name."""
-        return self.map(torch.Tensor.pin_memory)
 
 
 def pack_batch(rows: list[Row]) -> PackedBatch:

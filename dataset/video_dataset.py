@@ -15,11 +15,12 @@ from itertools import chain
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import Dataset, get_worker_info
 
 from dataset.conversation import IGNORED, ConversationError, encode, truncate
 from dataset.feature_store import FeatureStore
-from dataset.packing import PackedBatch, Row, pack_batch, pack_row, plan_rows
+from dataset.packing import Row, pack_batch, pack_row, plan_rows
 from dataset.samples import Sample, Samples, resolve_under
 from dataset.video import read_frames
 
@@ -170,11 +171,7 @@ def collate(rows: list[list[Row]], pad_id: int) -> dict:
     if get_worker_info():
         # A full /dev/shm has to fail here, where the training process hears of it: the thread that
         # would move the tensors there later prints the error only, and training waits for ever.
-        for value in inputs.values():
-            if isinstance(value, torch.Tensor):
-                value.share_memory_()
-            elif isinstance(value, PackedBatch):
-                value.map(torch.Tensor.share_memory_)
+        tree_map_only(torch.Tensor, torch.Tensor.share_memory_, inputs)
     batch["inputs"] = inputs
     batch["supervised_tokens"] = len(inputs["packed"].targets_N)
     batch["real_tokens"], batch["padded_tokens"] = int(lengths.sum()), real.numel()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from dataset.samples import read_samples
 from dataset.video_dataset import VideoDataset, collate
@@ -141,7 +142,7 @@ def test_a_gpu_s_way_needs_shapes_only(make_batch, share, dtype, moe):
     would raise. It takes the ways of CUDA: FlashAttention in half precision, else one mask."""
     model = make_model("gpt4video", **moe).to("meta", dtype).train()
     inputs = make_batch(share)
-    inputs |= {name: value.to("meta") for name, value in inputs.items() if hasattr(value, "to")}
+    inputs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), inputs)
     with CountOperators() as operators:
         model(**inputs).loss.backward()
     layers, flash = 2, operators.all["torch_attn::_varlen_attn"]
