@@ -1,6 +1,6 @@
 """Two towers share the decoded clips, with Ray and without it: the bytes of extract_features.py."""
 
-import importlib.util
+import sys
 
 import pytest
 
@@ -35,13 +35,17 @@ def share_by_hand(argv):
 
 
 def share_by_ray(argv):
-    ray = pytest.importorskip("ray")
+    import ray
+
     ray.init(num_cpus=3, include_dashboard=False)
     extract_with_ray.main([*argv, "--towers", "2"])
     ray.shutdown()
 
 
-@pytest.mark.parametrize("share", [share_by_hand, share_by_ray])
+@pytest.mark.parametrize(
+    "share",
+    [share_by_hand, pytest.param(share_by_ray, marks=pytest.mark.slow)],  # pip install "ray[data]"
+)
 def test_two_towers_make_the_features_of_one_process(tmp_path, command, share):
     share([*command, str(tmp_path / "shared")])
     extract_features.main([*command, str(tmp_path / "alone")])
@@ -56,7 +60,7 @@ def test_two_towers_make_the_features_of_one_process(tmp_path, command, share):
     assert shared.find("clips/broken.mp4")["reason"] == "unreadable"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
-def test_without_ray_the_script_says_how_to_get_it(command):
+def test_without_ray_the_script_says_how_to_get_it(command, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)  # importing it fails, installed or not
     with pytest.raises(ValueError, match=r'pip install "ray\[data\]"'):
         extract_with_ray.main([*command, "features"])

@@ -62,6 +62,8 @@ def cause_fault(what: str, limit: int = 0) -> None:
     if what == "raise":
         raise RuntimeError("the disk is on fire")
     if what == "full":
+        while not list(Path("out/run").glob("state-*.pt")):
+            time.sleep(0.01)  # the thread that writes the first one may be late
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     elif what == "hang":
         time.sleep(10)
