@@ -24,7 +24,7 @@ VISUAL_TAG = re.compile(r"<image>|<video>|<{25}>{25}")
 VISUAL_MARK = "\ufdd0"
 
 # Questions and short answers repeat in a data set: so many rendered or tokenised ones are kept.
-CACHED_TEXTS = 1 << 15
+CACHED_TEXTS = 1 << 12
 
 
 class ConversationError(ValueError):
