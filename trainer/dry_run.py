@@ -53,7 +53,7 @@ def dry_run(
     # its own (Kaplan et al., arXiv 2001.08361). The tower and the summary see no text.
     learner = model.language_model.parameters()
     flops = sum(p.numel() * (6 if p.requires_grad else 4) for p in learner) * speed / world.size
-    peak = peak_flops(world.device, config.dtype)
+    peak = peak_flops(world.device, short.dtype)  # by now it is never "auto"
     memory = peak_memory(world.device) / 2**20
     world.print_rank0(
         f"dry run: {STEPS} steps with the longest rows; nothing is written\n"
@@ -62,7 +62,7 @@ def dry_run(
         f"  speed       {speed:,.0f} tokens/s, {metrics['data_wait']:.0%} of the time waiting for "
         "data\n"
         f"  MFU         {flops / peak:.0%}: {flops / 1e12:.3g} TFLOP/s a process, of "
-        f"{peak / 1e12:.3g} in plain {config.dtype} products\n"
+        f"{peak / 1e12:.3g} in plain {short.dtype} products\n"
         f"  the run     {steps:,} steps of about {tokens_per_step:,.0f} tokens: "
         f"{hours} h {minutes} min, without validation"
     )
