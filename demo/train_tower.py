@@ -1,8 +1,8 @@
 """Train the stand-in vision tower that ships in `demo/tower/`.
 
-    python -m demo.train_tower      # about 30 CPU-minutes
+    python -m demo.train_tower      # about 16 CPU-minutes
     python -m demo.train_tower --start_from demo/tower --seed 1 \\
-        --steps 1300 --learning_rate 1e-3 --muon_learning_rate 5e-3      # about 20 more
+        --steps 1300 --learning_rate 1e-3 --muon_learning_rate 5e-3      # about 10 more
 
 CLIP comes to a user trained by others; the demo world needs a tower that comes the same way. This
 one has CLIP's class and format (`transformers.CLIPVisionModel`, 7 × 7 patches + CLS = 50 tokens a
