@@ -168,10 +168,9 @@ def pack_batch(rows: list[Row]) -> PackedBatch:
     (placeholders,) = np.nonzero(np.concatenate([row.visual_mask for row in rows]))
 
     queries, keys = [], []  # of each sequence: its first token and the one after its last
-    # Not strict, here: where the last row ends stands behind it.
-    for row, start, end in zip(rows, starts, starts[1:], strict=False):
+    for row, (start, end) in zip(rows, pairwise(starts.tolist()), strict=True):
         own = start + 1 + np.flatnonzero(np.diff(row.segment_ids))  # where conversations start
-        bounds = [int(start), *own.tolist(), int(end)]
+        bounds = [start, *own.tolist(), end]
         # Without a prefix (all segments above 0), each conversation sees itself alone.
         has_prefix = row.segment_ids[0] == 0
         for number, span in enumerate(pairwise(bounds)):

@@ -99,8 +99,8 @@ def test_each_turn_is_scored_and_what_can_not_be_read_is_left_out(evaluate, fold
     reverse = replace(clip, features=clip.features.flip(0))
 
     def answer(visual, *said: str) -> str:
-        roles = ("user", "assistant", "user")
-        turns = [{"role": role, "content": x} for role, x in zip(roles, said, strict=False)]
+        roles = ("user", "assistant", "user")[: len(said)]
+        turns = [{"role": role, "content": x} for role, x in zip(roles, said, strict=True)]
         return chat_model.generate([chat_model.make_request(turns, [visual], Sampling(6))])[0]
 
     forward, backward = (answer(visual, "What moves?") for visual in (clip, reverse))
