@@ -54,7 +54,9 @@ def read_entries(path: Path) -> list[dict]:
             data = ", ".join(Path(file).stem for file in result["data_path"])
             entries.append(_entry(data, "exact match", result["interval"], floors, 0))
         return [{"model": result["checkpoint"], **entry} for entry in entries]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; eval.py --output writes it") from None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}: not what eval.py --output writes ({error!r}); run eval.py again: it reads "
             "the answers beside the file and asks only what is missing"

@@ -37,6 +37,11 @@ def test_what_is_not_evals_is_named(tmp_path, text):
         leaderboard.main([str(tmp_path / "x.json")])
 
 
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"x\.json: No such file.*; eval\.py --output writes it"):
+        leaderboard.main([str(tmp_path / "x.json")])
+
+
 def test_the_speed_check_names_the_slowest_part_and_a_share_that_is_too_small():
     parts = {"decode": (40, None), "tower": (2, 2e11), "loader": (100, None), "step": (9, 2e10)}
     printed = speed_check.describe(parts, 2.5e11, "cpu")
